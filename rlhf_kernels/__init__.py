@@ -1,0 +1,28 @@
+"""Fused ops for the hot paths of RLHF. Every op states its formula, shapes, dtypes and errors in its docstring."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from rlhf_kernels.dispatch import use_backend
+from rlhf_kernels.info import info
+from rlhf_kernels.ops.logits import selected_logprobs
+from rlhf_kernels.ops.preference import pairwise_loss
+from rlhf_kernels.ops.scan import gae
+from rlhf_kernels.ops.tokens import per_token_kl, policy_loss, shaped_rewards, value_loss, whiten
+
+try:
+    __version__ = version("rlhf-kernels")
+except PackageNotFoundError:  # run from a source tree that nobody installed
+    __version__ = "0+source"
+
+__all__ = [
+    "gae",
+    "info",
+    "pairwise_loss",
+    "per_token_kl",
+    "policy_loss",
+    "selected_logprobs",
+    "shaped_rewards",
+    "use_backend",
+    "value_loss",
+    "whiten",
+]

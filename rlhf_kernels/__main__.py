@@ -1,0 +1,5 @@
+"""`python -m rlhf_kernels`: version, backends, and which backend serves which op."""
+
+from rlhf_kernels.info import info
+
+info()

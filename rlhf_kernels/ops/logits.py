@@ -1,0 +1,232 @@
+"""The logits family: logprob and entropy of the chosen token, straight from logits."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import dispatch
+from rlhf_kernels.ops import validate
+from rlhf_kernels.reference import logits as reference
+
+OP = "selected_logprobs"
+
+
+@overload
+def selected_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    with_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
+@overload
+def selected_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    with_entropy: Literal[True],
+    inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def selected_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each row's label, and on request the row's entropy, in one read of the logits.
+
+    Equals, with `log_p = (logits.float() / temperature).log_softmax(-1)`:
+    `log_p.gather(-1, labels[..., None])[..., 0]` and `-(log_p.exp() * log_p).sum(-1)`, exactly 0 at masked rows.
+
+    Args:
+        logits: [..., V] float32, float16, bfloat16 (kernels) or float64 (reference). Rows may be strided, as in
+            `logits[:, :-1]`; if the last dimension is not contiguous it is copied once. -inf is a legal logit.
+        labels: [...] int64 or int32 in [0, V); anything at masked rows, where it is not read.
+        temperature: > 0; a float, or a tensor that broadcasts to [...] for one temperature per row. Not differentiable.
+        mask: [...] bool or 0/1, true where the row counts; masked rows of logits are never read, their gradient is 0.
+        with_entropy: also return the entropy; both outputs are differentiable.
+        inplace_backward: write the gradient over `logits`, which must not be needed afterwards. Saves one tensor of
+            their size. Ignored by the reference and inside torch.compile.
+
+    Returns:
+        logprobs [...] float32 (float64 for float64 logits), nats; with `with_entropy`, (logprobs, entropy).
+        A row of only -inf, or with NaN or +inf, gives NaN for that row. The logprob of a label at -inf is -inf.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or option.
+        IndexError: on CPU, an unmasked label outside [0, V). On a GPU that row is NaN instead (no sync);
+            RLHF_KERNELS_CHECK=1 makes it raise there too.
+    """
+    shape, vocab = _check(logits, labels)
+    mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        row_temperature = _row_temperature(temperature, logits, shape)
+    else:
+        validate.number(OP, "temperature", temperature, above=0)
+
+    # Values are looked at only in eager mode: inside a trace a bad label gives NaN, as on a GPU.
+    reading_is_free = logits.device.type == "cpu" or validate.checks_forced()
+    if not torch.compiler.is_compiling() and reading_is_free:
+        if row_temperature is not None and not bool((row_temperature > 0).all()):
+            raise ValueError(f"{OP}: temperature holds a value that is not > 0")
+        if dispatch.kernel(OP, logits) != "cpu":  # the native kernel checks as it goes
+            validate.label_in_range(OP, labels, mask, vocab)
+
+    if dispatch.kernel(OP, logits) is None:
+        logprobs, entropy = reference.selected_logprobs(
+            logits, labels, mask, temperature if row_temperature is None else row_temperature, with_entropy
+        )
+        return logprobs if entropy is None else (logprobs, entropy)
+
+    rows = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
+    inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
+    if inplace and (logits.stride(-1) != 1 or 0 in logits.stride()):
+        raise ValueError(f"{OP}: inplace_backward needs logits with a contiguous last dimension that are not expanded")
+    logprobs, entropy, _ = _forward(
+        rows,
+        labels.reshape(-1),
+        None if mask is None else mask.reshape(-1),
+        1.0 if row_temperature is not None else float(temperature),
+        None if row_temperature is None else row_temperature.reshape(-1),
+        with_entropy,
+        inplace,
+    )
+    return (logprobs.view(shape), entropy.view(shape)) if with_entropy else logprobs.view(shape)
+
+
+def _check(logits: Tensor, labels: Tensor) -> tuple[torch.Size, int]:
+    validate.float_tensor(OP, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{OP}: logits has shape {list(logits.shape)}; it takes [..., V] with V >= 1")
+    if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{OP}: labels is {got}; it takes an int64 or int32 tensor")
+    shape = logits.shape[:-1]
+    validate.same_place(OP, "labels", labels, "logits", shape, logits.device)
+    return shape, logits.shape[-1]
+
+
+def _row_temperature(temperature: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
+    validate.float_tensor(OP, "temperature", temperature)
+    if temperature.requires_grad:
+        raise ValueError(f"{OP}: temperature requires grad; it is not differentiable, pass temperature.detach()")
+    try:
+        rows = temperature.to(logits.device).expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{OP}: temperature has shape {list(temperature.shape)}; it must broadcast over the rows {list(shape)}"
+        ) from None
+    return rows.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.custom_op("rlhf_kernels::selected_logprobs", mutates_args=())
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    with_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [O, I, V]; the rest [O*I] -> logprobs [O*I], entropy [O*I] or [0], (max, log sum) [O*I, 2]."""
+    backend = dispatch.load(dispatch.required(OP, logits))
+    return backend.selected_logprobs_fwd(logits, labels, mask, temperature, row_temperature, with_entropy)
+
+
+@_forward.register_fake
+def _(logits, labels, mask, temperature, row_temperature, with_entropy, inplace_backward):
+    rows = labels.shape[0]
+    new = logits.new_empty
+    return (
+        new(rows, dtype=torch.float32),
+        new(rows if with_entropy else 0, dtype=torch.float32),
+        new((rows, 2), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rlhf_kernels::selected_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    stats: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    backend = dispatch.load(dispatch.required(OP, logits))
+    return backend.selected_logprobs_bwd(
+        grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy, False
+    )
+
+
+@_backward.register_fake
+def _(grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("rlhf_kernels::selected_logprobs_backward_", mutates_args=("logits",))
+def _backward_inplace(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    stats: Tensor,
+    entropy: Tensor,
+) -> None:
+    backend = dispatch.load(dispatch.required(OP, logits))
+    backend.selected_logprobs_bwd(
+        grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy, True
+    )
+
+
+@_backward_inplace.register_fake
+def _(grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, mask, temperature, row_temperature, with_entropy, inplace = inputs
+    _, entropy, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(logits, labels, mask, row_temperature, stats, entropy)
+    ctx.temperature, ctx.with_entropy, ctx.inplace = temperature, with_entropy, inplace
+
+
+def _autograd(ctx, grad_logprobs, grad_entropy, _grad_stats):
+    logits, labels, mask, row_temperature, stats, entropy = ctx.saved_tensors
+    if not ctx.with_entropy:
+        grad_entropy = None
+    grad = None
+    if grad_logprobs is not None or grad_entropy is not None:
+        arguments = (
+            *(grad_logprobs, grad_entropy, logits, labels, mask),
+            *(ctx.temperature, row_temperature, stats, entropy),
+        )
+        if ctx.inplace:
+            _backward_inplace(*arguments)
+            grad = logits
+        else:
+            grad = _backward(*arguments)
+    return grad, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,117 @@
+"""Argument checks shared by the public functions; every message names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTS = (torch.int64, torch.int32)
+
+
+def checks_forced() -> bool:
+    """RLHF_KERNELS_CHECK=1: also checks that need the values on a GPU, at the price of a sync."""
+    return os.environ.get("RLHF_KERNELS_CHECK", "0") not in ("", "0")
+
+
+def float_tensor(op: str, name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; it takes a tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} is {x.dtype}; it takes float32, float16, bfloat16 or float64")
+    return x
+
+
+def same_place(op: str, name: str, x: Tensor, like_name: str, shape: Sequence[int], device: torch.device) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}; with this {like_name} it takes {list(shape)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, {like_name} on {device}; both must be on one device")
+
+
+def like(op: str, name: str, x: object, like_name: str, reference: Tensor) -> Tensor:
+    """A float tensor of `reference`'s shape and device."""
+    tensor = float_tensor(op, name, x)
+    same_place(op, name, tensor, like_name, reference.shape, reference.device)
+    return tensor
+
+
+def bool_mask(op: str, mask: object, like_name: str, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """None, or a bool mask: true (1) where the position counts."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask is a {type(mask).__name__}; it takes a bool or 0/1 tensor, or None")
+    if mask.is_complex():
+        raise TypeError(f"{op}: mask is {mask.dtype}; it takes a bool or 0/1 tensor")
+    same_place(op, "mask", mask, like_name, shape, device)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def required_mask(op: str, mask: object, like_name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    checked = bool_mask(op, mask, like_name, shape, device)
+    if checked is None:
+        raise TypeError(f"{op}: mask is None; it takes a bool or 0/1 tensor of shape {list(shape)}")
+    return checked
+
+
+def number(
+    op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: float | None = None
+) -> None:
+    """A finite real number inside [low, high], or strictly greater than `above`."""
+    if isinstance(value, Tensor) or isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; it takes a number")
+    if above is not None and not (value > above and value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} is {value}; it takes a finite number > {above}")
+    if not low <= value <= high or value in (math.inf, -math.inf):  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} is {value}; it takes a finite number in [{low}, {high}]")
+
+
+def number_or_like(
+    op: str,
+    name: str,
+    value: object,
+    like_name: str,
+    reference: Tensor,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> None:
+    """None, a finite number, or a float tensor that is a scalar or of `reference`'s shape (values read on CPU only)."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        number(op, name, value, low=low, high=high)
+        return
+    float_tensor(op, name, value)
+    if value.dim():
+        same_place(op, name, value, like_name, reference.shape, reference.device)
+    bounded = low > -math.inf or high < math.inf
+    if bounded and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(((value >= low) & (value <= high)).all()):
+            raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
+
+
+def choice(op: str, name: str, value: object, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{op}: {name} is {value!r}; it takes {', '.join(map(repr, options))}")
+
+
+def label_in_range(op: str, labels: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Raise IndexError for the first counted label outside [0, vocab), naming its row and value (reads values)."""
+    bad = (labels < 0) | (labels >= vocab)
+    if mask is not None:
+        bad = bad & mask
+    if bool(bad.any()):
+        row = int(bad.reshape(-1).nonzero()[0])
+        bad_label(op, row, int(labels.reshape(-1)[row]), vocab)
+
+
+def bad_label(op: str, row: int, label: int, vocab: int) -> None:
+    raise IndexError(
+        f"{op}: label {label} at row {row} is outside [0, {vocab}); mask rows that have no label (mask=..., false there)"
+    )

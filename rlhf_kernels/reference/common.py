@@ -1,0 +1,30 @@
+"""Helpers of the reference ops: the compute dtype, and selection by a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EXPONENT_LIMIT = 20.0  # exponents are clamped to +-20 before exp: exp(20) is 4.9e8, far from fp32's overflow
+
+
+def upcast(x: Tensor) -> Tensor:
+    """fp32 for 16- and 32-bit floats, float64 unchanged."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def select(mask: Tensor | None, x: Tensor, other: float = 0.0) -> Tensor:
+    """`x` where counted, `other` elsewhere. Selects, never multiplies: NaN at a masked place stays out."""
+    return x if mask is None else torch.where(mask, x, other)
+
+
+def count(mask: Tensor | None, like: Tensor) -> Tensor:
+    """Number of counted elements, a 0-d tensor in `like`'s dtype."""
+    if mask is None:
+        return torch.full((), like.numel(), dtype=like.dtype, device=like.device)
+    return mask.sum().to(like.dtype)
+
+
+def masked_mean(mask: Tensor | None, x: Tensor) -> Tensor:
+    """Mean over the counted elements, 0 where there are none."""
+    return select(mask, x).sum() / count(mask, x).clamp(min=1)

@@ -1,0 +1,51 @@
+"""logprob of the chosen token, and entropy: z = logits / T, logp = z[label] - logsumexp(z), H = -sum(p log p)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference.common import upcast
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension by halving.
+
+    torch.sum may split one long row over threads but not many rows, so its bits depend on the batch; elementwise adds
+    in a fixed tree do not.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        folded = x[..., :half] + x[..., half : 2 * half]
+        x = torch.cat([folded, x[..., 2 * half :]], dim=-1) if x.shape[-1] % 2 else folded
+    return x.squeeze(-1)
+
+
+def selected_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """logits [..., V], labels [...], mask [...] bool or None, temperature a float or [...] -> logprobs, entropy [...]."""
+    vocab = logits.shape[-1]
+    bad = (labels < 0) | (labels >= vocab)
+    x = upcast(logits)
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, 0.0)
+        bad = bad & mask
+    safe_labels = labels.clamp(0, vocab - 1).long().unsqueeze(-1)
+    # The maximum first, then the division: at logits of 1e4 a rounded quotient would cost 5e-4 nats.
+    z = x - x.detach().amax(-1, keepdim=True)
+    z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    log_p = torch.log_softmax(z, -1)
+    logprobs = log_p.gather(-1, safe_labels).squeeze(-1)
+    if mask is not None:
+        logprobs = torch.where(mask, logprobs, 0.0)
+    logprobs = torch.where(bad, float("nan"), logprobs)
+    if not with_entropy:
+        return logprobs, None
+    # 0 * -inf: a token of probability 0 adds nothing to the entropy and gets no gradient from it.
+    entropy = -_row_sum(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0))
+    return logprobs, entropy if mask is None else torch.where(mask, entropy, 0.0)

@@ -1,0 +1,49 @@
+"""Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438), the scan written as its recurrence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference.common import upcast
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    """rewards, values [B, T], mask [B, T] bool or None, bootstrap [B] or None -> advantages, returns [B, T].
+
+    Right to left: delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t.
+    """
+    rewards, values = upcast(rewards), upcast(values)
+    batch, time = rewards.shape
+    zeros = rewards.new_zeros(batch)
+    next_value = zeros if bootstrap is None else bootstrap.to(rewards.dtype)
+    running = zeros
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for t in reversed(range(time)):
+        counted = None if mask is None else mask[:, t]
+        reward, value = rewards[:, t], values[:, t]
+        if counted is not None:
+            reward, value = torch.where(counted, reward, 0.0), torch.where(counted, value, 0.0)
+        delta = reward + gamma * next_value - value
+        scanned = delta + gamma * lam * running
+        if counted is None:
+            advantages[:, t], returns[:, t] = scanned, scanned + value
+            next_value, running = value, scanned
+            continue
+        advantages[:, t] = torch.where(counted, scanned, 0.0)
+        returns[:, t] = torch.where(counted, scanned + value, 0.0)
+        if masked == "zero":  # the hole is a step of reward 0 and value 0
+            next_value, running = value, scanned
+        else:  # "skip" carries across the hole, "stop" starts anew behind it
+            kept_value, kept_running = (next_value, running) if masked == "skip" else (zeros, zeros)
+            next_value = torch.where(counted, value, kept_value)
+            running = torch.where(counted, scanned, kept_running)
+    return advantages, returns
