@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def number(
     op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: float | None = None
 ) -> None:
     """A finite real number inside [low, high], or strictly greater than `above`."""
-    if isinstance(value, Tensor) or isinstance(value, bool) or not hasattr(value, "__float__"):
+    tracing = torch.compiler.is_compiling()  # there a number may be symbolic, its type is not known
+    if not tracing and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; it takes a number")
     if above is not None and not (value > above and value < math.inf):  # type: ignore[operator]
         raise ValueError(f"{op}: {name} is {value}; it takes a finite number > {above}")
@@ -91,9 +93,9 @@ def number_or_like(
     if value.dim():
         same_place(op, name, value, like_name, reference.shape, reference.device)
     bounded = low > -math.inf or high < math.inf
-    if bounded and value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(((value >= low) & (value <= high)).all()):
-            raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
+    readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if bounded and readable and not bool(((value >= low) & (value <= high)).all()):
+        raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
 
 
 def choice(op: str, name: str, value: object, options: Sequence[str]) -> None:
@@ -113,5 +115,5 @@ def label_in_range(op: str, labels: Tensor, mask: Tensor | None, vocab: int) -> 
 
 def bad_label(op: str, row: int, label: int, vocab: int) -> None:
     raise IndexError(
-        f"{op}: label {label} at row {row} is outside [0, {vocab}); mask rows that have no label (mask=..., false there)"
+        f"{op}: label {label} at row {row} is outside [0, {vocab}); mask out rows without a label (mask false there)"
     )

@@ -1,1 +1,1 @@
-"""The specification: every op in plain, differentiable PyTorch. The fast kernels are tested against these in float64."""
+"""The specification: every op in plain, differentiable PyTorch; fast kernels are tested against it in float64."""

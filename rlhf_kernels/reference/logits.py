@@ -28,22 +28,23 @@ def selected_logprobs(
     temperature: float | Tensor,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """logits [..., V], labels [...], mask [...] bool or None, temperature a float or [...] -> logprobs, entropy [...]."""
-    vocab = logits.shape[-1]
-    bad = (labels < 0) | (labels >= vocab)
+    """logits [..., V], labels, mask (bool or None) and temperature [...] -> logprobs and entropy [...].
+
+    A bad label makes its whole row NaN, gradient too.
+    """
     x = upcast(logits)
+    bad = (labels < 0) | (labels >= x.shape[-1])
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
         bad = bad & mask
-    safe_labels = labels.clamp(0, vocab - 1).long().unsqueeze(-1)
+    divisor = torch.where(bad, float("nan"), torch.as_tensor(temperature, dtype=x.dtype, device=x.device))
     # The maximum first, then the division: at logits of 1e4 a rounded quotient would cost 5e-4 nats.
-    z = x - x.detach().amax(-1, keepdim=True)
-    z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    z = (x - x.detach().amax(-1, keepdim=True)) / divisor.unsqueeze(-1)
     log_p = torch.log_softmax(z, -1)
-    logprobs = log_p.gather(-1, safe_labels).squeeze(-1)
+    safe_labels = labels.clamp(0, x.shape[-1] - 1).long()
+    logprobs = log_p.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1)
     if mask is not None:
         logprobs = torch.where(mask, logprobs, 0.0)
-    logprobs = torch.where(bad, float("nan"), logprobs)
     if not with_entropy:
         return logprobs, None
     # 0 * -inf: a token of probability 0 adds nothing to the entropy and gets no gradient from it.
