@@ -37,7 +37,7 @@ def selected_logprobs(
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
         bad = bad & mask
-    divisor = torch.where(bad, float("nan"), torch.as_tensor(temperature, dtype=x.dtype, device=x.device))
+    divisor = temperature * torch.where(bad, float("nan"), 1.0).to(x.dtype)
     # The maximum first, then the division: at logits of 1e4 a rounded quotient would cost 5e-4 nats.
     z = (x - x.detach().amax(-1, keepdim=True)) / divisor.unsqueeze(-1)
     log_p = torch.log_softmax(z, -1)
