@@ -1,0 +1,52 @@
+# make demo, make test: each makes its own environment in .venv first. PYTHON picks the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test bench lint format clean
+help:
+	@echo "make demo    align a tiny model end to end on the CPU (about 3 minutes), report in runs/demo"
+	@echo "make test    the whole test suite"
+	@echo "make bench   speed against eager, torch.compile and peers; table and JSON in bench/results"
+	@echo "make lint    ruff, mypy, clang-format     make format   let ruff and clang-format rewrite"
+
+demo: $(VENV)/trainer.stamp
+	$(BIN)/rlhf demo --output_dir runs/demo
+
+test: $(VENV)/dev.stamp
+	RLHF_KERNELS_REQUIRE=cpu,triton $(BIN)/python -m pytest
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python bench/compare.py
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rlhf-kernels needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# One environment, three sets of extras; editable, so that Python sources need no reinstall.
+$(VENV)/trainer.stamp: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) -e '.[trainer]'
+	@touch $@
+$(VENV)/dev.stamp: $(VENV)/trainer.stamp
+	$(PIP) -e '.[trainer,dev]'
+	@touch $@
+$(VENV)/bench.stamp: $(VENV)/trainer.stamp
+	$(PIP) -e '.[trainer,dev,bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rlhf_kernels/_native*.so
