@@ -1,0 +1,69 @@
+"""Shared by the Triton kernels: the launch, and the online softmax over a row that is read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Whether the kernels below were jitted for the interpreter; Triton reads TRITON_INTERPRET when a module is imported.
+INTERPRETED = triton.knobs.runtime.interpret
+
+# 16 elements: Triton's unit of known alignment, enough for 16-byte accesses in every dtype.
+ALIGNMENT = 16
+
+
+def launch(kernel, programs: int, *args, num_warps: int, **constexprs) -> None:
+    """Run `kernel` on a one-dimensional grid, on the device of its first argument (a tensor).
+
+    One dimension, because the second and third end at 65,535 programs.
+    """
+    if programs == 0:
+        return
+    if args[0].device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError(
+            "the triton backend got tensors on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the "
+            "first import of triton to run its kernels in the interpreter"
+        )
+    with torch.cuda.device_of(args[0]):
+        # Fusing a*b+c rounds once instead of twice; said because Triton 3.10 changes the default.
+        kernel[(programs,)](*args, **constexprs, num_warps=num_warps, enable_fp_fusion=True)
+
+
+@triton.jit
+def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
+    """Fold a block of logits into the running softmax of its row.
+
+    x: [BLOCK] fp32, -inf in padded columns. m: scalar, maximum so far, -inf before the first block.
+    s: [BLOCK], lane sums of e = exp((x - m) / T). w: [BLOCK], lane sums of e * (x - m). scale: log2(e) / T.
+    Lanes are summed once, after the last block. NaN reaches s, although the maximum may drop it.
+    """
+    m_new = tl.maximum(m, tl.max(x, 0))
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf minus -inf is NaN
+    d = x - pivot
+    e = tl.exp2(d * scale)
+    shift = m - pivot
+    rescale = tl.exp2(shift * scale)
+    if WITH_ENTROPY:
+        # Select, because weight 0 times distance -inf is NaN: at x = -inf, and where m was -inf.
+        w = tl.where(rescale == 0.0, 0.0, rescale * (w + s * shift)) + tl.where(e == 0.0, 0.0, e * d)
+    return m_new, s * rescale + e, w
+
+
+@triton.jit
+def row_softmax(row_ptr, V, temperature, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One read of a row -> (m, log_s, mean): maximum of the raw row, log sum exp((x - m) / T), sum p * (x - m).
+
+    m and log_s stay apart: their sum would lose log_s's digits at logits of 1e4. `mean` is 0 unless WITH_ENTROPY.
+    """
+    columns = tl.arange(0, BLOCK_V)
+    scale = 1.4426950408889634 / temperature
+    m = float("-inf")
+    s = tl.zeros([BLOCK_V], tl.float32)
+    w = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        inside = start + columns < V
+        x = tl.load(row_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        m, s, w = online_softmax_step(x, m, s, w, scale, WITH_ENTROPY)
+    total = tl.sum(s, 0)
+    return m, tl.log(total), tl.sum(w, 0) / total
