@@ -1,0 +1,83 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+#define RK_DECLARE(NS)                                         \
+  namespace NS {                                               \
+  void logprobs_fwd(const LogprobsFwd&, int64_t, int64_t);     \
+  void logprobs_bwd(const LogprobsBwd&, int64_t, int64_t);     \
+  void gae(const Gae&, int64_t, int64_t);                      \
+  constexpr Kernels kTable = {logprobs_fwd, logprobs_bwd, gae}; \
+  }
+
+namespace rk {
+#ifdef RK_X86_64
+RK_DECLARE(x86_64_v2)
+RK_DECLARE(x86_64_v3)
+RK_DECLARE(x86_64_v4)
+#else
+RK_DECLARE(baseline)
+#endif
+
+namespace {
+
+struct Isa {
+  std::string name;
+  const Kernels* table;
+};
+
+// Best first. libgcc's cpuid code also asks the operating system whether it saves the wide registers.
+std::vector<Isa> detect() {
+  std::vector<Isa> found;
+#ifdef RK_X86_64
+  __builtin_cpu_init();
+  const auto has = [](int feature) { return feature != 0; };
+  const bool v2 = has(__builtin_cpu_supports("sse4.2")) && has(__builtin_cpu_supports("ssse3")) &&
+                  has(__builtin_cpu_supports("popcnt"));
+  // No CPU has AVX2 and FMA without the rest of v3 (F16C, BMI, LZCNT, MOVBE), nor AVX-512 BW, DQ, VL, CD without F.
+  const bool v3 = v2 && has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
+                  has(__builtin_cpu_supports("bmi2"));
+  const bool v4 = v3 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
+                  has(__builtin_cpu_supports("avx512dq")) && has(__builtin_cpu_supports("avx512vl")) &&
+                  has(__builtin_cpu_supports("avx512cd"));
+  if (v4) found.push_back({"x86-64-v4", &x86_64_v4::kTable});
+  if (v3) found.push_back({"x86-64-v3", &x86_64_v3::kTable});
+  if (v2) found.push_back({"x86-64-v2", &x86_64_v2::kTable});
+#else
+  found.push_back({"baseline", &baseline::kTable});
+#endif
+  return found;
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = detect();
+  return found;
+}
+
+const Isa* chosen = nullptr;
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.name);
+  return names;
+}
+
+const std::string& isa() { return chosen->name; }
+
+const Kernels& kernels() { return *chosen->table; }
+
+void set_isa(const std::string& name) {
+  std::string takes;
+  for (const Isa& isa : isas()) {
+    if (isa.name == name) {
+      chosen = &isa;
+      return;
+    }
+    takes += (takes.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("'" + name + "' is not an instruction set of this machine; it has " + takes);
+}
+
+}  // namespace rk
