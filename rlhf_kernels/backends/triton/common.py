@@ -61,7 +61,8 @@ def row_softmax(row_ptr, V, temperature, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl
     m = float("-inf")
     s = tl.zeros([BLOCK_V], tl.float32)
     w = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
+    # Three stages: two blocks are on their way to shared memory while one is folded.
+    for start in tl.range(0, V, BLOCK_V, num_stages=3):
         inside = start + columns < V
         x = tl.load(row_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         m, s, w = online_softmax_step(x, m, s, w, scale, WITH_ENTROPY)
