@@ -9,13 +9,6 @@ import torch
 from rlhf_kernels import dispatch
 
 
-def _native_isa() -> str:
-    if dispatch.available()["cpu"] is not None:
-        return ""
-    native = dispatch.load("cpu").native
-    return f"{native.isa()} (of {', '.join(native.available_isas())})"
-
-
 def info() -> None:
     """Print version, backends and, per op, the backend that serves CPU and CUDA tensors; one plain line each."""
     import rlhf_kernels
@@ -25,7 +18,7 @@ def info() -> None:
         f"python {platform.python_version()}, {platform.machine()}"
     )
     for name, missing in dispatch.available().items():
-        detail = missing or (_native_isa() if name == "cpu" else "available")
+        detail = missing or (dispatch.load("cpu").describe() if name == "cpu" else "available")
         if name == "triton" and missing is None and not torch.cuda.is_available():
             detail = "available, no GPU found"
         print(f"backend {name}: {detail}")

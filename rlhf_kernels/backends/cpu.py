@@ -12,6 +12,11 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HUGE_BYTES = 32 << 20
 
 
+def describe() -> str:
+    """The instruction set in use and those that this machine could run."""
+    return f"{_native.isa()} of {', '.join(_native.available_isas())}"
+
+
 def selected_logprobs_fwd(
     logits: Tensor,
     labels: Tensor,
