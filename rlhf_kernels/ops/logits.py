@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -146,7 +146,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(logits, labels, mask, temperature, row_temperature, with_entropy, inplace_backward):
+def _(
+    logits: Tensor, labels: Tensor, mask: Any, temperature: Any, row_temperature: Any, with_entropy: bool, inplace: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = labels.shape[0]
     new = logits.new_empty
     return (
@@ -175,7 +177,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy):
+def _(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -198,11 +200,11 @@ def _backward_inplace(
 
 
 @_backward_inplace.register_fake
-def _(grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy):
+def _(*arguments: Any) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, mask, temperature, row_temperature, with_entropy, inplace = inputs
     _, entropy, stats = output
     ctx.set_materialize_grads(False)
@@ -211,7 +213,9 @@ def _setup_context(ctx, inputs, output):
     ctx.temperature, ctx.with_entropy, ctx.inplace = temperature, with_entropy, inplace
 
 
-def _autograd(ctx, grad_logprobs, grad_entropy, _grad_stats):
+def _autograd(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: None
+) -> tuple[Tensor | None, ...]:
     logits, labels, mask, row_temperature, stats, entropy = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,5 +90,5 @@ def _gae(
 
 
 @_gae.register_fake
-def _(rewards, values, mask, bootstrap, gamma, lam, masked):
+def _(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape, dtype=torch.float32), rewards.new_empty(rewards.shape, dtype=torch.float32)

@@ -139,7 +139,7 @@ def policy_loss(
         clip_low, clip_high: >= 0, the trust region below and above 1 (clip_high > clip_low: DAPO, arXiv:2503.14476).
         dual_clip: > 1, bounds the loss of a token with A < 0 by `dual_clip * |A|` (arXiv:1912.09729); None: no bound.
         ratio: "token", or "sequence": rho is exp of the sequence's mean log-ratio (GSPO, arXiv:2507.18071).
-        importance_weights: [B, T] float factors on each token's loss, already truncated, for a sampler/trainer mismatch.
+        importance_weights: [B, T] float factors on each token's loss (sampler/trainer mismatch), already truncated.
         aggregate: "token-mean"; "token-sum"; "seq-mean-token-mean" and "seq-mean-token-sum" divide the sum of sequence
             means or sums by B, fully masked sequences included; "constant" divides the sum by `denominator`.
         denominator: > 0, replaces the token or sequence count, so that losses of micro-batches add up to that of the

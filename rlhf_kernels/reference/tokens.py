@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,13 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, cli
     return torch.where(is_last, rewards + scores.unsqueeze(-1), rewards)
 
 
-def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, group: object | None) -> Tensor:
+def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, group: Any) -> Tensor:
     """(x - mean) / sqrt(population variance + eps) over the counted elements of all ranks of `group`."""
     x = upcast(x)
 
     def total(value: Tensor) -> Tensor:
         if group is not None:
-            torch.distributed.all_reduce(value, group=group)  # type: ignore[arg-type]
+            torch.distributed.all_reduce(value, group=group)
         return value
 
     counted = total(count(mask, x)).clamp(min=1)
