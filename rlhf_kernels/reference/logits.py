@@ -16,8 +16,8 @@ def _row_sum(x: Tensor) -> Tensor:
     """
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
-        folded = x[..., :half] + x[..., half : 2 * half]
-        x = torch.cat([folded, x[..., 2 * half :]], dim=-1) if x.shape[-1] % 2 else folded
+        low, high, rest = x.split([half, half, x.shape[-1] % 2], dim=-1)
+        x = torch.cat([low + high, rest], dim=-1)
     return x.squeeze(-1)
 
 
@@ -40,13 +40,16 @@ def selected_logprobs(
     divisor = temperature * torch.where(bad, float("nan"), 1.0).to(x.dtype)
     # The maximum first, then the division: at logits of 1e4 a rounded quotient would cost 5e-4 nats.
     z = (x - x.detach().amax(-1, keepdim=True)) / divisor.unsqueeze(-1)
-    log_p = torch.log_softmax(z, -1)
+    # Row scalars are combined with row scalars only: spread over V, they would bring a torch.sum into the backward.
+    e = z.exp()
+    s = _row_sum(e)
+    log_s = s.log()
     safe_labels = labels.clamp(0, x.shape[-1] - 1).long()
-    logprobs = log_p.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1)
+    logprobs = z.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1) - log_s
     if mask is not None:
         logprobs = torch.where(mask, logprobs, 0.0)
     if not with_entropy:
         return logprobs, None
     # 0 * -inf: a token of probability 0 adds nothing to the entropy and gets no gradient from it.
-    entropy = -_row_sum(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0))
+    entropy = log_s - _row_sum(e * z.masked_fill(z == float("-inf"), 0.0)) / s
     return logprobs, entropy if mask is None else torch.where(mask, entropy, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Whether the kernels below were jitted for the interpreter; Triton reads TRITON_INTERPRET when a module is imported.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -28,6 +29,10 @@ def launch(kernel, programs: int, *args, num_warps: int, **constexprs) -> None:
     with torch.cuda.device_of(args[0]):
         # Fusing a*b+c rounds once instead of twice; said because Triton 3.10 changes the default.
         kernel[(programs,)](*args, **constexprs, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 @triton.jit

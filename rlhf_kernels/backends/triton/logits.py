@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backends.triton.common import ALIGNMENT, launch, row_softmax
+from rlhf_kernels.backends.triton.common import ALIGNMENT, contiguous, launch, row_softmax
 
 
 @triton.jit(do_not_specialize=["inner", "stride_outer", "stride_inner"])
@@ -146,7 +146,7 @@ def selected_logprobs_fwd(
     launch(
         _selected_logprobs_fwd_kernel,
         rows,
-        *(logits, labels, mask, row_temperature, logprobs, entropy, stats),
+        *(logits, *map(contiguous, (labels, mask, row_temperature)), logprobs, entropy, stats),
         *(temperature, logits.shape[1], logits.stride(0), logits.stride(1), V),
         ALIGN=ALIGNMENT if V % ALIGNMENT == 0 else 1,
         WITH_ENTROPY=with_entropy,
@@ -177,10 +177,8 @@ def selected_logprobs_bwd(
     launch(
         _selected_logprobs_bwd_kernel,
         rows * triton.cdiv(V, block),
-        *(logits, labels, mask, row_temperature, stats, entropy),
-        None if grad_logprobs is None else grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
-        *(grad, temperature, logits.shape[1]),
+        *(logits, *map(contiguous, (labels, mask, row_temperature)), stats, entropy),
+        *(contiguous(grad_logprobs), contiguous(grad_entropy), grad, temperature, logits.shape[1]),
         *(logits.stride(0), logits.stride(1), grad.stride(0), grad.stride(1), V),
         ALIGN=ALIGNMENT if V % ALIGNMENT == 0 and _aligned(logits) and _aligned(grad) else 1,
         BLOCK_V=block,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backends.triton.common import launch
+from rlhf_kernels.backends.triton.common import contiguous, launch
 
 # 512 positions over 2 warps. The same for every T, and chunks start at t = 0: padding on the right changes no bit.
 BLOCK_T = 512
@@ -103,9 +103,7 @@ def gae(
     launch(
         _gae_kernel,
         batch if time else 0,
-        *(rewards, values),
-        None if mask is None else mask.contiguous(),
-        None if bootstrap is None else bootstrap.contiguous(),
+        *(rewards, values, contiguous(mask), contiguous(bootstrap)),
         *(advantages, returns, gamma, gamma * lam, rewards.stride(0), values.stride(0), time),
         MASKED=masked,
         BLOCK_T=BLOCK_T,

@@ -1,0 +1,67 @@
+"""Chooses where kernels run, and gives tests one backend at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Before anything imports triton: its kernels are jitted for the interpreter or not at all.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from rlhf_kernels import dispatch  # noqa: E402
+
+# Backends that must be here; `make test` names them, so that a failed build is not a skipped test.
+REQUIRED = set(filter(None, os.environ.get("RLHF_KERNELS_REQUIRE", "").split(",")))
+
+
+class Backend(NamedTuple):
+    name: str
+    device: str  # where its tensors live in these tests
+
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter: slow, and its bf16 stores truncate."""
+        return self.name == "triton" and not HAS_GPU
+
+
+def _use(name: str) -> Iterator[Backend]:
+    missing = dispatch.available().get(name)
+    if missing:
+        if name in REQUIRED:
+            pytest.fail(f"backend {name} is required here but absent: {missing}")
+        pytest.skip(f"backend {name}: {missing}")
+    # Deterministic mode fills fresh memory with NaN: an element that a kernel does not write shows.
+    torch.use_deterministic_algorithms(True)
+    try:
+        with dispatch.use_backend(name):
+            yield Backend(name, "cuda" if name == "triton" and HAS_GPU else "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in turn, forced, with uninitialised memory full of NaN."""
+    yield from _use(request.param)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """As `backend`, without the reference: for what only a registered kernel has."""
+    yield from _use(request.param)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton blocks so small that little inputs span several, which the interpreter can afford."""
+    if dispatch.available()["triton"] is None:
+        from rlhf_kernels.backends.triton import logits, scan
+
+        monkeypatch.setattr(logits, "_blocks", lambda V: (128, 1))
+        monkeypatch.setattr(scan, "BLOCK_T", 16)

@@ -1,0 +1,136 @@
+"""What the ops shall return, in float64 and written independently of rlhf_kernels, and how close is close enough."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def assert_accurate(actual: Tensor, truth: Tensor, plain: list[Tensor], *, truncates: bool = False) -> None:
+    """The one tolerance: twice the error of the best plain PyTorch formulation, plus 2 ulp of the result's dtype.
+
+    plain: the same quantity by ordinary formulations in the same dtype; their largest error counts, the best one's.
+    Non-finite truth must be met exactly. `truncates`: the Triton interpreter's bf16 stores may be one ulp off.
+    """
+    assert actual.shape == truth.shape
+    result, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    finite = truth.isfinite()
+    torch.testing.assert_close(result[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    errors = [(p.detach().double().cpu() - truth)[finite].nan_to_num(nan=math.inf).abs().max().item() for p in plain]
+    bound = 2 * min(errors, default=0.0) + (2 + truncates) * ulp(truth[finite], actual.dtype)
+    error = (result[finite] - truth[finite]).abs()
+    worst = (error - bound).argmax()
+    assert (error <= bound).all(), (
+        f"error {error[worst]:.3e} over the bound {bound[worst]:.3e} at truth {truth[finite][worst]:.6g}; "
+        f"plain formulations: {errors}"
+    )
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance to the next number of `dtype` at |x|, float64."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(x.abs().clamp(min=info.tiny))
+    return torch.ldexp(torch.full_like(x, info.eps), exponent - 1)
+
+
+def selected_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, grad_logprobs: Tensor, grad_entropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V], the rest [N] -> logprobs, entropy [N], and their gradient [N, V] for the given upstream ones."""
+    x = logits.detach().double().cpu()
+    spoilt = x.isnan().any(-1) | (x == math.inf).any(-1) | (x == NEG_INF).all(-1)
+    x = x.masked_fill(spoilt.unsqueeze(-1), math.nan)
+    divisor = torch.as_tensor(temperature, dtype=torch.float64).cpu().expand(labels.shape).unsqueeze(-1)
+    top, place = x.max(-1, keepdim=True)
+    d = (x - top) / divisor
+    # log1p over all but the largest: beside 1, float64 too would lose a rest of 1e-17.
+    log_p = d - d.exp().scatter(-1, place, 0.0).sum(-1, keepdim=True).log1p()
+    p = log_p.exp()
+    logprobs = log_p.gather(-1, labels.cpu().long().unsqueeze(-1)).squeeze(-1)
+    surprise = torch.where(p == 0, 0.0, p * log_p)
+    entropy = -surprise.sum(-1)
+    onehot = torch.zeros_like(p).scatter(-1, labels.cpu().long().unsqueeze(-1), 1.0)
+    g, g_entropy = (grad.detach().double().cpu().unsqueeze(-1) for grad in (grad_logprobs, grad_entropy))
+    grad = g * (onehot - p) - g_entropy * (surprise + p * entropy.unsqueeze(-1))
+    return logprobs, entropy, grad / divisor
+
+
+def _by_log_softmax(z: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = z.log_softmax(-1)
+    return log_p.gather(-1, chosen).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def _by_logsumexp(z: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    lse = z.logsumexp(-1)
+    return z.gather(-1, chosen).squeeze(-1) - lse, lse - (z.softmax(-1) * z).sum(-1)
+
+
+def plain_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, grad_logprobs: Tensor, grad_entropy: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(logprobs, entropy, gradient) as people write them: fp32 on upcast logits, differentiated by autograd."""
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    results = []
+    for formulation in (_by_log_softmax, _by_logsumexp):
+        leaf = logits.detach().clone().requires_grad_()
+        logprobs, entropy = formulation(leaf.float() / divisor, labels.long().unsqueeze(-1))
+        (grad,) = torch.autograd.grad([logprobs, entropy], leaf, [grad_logprobs, grad_entropy])
+        results.append((logprobs, entropy, grad))
+    return results
+
+
+def _gae_row(rewards: list[float], values: list[float], end: float, gamma: float, lam: float) -> list[float]:
+    """Advantages of one uninterrupted sequence, by the sum that defines them (arXiv:1506.02438, equation 16)."""
+    following = [*values[1:], end]
+    deltas = [r + gamma * v_next - v for r, v_next, v in zip(rewards, following, values, strict=True)]
+    return [math.fsum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    """[B, T] float64 by what each semantics means: compact the row, cut it at its holes, or fill the holes with 0."""
+    rewards, values = rewards.double().cpu(), values.double().cpu()
+    batch, time = rewards.shape
+    counted = torch.ones(batch, time, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    advantages = torch.zeros(batch, time, dtype=torch.float64)
+    for b in range(batch):
+        end = 0.0 if bootstrap is None else float(bootstrap[b])
+        for places, tail in _pieces(counted[b].tolist(), end, masked):
+            kept = [bool(counted[b, t]) for t in places]
+            r = [float(rewards[b, t]) if keep else 0.0 for t, keep in zip(places, kept, strict=True)]
+            v = [float(values[b, t]) if keep else 0.0 for t, keep in zip(places, kept, strict=True)]
+            for t, keep, advantage in zip(places, kept, _gae_row(r, v, tail, gamma, lam), strict=True):
+                advantages[b, t] = advantage if keep else 0.0
+    returns = torch.where(counted, advantages + values, 0.0)
+    return advantages, returns
+
+
+def _pieces(counted: list[bool], end: float, masked: str) -> list[tuple[list[int], float]]:
+    """The uninterrupted sequences of a row: their positions, and the value after each."""
+    everything = range(len(counted))
+    if masked == "zero":
+        return [(list(everything), end)]
+    if masked == "skip":
+        return [([t for t in everything if counted[t]], end)]
+    pieces: list[tuple[list[int], float]] = []
+    for t in everything:
+        if counted[t]:
+            if t == 0 or not counted[t - 1]:
+                pieces.append(([], 0.0))
+            pieces[-1][0].append(t)
+    if counted and counted[-1]:
+        pieces[-1] = (pieces[-1][0], end)
+    return pieces
