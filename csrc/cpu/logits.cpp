@@ -7,22 +7,23 @@ namespace RK_ISA {
 namespace {
 
 constexpr int kBlock = 1024;      // columns; the fastest of 256..4096: 4 KiB stays in the first-level cache
+constexpr int kAhead = 1024;      // columns: how far before its read a column is asked for
 constexpr int kUnroll = 4;        // independent accumulators hide the latency of max and add
 constexpr int kStep = kUnroll * kLanes;
 
 template <class T>
-struct NegativeInfinity;
+struct Special;
 template <>
-struct NegativeInfinity<float> {
-  static constexpr float value = -kInf;
+struct Special<float> {
+  static constexpr float kMinusInf = -kInf, kNan = NAN;
 };
 template <>
-struct NegativeInfinity<Half> {
-  static constexpr Half value = {0xfc00};
+struct Special<Half> {
+  static constexpr Half kMinusInf = {0xfc00}, kNan = {0x7e00};
 };
 template <>
-struct NegativeInfinity<BFloat> {
-  static constexpr BFloat value = {0xff80};
+struct Special<BFloat> {
+  static constexpr BFloat kMinusInf = {0xff80}, kNan = {0x7fc0};
 };
 
 inline float to_float(float x) { return x; }
@@ -37,81 +38,143 @@ inline float to_float(Half x) {
   return load(lanes)[0];
 }
 
-// Block of up to kBlock columns as floats, padded with -inf to a multiple of kStep, which changes no result.
+// kStep columns as floats. bfloat16 comes as even and odd columns in turn: sums and maxima do not mind.
 template <class T>
-struct Block {
-  alignas(kBytes) float wide[kBlock];
-  alignas(kBytes) T tail[kBlock];
-  const float* x;
-  int size;
+inline void load_step(const T* from, vf (&x)[kUnroll]) {
+  for (int u = 0; u < kUnroll; ++u) x[u] = load(from + u * kLanes);
+}
 
-  void read(const T* source, int columns) {
-    size = (columns + kStep - 1) / kStep * kStep;
-    if (size != columns) {
-      memcpy(tail, source, columns * sizeof(T));
-      for (int i = columns; i < size; ++i) tail[i] = NegativeInfinity<T>::value;
-      source = tail;
-    }
-    x = widen(source);
-  }
+inline void load_step(const BFloat* from, vf (&x)[kUnroll]) {
+  for (int u = 0; u < kUnroll; u += 2) load_pairs(from + u * kLanes, x[u], x[u + 1]);
+}
 
-  const float* widen(const float* source) { return source; }
+template <class T>
+inline void store_step(T* to, const vf (&x)[kUnroll]) {
+  for (int u = 0; u < kUnroll; ++u) store(to + u * kLanes, x[u]);
+}
 
-  template <class U>
-  const float* widen(const U* source) {
-    for (int i = 0; i < size; i += kLanes) store(wide + i, load(source + i));
-    return wide;
-  }
+inline void store_step(BFloat* to, const vf (&x)[kUnroll]) {
+  for (int u = 0; u < kUnroll; u += 2) store_pairs(to + u * kLanes, x[u], x[u + 1]);
+}
+
+// Where load_step puts a column of the step: x[vector][lane].
+template <class T>
+struct Slot {
+  int vector, lane;
+  explicit Slot(int column) : vector(column / kLanes), lane(column % kLanes) {}
+};
+template <>
+struct Slot<BFloat> {
+  int vector, lane;
+  explicit Slot(int column)
+      : vector(column / (2 * kLanes) * 2 + column % 2), lane(column % (2 * kLanes) / 2) {}
 };
 
-// Largest number of the block; NaNs are passed over.
-float block_max(const float* x, int size) {
-  vf m[kUnroll];
-  for (vf& lane : m) lane = splat(-kInf);
-  for (int i = 0; i < size; i += kStep)
-    for (int u = 0; u < kUnroll; ++u) m[u] = max_keep_second(load(x + i + u * kLanes), m[u]);
-  const vf all = max_keep_second(max_keep_second(m[0], m[1]), max_keep_second(m[2], m[3]));
-  float best = -kInf;
-  for (int i = 0; i < kLanes; ++i) best = all[i] > best ? all[i] : best;
-  return best;
+inline void prefetch(const void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
-double sum_lanes(const vf (&lanes)[kUnroll]) {
-  double sum = 0;
-  for (const vf& lane : lanes)
-    for (int i = 0; i < kLanes; ++i) sum += lane[i];
-  return sum;
-}
+// Up to kBlock columns, padded with -inf to a multiple of kStep, which changes no result. Read step by step.
+template <class T>
+class Block {
+ public:
+  int size = 0;
+
+  void open(const T* row, int64_t columns) {
+    size = columns <= 0 ? 0 : columns >= kBlock ? kBlock : static_cast<int>(columns + kStep - 1) / kStep * kStep;
+    source_ = row;
+    for (vf& lane : max_) lane = splat(-kInf);
+    if (size <= columns || size == 0) return;
+    memcpy(tail_, row, columns * sizeof(T));
+    for (int64_t i = columns; i < size; ++i) tail_[i] = Special<T>::kMinusInf;
+    source_ = tail_;
+  }
+
+  void read_step(int i) {
+    prefetch(source_ + i + kAhead, kStep * sizeof(T));
+    vf x[kUnroll];
+    load_step(source_ + i, x);
+    for (int u = 0; u < kUnroll; ++u) {
+      max_[u] = max_keep_second(x[u], max_[u]);
+      if (!std::is_same<T, float>::value) store(wide_ + i + u * kLanes, x[u]);
+    }
+  }
+
+  void read() {
+    for (int i = 0; i < size; i += kStep) read_step(i);
+  }
+
+  const float* columns() const { return columns(source_); }
+
+  // Largest number read; NaNs are passed over.
+  float max() const {
+    const vf all = max_keep_second(max_keep_second(max_[0], max_[1]), max_keep_second(max_[2], max_[3]));
+    return max_lane<kLanes / 2>(all, std::make_index_sequence<kLanes>());
+  }
+
+ private:
+  const float* columns(const float*) const { return source_; }
+  const float* columns(const void*) const { return wide_; }
+
+  alignas(kBytes) float wide_[kBlock];
+  alignas(kBytes) T tail_[kBlock];
+  vf max_[kUnroll];
+  const T* source_ = nullptr;
+};
+
+// A row's sums, in float within a block and in double, lane by lane, across blocks.
+struct Lanes {
+  double sum[kLanes] = {};
+
+  void add(const vf (&x)[kUnroll]) {
+    const vf block = (x[0] + x[1]) + (x[2] + x[3]);
+    for (int i = 0; i < kLanes; ++i) sum[i] += static_cast<double>(block[i]);
+  }
+
+  double total() const {
+    double total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
+  }
+};
 
 struct Running {
   float m = -kInf;
-  double s = 0;  // sum(exp((x - m) / T))
-  double w = 0;  // sum(exp((x - m) / T) * (x - m))
+  Lanes s;  // sum(exp((x - m) / T))
+  Lanes w;  // sum(exp((x - m) / T) * (x - m))
 };
 
 template <bool kEntropy>
-void add_block(const float* x, int size, const Exp& exp, Running& row) {
-  // While every logit so far is -inf, any finite reference gives exp = 0 for them, and NaN for a NaN.
-  const vf m = splat(row.m == -kInf ? 0.0f : row.m);
-  vf s[kUnroll] = {}, w[kUnroll] = {};
-  for (int i = 0; i < size; i += kStep) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const float* p = x + i + u * kLanes;
-      __builtin_prefetch(p + kBlock);  // the next block arrives while this one is summed
-      const vf d = exp.clamp(load(p) - m);
-      vf fraction, scale;
-      exp.split(d, fraction, scale);
-      if (kEntropy) {
-        const vf e = fraction * scale;
-        s[u] += e;
-        w[u] += e * d;
-      } else {
-        s[u] += fraction * scale;
-      }
+inline void add_step(const float* x, vf m, const Exp& exp, vf (&s)[kUnroll], vf (&w)[kUnroll]) {
+  for (int u = 0; u < kUnroll; ++u) {
+    const vf d = exp.clamp(load(x + u * kLanes) - m);
+    vf fraction, scale;
+    exp.split(d, fraction, scale);
+    if (kEntropy) {
+      const vf e = fraction * scale;
+      s[u] += e;
+      w[u] += e * d;
+    } else {
+      s[u] += fraction * scale;
     }
   }
-  row.s += sum_lanes(s);
-  if (kEntropy) row.w += sum_lanes(w);
+}
+
+// Sums one block while reading the next, so that memory and arithmetic work at the same time.
+template <class T, bool kEntropy>
+void add_block(const Block<T>& block, Block<T>& next, const Exp& exp, Running& row) {
+  // While every logit so far is -inf, any finite reference gives exp = 0 for them, and NaN for a NaN.
+  const vf m = splat(row.m == -kInf ? 0.0f : row.m);
+  const float* x = block.columns();
+  vf s[kUnroll] = {}, w[kUnroll] = {};
+  int i = 0;
+  for (; i < next.size; i += kStep) {
+    next.read_step(i);
+    add_step<kEntropy>(x + i, m, exp, s, w);
+  }
+  for (; i < block.size; i += kStep) add_step<kEntropy>(x + i, m, exp, s, w);
+  row.s.add(s);
+  if (kEntropy) row.w.add(w);
 }
 
 void raise_max(Running& row, float m, double temperature) {
@@ -120,8 +183,10 @@ void raise_max(Running& row, float m, double temperature) {
     const double rise = static_cast<double>(row.m) - m;
     const double scale = std::exp(rise / temperature);
     // The terms' (x - m) shift too. Where scale is 0 nothing of them is left (0 * inf would be NaN).
-    row.w = scale == 0 ? row.w * 0 : (row.w + row.s * rise) * scale;
-    row.s *= scale;
+    for (int i = 0; i < kLanes; ++i) {
+      row.w.sum[i] = scale == 0 ? row.w.sum[i] * 0 : (row.w.sum[i] + row.s.sum[i] * rise) * scale;
+      row.s.sum[i] *= scale;
+    }
   }
   row.m = m;
 }
@@ -129,12 +194,15 @@ void raise_max(Running& row, float m, double temperature) {
 template <class T, bool kEntropy>
 Running sum_row(const T* x, int64_t vocab, double temperature) {
   const Exp exp(temperature);
-  Block<T> block;
+  Block<T> blocks[2];
   Running row;
-  for (int64_t start = 0; start < vocab; start += kBlock) {
-    block.read(x + start, static_cast<int>(vocab - start < kBlock ? vocab - start : kBlock));
-    raise_max(row, block_max(block.x, block.size), temperature);
-    add_block<kEntropy>(block.x, block.size, exp, row);
+  blocks[0].open(x, vocab);
+  blocks[0].read();
+  for (int64_t start = 0, now = 0; start < vocab; start += kBlock, now = 1 - now) {
+    Block<T>&block = blocks[now], &next = blocks[1 - now];
+    next.open(x + start + kBlock, vocab - start - kBlock);
+    raise_max(row, block.max(), temperature);
+    add_block<T, kEntropy>(block, next, exp, row);
   }
   return row;
 }
@@ -150,10 +218,11 @@ void forward(const LogprobsFwd& args, int64_t begin, int64_t end) {
       const Running row = args.entropy ? sum_row<T, true>(x, in.vocab, temperature)
                                        : sum_row<T, false>(x, in.vocab, temperature);
       // Only -inf: no distribution. (+inf and NaN have made s NaN already.)
-      const double log_sum = row.m == -kInf ? static_cast<double>(NAN) : std::log(row.s);
+      const double s = row.s.total();
+      const double log_sum = row.m == -kInf ? static_cast<double>(NAN) : std::log(s);
       // Difference first: m / T + log(s) would lose the digits of log(s) at logits of 1e4.
       logprob = static_cast<float>((static_cast<double>(to_float(x[label_of(in.labels, n)])) - row.m) / temperature - log_sum);
-      entropy = static_cast<float>(log_sum - row.w / (temperature * row.s));
+      entropy = static_cast<float>(log_sum - row.w.total() / (temperature * s));
       m = row.m;
       log_s = static_cast<float>(log_sum);
     }
@@ -179,44 +248,38 @@ RowGradient row_gradient(const LogprobsBwd& args, int64_t n, double g, double gh
 }
 
 template <bool kEntropy>
-void gradient_block(const float* x, float* out, int size, const Exp& exp, const RowGradient& row) {
+inline void gradient_step(vf (&x)[kUnroll], const Exp& exp, const RowGradient& row) {
   const vf m = splat(row.m), a = splat(row.a), b = splat(row.b);
-  for (int i = 0; i < size; i += kLanes) {
-    const vf d = exp.clamp(load(x + i) - m);
+  for (vf& lanes : x) {
+    const vf d = exp.clamp(lanes - m);
     vf fraction, scale;
     exp.split(d, fraction, scale);
     const vf e = fraction * scale;
-    store(out + i, kEntropy ? e * (a + b * d) : e * a);
+    lanes = kEntropy ? e * (a + b * d) : e * a;
   }
 }
 
-inline void narrow(const float* from, float* to, int columns) { memcpy(to, from, columns * sizeof(float)); }
-
-template <class T>
-void narrow(const float* from, T* to, int columns) {
-  int i = 0;
-  for (; i + kLanes <= columns; i += kLanes) store(to + i, load(from + i));
-  if (i == columns) return;
-  T lanes[kLanes];
-  store(lanes, load(from + i));
-  memcpy(to + i, lanes, (columns - i) * sizeof(T));
+template <class T, bool kEntropy>
+void gradient_row(const T* x, T* out, int64_t vocab, int64_t label, const Exp& exp, const RowGradient& row) {
+  const Slot<T> slot(label % kStep);
+  const int64_t label_step = label - label % kStep;
+  T tail[kStep] = {};
+  for (int64_t i = 0; i < vocab; i += kStep) {
+    const bool whole = vocab - i >= kStep;
+    if (!whole) memcpy(tail, x + i, (vocab - i) * sizeof(T));
+    prefetch(x + i + kAhead, kStep * sizeof(T));
+    vf step[kUnroll];
+    load_step(whole ? x + i : tail, step);
+    gradient_step<kEntropy>(step, exp, row);
+    if (i == label_step) step[slot.vector][slot.lane] += row.at_label;
+    store_step(whole ? out + i : tail, step);
+    if (!whole) memcpy(out + i, tail, (vocab - i) * sizeof(T));
+  }
 }
 
 template <class T>
-void gradient_row(const T* x, T* out, int64_t vocab, int64_t label, double temperature, const RowGradient& row) {
-  const Exp exp(temperature);
-  Block<T> block;
-  alignas(kBytes) float grad[kBlock];
-  for (int64_t start = 0; start < vocab; start += kBlock) {
-    const int columns = static_cast<int>(vocab - start < kBlock ? vocab - start : kBlock);
-    block.read(x + start, columns);
-    if (row.b != 0)
-      gradient_block<true>(block.x, grad, block.size, exp, row);
-    else
-      gradient_block<false>(block.x, grad, block.size, exp, row);
-    if (label >= start && label < start + columns) grad[label - start] += row.at_label;
-    narrow(grad, out + start, columns);
-  }
+void fill(T* out, int64_t size, T value) {
+  for (int64_t i = 0; i < size; ++i) out[i] = value;
 }
 
 template <class T>
@@ -232,7 +295,13 @@ void backward(const LogprobsBwd& args, int64_t begin, int64_t end) {
     }
     const double temperature = in.row_temperature ? in.row_temperature[n] : in.temperature;
     const T* x = static_cast<const T*>(in.logits.data) + offset(in.logits, n);
-    gradient_row(x, out, in.vocab, label_of(in.labels, n), temperature, row_gradient(args, n, g, gh, temperature));
+    const RowGradient row = row_gradient(args, n, g, gh, temperature);
+    if (row.a != row.a || row.b != row.b)  // NaN
+      fill(out, in.vocab, Special<T>::kNan);
+    else if (row.b != 0)
+      gradient_row<T, true>(x, out, in.vocab, label_of(in.labels, n), Exp(temperature), row);
+    else
+      gradient_row<T, false>(x, out, in.vocab, label_of(in.labels, n), Exp(temperature), row);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -27,9 +28,11 @@ constexpr int kLanes = kBytes / 4;
 constexpr float kInf = INFINITY;
 
 typedef float vf __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 typedef float vf_unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef uint32_t vu_unaligned __attribute__((vector_size(kBytes), aligned(2), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
 
 inline int64_t offset(const Rows& rows, int64_t row) {
@@ -47,6 +50,13 @@ struct Half {
 struct BFloat {
   uint16_t bits;
 };
+
+// Lanes picked by constants from those of a (0 and up) and b (kLanes and up).
+#ifdef __clang__
+#define RK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
 
 inline vf splat(float x) { return x - vf{}; }
 
@@ -67,11 +77,22 @@ inline void store_bits(void* p, vu bits) {
 
 inline vf load(const BFloat* p) { return reinterpret_cast<vf>(load_bits(p) << 16); }
 
-// Round to nearest even; a NaN stays one (rounding its payload up could carry into infinity or the sign).
-inline void store(BFloat* p, vf x) {
+// bfloat16 is the upper half of a float, so a vector of pairs splits into its even and its odd columns with one
+// operation each; widening them in order takes a shuffle more.
+inline void load_pairs(const BFloat* p, vf& even, vf& odd) {
+  const vu pairs = *reinterpret_cast<const vu_unaligned*>(p);
+  even = reinterpret_cast<vf>(pairs << 16);
+  odd = reinterpret_cast<vf>(pairs & 0xffff0000u);
+}
+
+// Round to nearest even. A NaN must have the default payload: a larger one would carry into the sign.
+inline vu round_to_upper_half(vf x) {
   const vu bits = reinterpret_cast<vu>(x);
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  store_bits(p, (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline void store_pairs(BFloat* p, vf even, vf odd) {
+  *reinterpret_cast<vu_unaligned*>(p) = round_to_upper_half(even) >> 16 | (round_to_upper_half(odd) & 0xffff0000u);
 }
 
 #if defined(__AVX512F__)
@@ -107,6 +128,15 @@ inline void store(Half* p, vf x) {
   store_bits(p, (magnitude >= (143u << 23) ? large : finite) | (bits >> 16 & 0x8000u));
 }
 #endif
+
+template <int kHalf, size_t... I>
+inline float max_lane(vf x, std::index_sequence<I...> lanes) {
+  x = max_keep_second(RK_SHUFFLE(x, x, int(I ^ kHalf)...), x);
+  if constexpr (kHalf == 1)
+    return x[0];
+  else
+    return max_lane<kHalf / 2>(x, lanes);
+}
 
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {

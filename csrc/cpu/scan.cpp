@@ -1,7 +1,5 @@
 // gae: delta_t = r_t + gamma * V_{t+1} - V_t; A_t = delta_t + gamma * lam * A_{t+1}; returns = A + V, from the end.
 // One lane per row, so that a step of the scan is one vector operation; tiles are transposed in registers.
-#include <utility>
-
 #include "math.h"
 
 namespace rk {
@@ -9,13 +7,6 @@ namespace RK_ISA {
 namespace {
 
 constexpr int kTile = 64;  // time steps; kLanes rows of them, five arrays, stay in the first-level cache
-
-#ifdef __clang__
-#define RK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int vi __attribute__((vector_size(kBytes)));
-#define RK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
-#endif
 
 // Exchanges the upper `kStep` lanes of every 2 * kStep in `a` with the lower ones in `b`.
 template <int kStep, size_t... I>
