@@ -27,8 +27,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-int64_t rows_per_task(int64_t elements_per_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
+// Elements of a large task: several huge pages, so that two threads rarely fault in, and zero, the same one.
+constexpr int64_t kLargeTask = int64_t{1} << 20;
+
+// Rows handed to a thread at a time: four tasks a thread where they are large enough, for balance under a mask.
+int64_t rows_per_task(int64_t rows, int64_t elements_per_row, int threads) {
+  const int64_t width = std::max<int64_t>(1, elements_per_row);
+  const int64_t balanced = std::min(kLargeTask / width, rows / (4 * int64_t{std::max(1, threads)}));
+  return std::max({int64_t{1}, kGrain / width, balanced});
 }
 
 // First row whose label is outside [0, vocab), masked rows apart; -1 if there is none.
@@ -65,7 +71,7 @@ int64_t selected_logprobs_fwd(uintptr_t logits, int dtype, int64_t outer, int64_
                                         : first_bad_label<int64_t>)(args.in.labels.data, args.in.mask, rows, vocab);
   if (bad >= 0) return bad;
   rk::parallel_rows(
-      rows, rows_per_task(vocab), threads,
+      rows, rows_per_task(rows, vocab, threads), threads,
       [](const void* p, int64_t begin, int64_t end) {
         rk::kernels().logprobs_fwd(*static_cast<const rk::LogprobsFwd*>(p), begin, end);
       },
@@ -85,8 +91,9 @@ void selected_logprobs_bwd(uintptr_t logits, int dtype, int64_t outer, int64_t i
                           pointer<float>(stats),
                           pointer<float>(entropy),
                           {pointer<void>(grad), inner, grad_stride_outer, grad_stride_inner}};
+  const int64_t rows = outer * inner;
   rk::parallel_rows(
-      outer * inner, rows_per_task(vocab), threads,
+      rows, rows_per_task(rows, vocab, threads), threads,
       [](const void* p, int64_t begin, int64_t end) {
         rk::kernels().logprobs_bwd(*static_cast<const rk::LogprobsBwd*>(p), begin, end);
       },
@@ -112,7 +119,7 @@ void gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr
                   static_cast<float>(gamma),
                   static_cast<float>(lam)};
   // A multiple of the widest vector, one lane per row.
-  const int64_t chunk = (rows_per_task(time) + 15) / 16 * 16;
+  const int64_t chunk = (rows_per_task(batch, time, threads) + 15) / 16 * 16;
   rk::parallel_rows(
       batch, chunk, threads,
       [](const void* p, int64_t begin, int64_t end) {
