@@ -1,12 +1,13 @@
 // gae: delta_t = r_t + gamma * V_{t+1} - V_t; A_t = delta_t + gamma * lam * A_{t+1}; returns = A + V, from the end.
-// One lane per row, so that a step of the scan is one vector operation; tiles are transposed in registers.
+// One lane per row, so that a step of the scan is one vector operation and a row's bits never depend on its
+// neighbours; squares of kLanes rows and steps are transposed in registers.
 #include "math.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace {
 
-constexpr int kTile = 64;  // time steps; kLanes rows of them, five arrays, stay in the first-level cache
+constexpr int kAhead = 64;  // time steps: how far before its turn a square is asked for
 
 // Exchanges the upper `kStep` lanes of every 2 * kStep in `a` with the lower ones in `b`.
 template <int kStep, size_t... I>
@@ -23,104 +24,111 @@ inline void transpose_stages(vf (&rows)[kLanes]) {
   if constexpr (kStep > 1) transpose_stages<kStep / 2>(rows);
 }
 
-// to[j * stride_to + i] = from[i * stride_from + j] for i, j < kLanes.
-inline void transpose(const float* from, int stride_from, float* to, int stride_to) {
-  vf rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load(from + i * stride_from);
-  transpose_stages<kLanes / 2>(rows);
-  for (int i = 0; i < kLanes; ++i) store(to + i * stride_to, rows[i]);
+// rows[i][j] <-> rows[j][i]
+inline void transpose(vf (&rows)[kLanes]) { transpose_stages<kLanes / 2>(rows); }
+
+// The first `steps` lanes from memory, the rest 0.
+template <class T>
+inline vf load_part(const T* p, int steps) {
+  if (steps == kLanes) return load(p);
+  T lanes[kLanes] = {};
+  memcpy(lanes, p, steps * sizeof(T));
+  return load(lanes);
 }
 
-typedef float ByRow[kLanes][kTile];
-typedef float ByTime[kTile][kLanes];
-
-void to_time(const ByRow& from, ByTime& to) {
-  for (int t = 0; t < kTile; t += kLanes) transpose(&from[0][t], kTile, to[t], kLanes);
+// All bits set where the position counts.
+inline vi load_mask(const uint8_t* p, int steps) {
+  uint8_t bytes[kLanes] = {};
+  vb mask;
+  if (steps == kLanes) {
+    memcpy(&mask, p, sizeof mask);
+  } else {
+    memcpy(bytes, p, steps);
+    memcpy(&mask, bytes, sizeof mask);
+  }
+  return __builtin_convertvector(mask, vi) != 0;
 }
 
-void to_rows(const ByTime& from, ByRow& to) {
-  for (int t = 0; t < kTile; t += kLanes) transpose(from[t], kLanes, &to[0][t], kTile);
+inline void store_part(float* p, vf x, int steps) {
+  if (steps == kLanes)
+    store(p, x);
+  else
+    memcpy(p, &x, steps * sizeof(float));
 }
 
-// Carried from one tile to the one before it.
+// Carried from one square to the one before it.
 struct State {
-  vf next_value;
-  vf sum;
+  vf next_value = {};
+  vf sum = {};
 };
 
-struct Tile {
-  alignas(kBytes) ByRow rewards = {}, values = {}, keep = {}, advantages;
-  alignas(kBytes) ByTime by_time[4];
-};
-
-template <class T>
-void read_row(const void* source, int64_t offset, int steps, const float* keep, float* to) {
-  T raw[kTile] = {};
-  memcpy(raw, static_cast<const T*>(source) + offset, steps * sizeof(T));
-  for (int t = 0; t < kTile; t += kLanes) store(to + t, load(keep + t) != 0.0f ? load(raw + t) : vf{});
-}
-
-// Rows [row, row + count), time [start, start + steps). Where a position does not count, reward and value become 0.
-template <class T>
-void read_tile(const Gae& args, int64_t row, int count, int64_t start, int steps, Tile& tile) {
-  for (int i = 0; i < count; ++i) {
-    const uint8_t* mask = args.mask ? args.mask + (row + i) * args.stride_mask + start : nullptr;
-    for (int t = 0; t < kTile; ++t) tile.keep[i][t] = t < steps && (!mask || mask[t]) ? 1.0f : 0.0f;
-    read_row<T>(args.rewards, (row + i) * args.stride_rewards + start, steps, tile.keep[i], tile.rewards[i]);
-    read_row<T>(args.values, (row + i) * args.stride_values + start, steps, tile.keep[i], tile.values[i]);
-  }
-}
-
-template <Holes kHoles>
-void scan_tile(const Gae& args, int steps, Tile& tile, State& state) {
+// On entry rewards and values, 0 where keep is not set, by time; on exit the advantages in place of the rewards.
+template <Holes kHoles, bool kMasked>
+inline void scan_square(const Gae& args, int steps, vf (&rewards)[kLanes], const vf (&values)[kLanes],
+                        const vf (&keep)[kLanes], State& state) {
   const vf gamma = splat(args.gamma), decay = splat(args.gamma * args.lam);
-  auto& [rewards, values, keep, advantages] = tile.by_time;
-  to_time(tile.rewards, rewards);
-  to_time(tile.values, values);
-  to_time(tile.keep, keep);
   for (int t = steps - 1; t >= 0; --t) {
-    const vf value = load(values[t]);
-    const vf delta = load(rewards[t]) + gamma * state.next_value - value;
+    const vf delta = rewards[t] + gamma * state.next_value - values[t];
     const vf sum = delta + decay * state.sum;
-    if (kHoles == Holes::kZero) {  // reward and value of a hole are 0 already
-      state = {value, sum};
-    } else {
-      const auto counts = load(keep[t]) != 0.0f;
-      state.next_value = kHoles == Holes::kSkip ? (counts ? value : state.next_value) : value;
-      state.sum = counts ? sum : (kHoles == Holes::kSkip ? state.sum : vf{});
+    if (kMasked && kHoles != Holes::kZero) {
+      const vi counts = reinterpret_cast<vi>(keep[t]) != 0;
+      if (kHoles == Holes::kSkip) {
+        state.next_value = counts ? values[t] : state.next_value;
+        state.sum = counts ? sum : state.sum;
+      } else {
+        state.next_value = values[t];
+        state.sum = counts ? sum : vf{};
+      }
+    } else {  // reward and value of a hole are 0 already
+      state = {values[t], sum};
     }
-    store(advantages[t], state.sum);
+    rewards[t] = state.sum;
   }
-  to_rows(advantages, tile.advantages);
 }
 
-void write_tile(const Gae& args, int64_t row, int count, int64_t start, int steps, const Tile& tile) {
+// Rows [row, row + count), time [start, start + steps), both at most kLanes.
+template <class T, Holes kHoles, bool kMasked>
+void square(const Gae& args, int64_t row, int count, int64_t start, int steps, State& state) {
+  const T* reward = static_cast<const T*>(args.rewards) + row * args.stride_rewards + start;
+  const T* value = static_cast<const T*>(args.values) + row * args.stride_values + start;
+  const uint8_t* mask = kMasked ? args.mask + row * args.stride_mask + start : nullptr;
+  vf rewards[kLanes] = {}, values[kLanes] = {}, keep[kLanes] = {}, returned[kLanes];
+  vi mask_rows[kLanes] = {};
   for (int i = 0; i < count; ++i) {
-    float* advantages = args.advantages + (row + i) * args.time + start;
-    float* returns = args.returns + (row + i) * args.time + start;
-    for (int t = 0; t < steps; ++t) {
-      const float advantage = tile.keep[i][t] != 0.0f ? tile.advantages[i][t] : 0.0f;
-      advantages[t] = advantage;
-      returns[t] = advantage + tile.values[i][t];
+    rewards[i] = load_part(reward + i * args.stride_rewards, steps);
+    values[i] = load_part(value + i * args.stride_values, steps);
+    if (kMasked) {
+      mask_rows[i] = load_mask(mask + i * args.stride_mask, steps);
+      rewards[i] = mask_rows[i] ? rewards[i] : vf{};
+      values[i] = mask_rows[i] ? values[i] : vf{};
+      keep[i] = reinterpret_cast<vf>(mask_rows[i]);
     }
+    returned[i] = values[i];
+    __builtin_prefetch(reward + i * args.stride_rewards - kAhead);
+    __builtin_prefetch(value + i * args.stride_values - kAhead);
+  }
+  transpose(rewards);
+  transpose(values);
+  if (kMasked && kHoles != Holes::kZero) transpose(keep);
+  scan_square<kHoles, kMasked>(args, steps, rewards, values, keep, state);
+  transpose(rewards);
+  for (int i = 0; i < count; ++i) {
+    const vf advantage = kMasked ? (mask_rows[i] ? rewards[i] : vf{}) : rewards[i];
+    store_part(args.advantages + (row + i) * args.time + start, advantage, steps);
+    store_part(args.returns + (row + i) * args.time + start, advantage + returned[i], steps);
   }
 }
 
-template <class T, Holes kHoles>
+template <class T, Holes kHoles, bool kMasked>
 void scan(const Gae& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kLanes) {
     const int count = static_cast<int>(end - row < kLanes ? end - row : kLanes);
-    Tile tile;
-    State state = {};
+    State state;
     if (args.bootstrap)
       for (int i = 0; i < count; ++i) state.next_value[i] = args.bootstrap[row + i];
     for (int64_t stop = args.time; stop > 0;) {
-      // Tiles end at multiples of kTile: only the last one is short.
-      const int64_t start = (stop - 1) / kTile * kTile;
-      const int steps = static_cast<int>(stop - start);
-      read_tile<T>(args, row, count, start, steps, tile);
-      scan_tile<kHoles>(args, steps, tile, state);
-      write_tile(args, row, count, start, steps, tile);
+      const int64_t start = (stop - 1) / kLanes * kLanes;  // only the last square is short
+      square<T, kHoles, kMasked>(args, row, count, start, static_cast<int>(stop - start), state);
       stop = start;
     }
   }
@@ -130,11 +138,11 @@ template <class T>
 void scan_holes(const Gae& args, int64_t begin, int64_t end) {
   switch (args.holes) {
     case Holes::kSkip:
-      return scan<T, Holes::kSkip>(args, begin, end);
+      return args.mask ? scan<T, Holes::kSkip, true>(args, begin, end) : scan<T, Holes::kSkip, false>(args, begin, end);
     case Holes::kStop:
-      return scan<T, Holes::kStop>(args, begin, end);
+      return args.mask ? scan<T, Holes::kStop, true>(args, begin, end) : scan<T, Holes::kStop, false>(args, begin, end);
     case Holes::kZero:
-      return scan<T, Holes::kZero>(args, begin, end);
+      return args.mask ? scan<T, Holes::kZero, true>(args, begin, end) : scan<T, Holes::kZero, false>(args, begin, end);
   }
 }
 
