@@ -1,0 +1,52 @@
+"""`rlhf STAGE --config file.yaml --key value`: finds the stage, parses its config, runs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from rlhf_trainer.errors import UserError
+
+# Stage -> (module, what it does). A stage's module has Config, run(cfg), SUMMARY and EXAMPLE.
+STAGES = {
+    "init": ("init", "train a tokenizer and make a small, randomly initialised model"),
+    "sft": ("sft", "fine-tune a model on prompts and completions"),
+    "reward": ("reward", "train a reward model on preference pairs"),
+    "ppo": ("ppo", "align a policy with PPO against a reward and a frozen reference"),
+    "eval": ("eval", "compare models on the same prompts, before and after; HTML report"),
+    "verify": ("verify", "check PPO on this machine against a world with a known optimum"),
+    "demo": ("demo", "the whole chain on a tiny model, offline, in minutes"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {stage:8} {summary}" for stage, (_, summary) in STAGES.items()]
+    return "\n".join(
+        ["usage: rlhf STAGE [--config FILE.yaml] [--key value ...]", "", "stages, in the order they are used:", *lines]
+        + ["", "rlhf STAGE --help explains every option. Start with: rlhf demo"]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 1 when a check of the stage failed, or 2 after one sentence about a bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    stage, rest = argv[0], argv[1:]
+    if stage not in STAGES:
+        print(f"rlhf: error: unknown stage {stage!r}; the stages are {', '.join(STAGES)}", file=sys.stderr)
+        return 2
+    from rlhf_trainer.config import parse_config
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar per stage, ours
+    module = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
+    try:
+        cfg = parse_config(module.Config, rest, f"rlhf {stage}", module.SUMMARY, getattr(module, "EXAMPLE", ""))
+        result = module.run(cfg)
+    except UserError as error:
+        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if result.get("passed", True) else 1

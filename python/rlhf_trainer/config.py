@@ -1,0 +1,116 @@
+"""Configs: one dataclass a stage, filled from its defaults, then a YAML file, then the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from rlhf_trainer.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the text that --help shows; `default` may be a list."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parser_for(config: type[C], prog: str, summary: str, example: str = "") -> HfArgumentParser:
+    return _Parser(
+        config,
+        prog=prog,
+        description=f"{summary}\n\nOptions come from --config FILE.yaml (the same keys) and from here; here wins.",
+        epilog=example and f"example:\n  {example}",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_config(config: type[C], argv: list[str], prog: str = "rlhf", summary: str = "", example: str = "") -> C:
+    """An instance of `config` from `--config file.yaml` and `--key value`.
+
+    Raises UserError for an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
+    """
+    parser = parser_for(config, prog, summary, example)
+    parser.add_argument("--config", metavar="FILE.yaml", default=None, help="YAML file with any of these options")
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    arguments, path = _take_config(argv)
+    from_file = [] if path is None else _yaml_arguments(path, known)
+    (parsed, rest) = parser.parse_known_args([*from_file, *arguments])
+    if rest:
+        raise UserError(_unknown(rest[0].lstrip("-").split("=")[0], known, "option --"))
+    values = {key: value for key, value in vars(parsed).items() if key in known}
+    return config(**values)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    taker.add_argument("--config")
+    taken, rest = taker.parse_known_args(argv)
+    return rest, taken.config
+
+
+def _yaml_arguments(path: str, known: list[str]) -> list[str]:
+    """The file's keys as command-line arguments, so that both go through the same checks."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected `key: value` lines")
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"{path}: {_unknown(str(key), known, 'key ')}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{key}", *map(str, values)]
+    return arguments
+
+
+def _unknown(key: str, known: list[str], kind: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"unknown {kind}{key}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+
+
+def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml") -> None:
+    """Write every option's value as YAML, so that `--config` on it repeats the run."""
+    values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def require(cfg: Any, *names: str) -> None:
+    """UserError for the first of these options that was not given."""
+    for name in names:
+        if getattr(cfg, name) in (None, "", []):
+            raise UserError(f"--{name} is needed (or `{name}:` in the YAML file)")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

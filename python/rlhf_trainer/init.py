@@ -1,0 +1,58 @@
+"""`rlhf init`: a tokenizer trained on the given text and a small random model, for those without a pretrained one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_trainer.config import option, require, save_config, say
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import build_model, build_tokenizer, save_folder
+
+SUMMARY = (
+    "Train a byte-level BPE tokenizer on text and write a small, randomly initialised model as a Hugging Face folder."
+)
+EXAMPLE = "rlhf init --text corpus.txt --output_dir runs/base --arch llama --hidden_size 256 --layers 4"
+
+
+@dataclass
+class Config:
+    text: list[str] = option([], "text files (one or more) to train the tokenizer on")
+    output_dir: str = option("", "folder to write the model and tokenizer to")
+    arch: str = option("llama", "llama, gpt2 or qwen2")
+    vocab_size: int = option(4096, "size of the vocabulary, at least 259 (256 bytes and 3 special tokens)")
+    hidden_size: int = option(256, "width of the model")
+    layers: int = option(4, "number of transformer layers")
+    heads: int = option(4, "attention heads; must divide hidden_size")
+    max_length: int = option(512, "longest sequence in tokens")
+    seed: int = option(0, "seed of the random weights")
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    require(cfg, "text", "output_dir")
+    if cfg.vocab_size < 259:
+        raise UserError(f"--vocab_size {cfg.vocab_size}: at least 259, one for each byte and three special tokens")
+    texts = []
+    for path in cfg.text:
+        try:
+            texts += Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{', '.join(cfg.text)}: no text in it")
+    tokenizer = build_tokenizer(texts, cfg.vocab_size)
+    model = build_model(
+        cfg.arch,
+        tokenizer,
+        hidden_size=cfg.hidden_size,
+        layers=cfg.layers,
+        heads=cfg.heads,
+        max_length=cfg.max_length,
+        seed=cfg.seed,
+    )
+    save_folder(cfg.output_dir, model, tokenizer)
+    save_config(cfg, cfg.output_dir)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{cfg.output_dir}: {cfg.arch}, {parameters:,} parameters, vocabulary {len(tokenizer)}")
+    return {"parameters": parameters, "vocab_size": len(tokenizer)}

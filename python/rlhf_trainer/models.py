@@ -1,0 +1,362 @@
+"""Models and tokenizers as ordinary Hugging Face folders: make, load, save; hidden states, logits, scores, values."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_trainer.errors import UserError
+
+NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} beside a reward model
+VALUE_HEAD = "value_head.safetensors"
+ARCHITECTURES = ("llama", "gpt2", "qwen2")
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA if there is a GPU, else the CPU."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device; use auto, cpu or cuda") from None
+
+
+# Making one from nothing
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with distinct <pad>, <bos> and <eos>; BOS is put before every prompt, so that none is empty."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def build_model(
+    arch: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hidden_size: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    max_length: int = 512,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A randomly initialised causal LM of one of ARCHITECTURES with the tokenizer's vocabulary."""
+    if arch not in ARCHITECTURES:
+        raise UserError(f"--arch {arch}: not one of {', '.join(ARCHITECTURES)}")
+    if hidden_size % heads:
+        raise UserError(f"--hidden_size {hidden_size} is not a multiple of --heads {heads}")
+    dims: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    if arch == "gpt2":
+        dims |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        dims |= {"intermediate_size": 4 * hidden_size, "num_key_value_heads": heads}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **dims))
+
+
+# Loading and saving
+
+
+def _folder(path: str | Path, what: str) -> str:
+    if os.path.isdir(path) or not os.path.exists(path) and str(path).count("/") <= 1 and not str(path).startswith("."):
+        return str(path)  # a folder, or a name on the hub
+    raise UserError(f"{path}: no such {what} folder")
+
+
+def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(_folder(path, what), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot load a {what} from it: {reason[:300]}") from None
+
+
+def load_tokenizer(
+    path: str | Path, pad_token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, left-padding. UserError unless it has a pad token other than EOS (see `pad_token`)."""
+    tokenizer = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code)
+    if pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so that no answer could ever end")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no pad token; pass --pad_token '<pad>' to add one")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"{path}: the tokenizer pads with its EOS token {tokenizer.eos_token!r}, which would hide where answers "
+            f"end; pass --pad_token '<pad>' to add one"
+        )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _without_dropout(config: Any) -> Any:
+    """Every dropout probability set to 0: PPO's ratios compare two forward passes of the same weights."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    return config
+
+
+def load_causal(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The folder's causal LM without dropout, its embedding grown to the tokenizer's size if tokens were added."""
+    config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
+    model = _load(
+        AutoModelForCausalLM,
+        path,
+        "causal language model",
+        config=_without_dropout(config),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    return _fit_vocabulary(model, tokenizer)
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    if tokenizer is not None:
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_reward_model(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
+) -> PreTrainedModel:
+    """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
+    config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
+    if num_labels is not None:
+        config.num_labels = num_labels
+    model = _load(
+        AutoModelForSequenceClassification,
+        path,
+        "sequence classifier",
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    return _fit_vocabulary(model, tokenizer)
+
+
+def save_folder(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: dict[str, dict[str, Tensor]] | None = None,
+    records: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Write a Hugging Face folder (plus safetensors and JSON files by name), whole or not at all.
+
+    It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
+    checkpoints in it stay.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name, state in (tensors or {}).items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / name)
+        for name, record in (records or {}).items():
+            (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+# Text to ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt as the tokenizer begins a text (BOS, if it uses one), never with a closing EOS."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
+    """Ids of a completion, followed by EOS."""
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
+    length = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, length - len(row) :] = torch.tensor(row)
+            mask[i, length - len(row) :] = True
+    return ids, mask
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model's positions reach, None if it does not say."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(model.config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# Forward passes
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions counted over real tokens [B, L], so that left padding does not shift them."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids, mask [B, L] -> last hidden states [B, L, D] of a causal LM's or classifier's backbone."""
+    backbone = model.base_model
+    options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        options["position_ids"] = position_ids(mask)
+    return backbone(**options).last_hidden_state
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The causal LM's logits [..., V] for hidden states [..., D], with its scaling and soft cap if it has them."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+    return logits
+
+
+def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids, mask [B, L] -> the classifier's outputs [B, num_labels] at each row's last real token by the mask.
+
+    Not the model's own pooling, which looks for the pad id and errs where PAD is EOS.
+    """
+    hidden = hidden_states(model, ids, mask)
+    last = mask.long().cumsum(-1).argmax(-1)
+    head = model.score
+    return head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
+
+
+class ValueHead(nn.Module):
+    """One number per hidden state: the value of the state before the token that comes next."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> values [...], float32, reward units."""
+        return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
+
+
+def load_value_head(folder: str | Path, hidden_size: int) -> ValueHead:
+    """The folder's value head, or a new one if it has none."""
+    head = ValueHead(hidden_size)
+    file = Path(folder) / VALUE_HEAD
+    if file.is_file():
+        head.load_state_dict(load_file(file))
+    return head
+
+
+def load_normalisation(folder: str | Path) -> tuple[float, float]:
+    """(mean, std) of the raw scores on reference samples; (0, 1) where the folder says nothing."""
+    file = Path(folder) / NORMALISATION
+    if not file.is_file():
+        return 0.0, 1.0
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return float(record["mean"]), float(record["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected {{'mean': number, 'std': number}}: {error}") from None
+
+
+@torch.no_grad()
+def score_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    label: int = 0,
+    batch_size: int = 64,
+    eos: bool = True,
+) -> Tensor:
+    """Raw scores [M] float32 on the CPU: output `label` of the classifier at the last token of prompt + completion."""
+    device = next(model.parameters()).device
+    rows = [
+        encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, completion, eos)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
+    scores = torch.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = left_pad([rows[i] for i in chosen], tokenizer.pad_token_id)
+        scores[chosen] = last_token_scores(model, ids.to(device), mask.to(device))[:, label].cpu()
+    return scores
