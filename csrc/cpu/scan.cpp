@@ -7,8 +7,6 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-constexpr int kAhead = 64;  // time steps: how far before its turn a square is asked for
-
 // Exchanges the upper `kStep` lanes of every 2 * kStep in `a` with the lower ones in `b`.
 template <int kStep, size_t... I>
 inline void exchange(vf& a, vf& b, std::index_sequence<I...>) {
@@ -104,8 +102,6 @@ void square(const Gae& args, int64_t row, int count, int64_t start, int steps, S
       keep[i] = reinterpret_cast<vf>(mask_rows[i]);
     }
     returned[i] = values[i];
-    __builtin_prefetch(reward + i * args.stride_rewards - kAhead);
-    __builtin_prefetch(value + i * args.stride_values - kAhead);
   }
   transpose(rewards);
   transpose(values);
