@@ -30,12 +30,17 @@ class Backend(NamedTuple):
         return self.name == "triton" and not HAS_GPU
 
 
-def _use(name: str) -> Iterator[Backend]:
+def require_backend(name: str) -> None:
+    """Skip the test where the backend is not installed; fail where RLHF_KERNELS_REQUIRE names it."""
     missing = dispatch.available().get(name)
     if missing:
         if name in REQUIRED:
             pytest.fail(f"backend {name} is required here but absent: {missing}")
         pytest.skip(f"backend {name}: {missing}")
+
+
+def _use(name: str) -> Iterator[Backend]:
+    require_backend(name)
     # Deterministic mode fills fresh memory with NaN: an element that a kernel does not write shows.
     torch.use_deterministic_algorithms(True)
     try:

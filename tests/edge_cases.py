@@ -102,3 +102,11 @@ def spoil(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     logits = torch.where(mask.unsqueeze(-1), logits, garbage.to(logits.dtype))
     wild = torch.tensor([-100, 2**31 - 1, -(2**31)])[torch.arange(labels.numel()) % 3].view(labels.shape)
     return logits, torch.where(mask, labels, wild.to(labels.dtype))
+
+
+def hide(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """The tensors with NaN and infinities wherever the mask is false."""
+    if mask is None:
+        return list(tensors)
+    garbage = torch.tensor([NAN, POS_INF, NEG_INF])[torch.arange(mask.numel()) % 3].view(mask.shape)
+    return [torch.where(mask, x, garbage.to(x.dtype)) for x in tensors]

@@ -12,7 +12,9 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,33 +48,53 @@ class DeviceFreeDriver:
         return 0
 
 
-def _launches() -> Iterator[tuple[str, object]]:
-    """(description, call of a launcher) over the options that change the code, and small, odd and large V."""
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    def logits_calls(V: int, dtype: torch.dtype, full: bool):
-        x, labels = empty(4, 8, V, dtype=dtype), empty(32, dtype=torch.int64 if full else torch.int32)
-        mask = empty(32, dtype=torch.bool) if full else None
-        row_temperature = empty(32) if full else None
-        stats, entropy, g = empty(32, 2), empty(32), empty(32)
-        selected_logprobs_fwd(x, labels, mask, 0.7, row_temperature, full)
-        selected_logprobs_bwd(g, g if full else None, x, labels, mask, 0.7, row_temperature, stats, entropy, False)
+def launch_logits(outer: int, inner: int, V: int, dtype: torch.dtype, full: bool, temperature: float = 0.7) -> None:
+    """Forward and backward; `full` turns on mask, temperature per row, entropy and 64-bit labels."""
+    N = outer * inner
+    x, labels = _empty(outer, inner, V, dtype=dtype), _empty(N, dtype=torch.int64 if full else torch.int32)
+    mask, row_temperature = (_empty(N, dtype=torch.bool), _empty(N)) if full else (None, None)
+    selected_logprobs_fwd(x, labels, mask, temperature, row_temperature, full)
+    grads = _empty(N), _empty(N) if full else None
+    saved = _empty(N, 2), _empty(N)
+    selected_logprobs_bwd(*grads, x, labels, mask, temperature, row_temperature, *saved, False)
 
-    def gae_call(T: int, dtype: torch.dtype, full: bool, masked: int):
-        x = empty(4, T, dtype=dtype)
-        gae(x, x, empty(4, T, dtype=torch.bool) if full else None, empty(4) if full else None, 1.0, 0.9, masked)
 
+def launch_gae(B: int, T: int, dtype: torch.dtype, full: bool, masked: int = 0, gamma: float = 0.9) -> None:
+    x = _empty(B, T, dtype=dtype)
+    mask, bootstrap = (_empty(B, T, dtype=torch.bool), _empty(B)) if full else (None, None)
+    gae(x, x, mask, bootstrap, gamma, 0.95, masked)
+
+
+def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """(description, call of the launchers) over the options that change the code, and small, odd and large V."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for V, dtype, full in itertools.product((50257, 128256), dtypes, (False, True)):
-        yield f"V={V} {str(dtype)[6:]} {'all options' if full else 'plain'}", lambda *a: logits_calls(V, dtype, full)
+        name = f"V={V} {str(dtype)[6:]}{' all options' if full else ''}"
+        yield name, partial(launch_logits, 4, 8, V, dtype, full)
     for V in (1, 1000):
-        yield f"V={V} float32 all options", lambda *a: logits_calls(V, torch.float32, True)
+        yield f"V={V} float32 all options", partial(launch_logits, 4, 8, V, torch.float32, True)
     for dtype, masked in itertools.product((torch.float32, torch.bfloat16), range(3)):
         name = f"T=131072 {str(dtype)[6:]} mask {('skip', 'stop', 'zero')[masked]}"
-        yield name, lambda *a: gae_call(131072, dtype, True, masked)
-    yield "T=1000 float32 no mask", lambda *a: gae_call(1000, torch.float32, False, 0)
+        yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
+    yield "T=1000 float32", partial(launch_gae, 4, 1000, torch.float32, False)
+
+
+def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
+    """(description, calls that shall share one compilation): batch, length and scalars change, nothing else."""
+    calls = []
+    for outer, inner in ((1, 1), (1, 3), (3, 1), (16, 16), (7, 4096)):
+        for temperature in (1.0, 0.7):
+            calls.append(partial(launch_logits, outer, inner, 50257, torch.bfloat16, False, temperature))
+    yield "V=50257, any batch and temperature", calls
+    calls = []
+    for B, T in ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072)):
+        for gamma in (1.0, 0.9):
+            calls.append(partial(launch_gae, B, T, torch.float32, True, 0, gamma))
+    yield "any batch, length and discount", calls
 
 
 def _nvidia_usage(cubin: bytes) -> dict[str, int]:
@@ -96,17 +118,25 @@ def _amd_usage(assembly: str) -> dict[str, int]:
 
 def main() -> None:
     compiled = []
-    launch = JITFunction.run
-    JITFunction.run = lambda *args, **kwargs: compiled.append(launch(*args, **{**kwargs, "warmup": True}))
-    for name, target in TARGETS.items():
+    run = JITFunction.run
+    JITFunction.run = lambda *args, **kwargs: compiled.append(run(*args, **{**kwargs, "warmup": True}))
+    for target_name, target in TARGETS.items():
         triton.runtime.driver.set_active(DeviceFreeDriver(target))
-        for description, call in _launches():
+        for description, call in _cases():
             compiled.clear()
             call()
             for kernel in compiled:
                 asm = kernel.asm
                 usage = _nvidia_usage(asm["cubin"]) if "cubin" in asm else _amd_usage(asm["amdgcn"])
-                print(json.dumps({"target": name, "kernel": kernel.metadata.name, "case": description, **usage}))
+                row = {"target": target_name, "kernel": kernel.metadata.name, "case": description, **usage}
+                print(json.dumps(row))
+    triton.runtime.driver.set_active(DeviceFreeDriver(TARGETS["sm_90"]))
+    for description, calls in _repetitions():
+        compiled.clear()
+        for call in calls:
+            call()
+        versions = Counter(kernel.metadata.name for kernel in {kernel.hash: kernel for kernel in compiled}.values())
+        print(json.dumps({"repeated": description, "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def plain_logprobs(
 
 def _gae_row(rewards: list[float], values: list[float], end: float, gamma: float, lam: float) -> list[float]:
     """Advantages of one uninterrupted sequence, by the sum that defines them (arXiv:1506.02438, equation 16)."""
-    following = [*values[1:], end]
+    following = [*values, end][1:]
     deltas = [r + gamma * v_next - v for r, v_next, v in zip(rewards, following, values, strict=True)]
     return [math.fsum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
 

@@ -1,0 +1,42 @@
+"""Every Triton kernel compiles for four GPUs without spilling, and once for all batches, lengths and scalars."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import require_backend
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """What tests/triton_aot.py prints; a process of its own, because here Triton is set to interpret."""
+    require_backend("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_aot.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_kernel_spills(compiled: list[dict]) -> None:
+    usage = [row for row in compiled if "target" in row]
+    print()
+    for row in usage:
+        print(f"{row['target']:7} {row['kernel']:30} {row['case']:30} {row['registers']:4} registers", end="")
+        print(f", {row['spilled']} spilled")
+    kernels = {"_selected_logprobs_fwd_kernel", "_selected_logprobs_bwd_kernel", "_gae_kernel"}
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert {(row["target"], row["kernel"]) for row in usage} == {(t, k) for t in targets for k in kernels}
+    assert [row for row in usage if row["spilled"]] == []
+
+
+def test_batch_length_and_scalars_share_one_compilation(compiled: list[dict]) -> None:
+    repeated = [row for row in compiled if "repeated" in row]
+    assert len(repeated) == 2
+    for row in repeated:
+        assert set(row["versions"].values()) == {1}, row
