@@ -31,6 +31,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # an isolated build leaves paths of its own tools in the cache, gone by the next one
             "-S",
             str(ROOT),
             "-B",
