@@ -1,0 +1,331 @@
+"""Readers of prompts, SFT examples and preference pairs: text or JSON lines, plain or .gz.
+
+A bad line is a UserError `file:line: reason`; what is merely odd is counted in a `Findings`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import random
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_trainer.errors import UserError
+
+Record = TypeVar("Record")
+HH_TURN = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One SFT record: the model learns `completion`, then EOS, after `prompt`."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison. `label`: probability that `chosen` is the better one (0.5: a tie); `margin`: in reward units."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    label: float = 1.0
+    margin: float = 0.0
+
+
+class Findings:
+    """Oddities of one file: how many of each, and where the first one stands. The first is an error if `strict`."""
+
+    def __init__(self, path: str | Path, strict: bool = False) -> None:
+        self.path = path
+        self.strict = strict
+        self.lines: dict[str, list[int]] = {}
+
+    def note(self, finding: str, line: int) -> None:
+        if self.strict:
+            raise UserError(f"{self.path}:{line}: {finding} (an error because of --strict)")
+        self.lines.setdefault(finding, []).append(line)
+
+    def __getitem__(self, finding: str) -> int:
+        return len(self.lines.get(finding, []))
+
+    def summary(self, records: int, noun: str) -> str:
+        parts = [f"{len(lines)} x {finding} (first: line {lines[0]})" for finding, lines in self.lines.items()]
+        return f"{self.path}: {records} {noun}" + ("; " + ", ".join(parts) if parts else "")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without the line end) of a UTF-8 file; a name in .gz is decompressed."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: damaged gzip data ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSON-lines file; empty lines are skipped."""
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
+            raise UserError(f"{path}:{number}: not JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: not usable JSON: nested too deeply") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        yield number, record
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
+    """Write one object a line, to a temporary file that is then renamed: the file is whole or not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def is_jsonl(path: str | Path) -> bool:
+    return str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def text_field(record: dict[str, Any], key: str, where: str) -> str:
+    """record[key] as text that a tokenizer takes; UserError naming `where` if it is missing or something else."""
+    if key not in record:
+        raise UserError(f"{where}: no field {key!r}; the fields are {', '.join(record) or 'none'}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {key!r} is {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: field {key!r} holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def number_field(record: dict[str, Any], key: str, where: str, default: float, low: float, high: float) -> float:
+    value = record.get(key, default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise UserError(f"{where}: field {key!r} is {value!r}, expected a number in [{low:g}, {high:g}]")
+    return float(value)
+
+
+def _messages(value: Any, key: str, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: field {key!r} is not a list of messages")
+    for message in value:
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: a message in {key!r} is {type(message).__name__}, expected an object")
+        text_field(message, "role", where)
+        text_field(message, "content", where)
+    return value
+
+
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str, answer: bool) -> str:
+    """Text of a chat by the tokenizer's template; with `answer`, up to where the assistant begins to speak."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise UserError(f"{where}: chat messages need a tokenizer with a chat template, and this one has none")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is the user's program
+        raise UserError(f"{where}: the tokenizer's chat template failed: {error}") from None
+
+
+def _chat_turn(
+    messages: list[dict[str, str]], end: int, tokenizer: PreTrainedTokenizerBase | None, where: str
+) -> Example:
+    """Message `end` as a completion of all before it, without the EOS that training and scoring append themselves."""
+    prompt = _render(messages[:end], tokenizer, where, answer=True)
+    whole = _render(messages[: end + 1], tokenizer, where, answer=False)
+    if not whole.startswith(prompt):
+        raise UserError(f"{where}: with this chat template an answer does not continue its prompt")
+    completion = whole[len(prompt) :]
+    eos = tokenizer.eos_token if tokenizer else None
+    if eos and completion.rstrip().endswith(eos):
+        completion = completion.rstrip().removesuffix(eos)
+    return Example(prompt, completion)
+
+
+def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """Prompts: one a line of a text file, or JSON lines with "prompt" (text, or chat messages) or "messages".
+
+    Raises:
+        UserError: an unreadable file, a malformed line, an empty prompt, or no prompt at all.
+    """
+    prompts = []
+    for number, line in [] if is_jsonl(path) else read_lines(path):
+        if not line.strip():
+            raise UserError(f"{path}:{number}: empty prompt")
+        prompts.append(line)
+    for number, record in read_jsonl(path) if is_jsonl(path) else []:
+        where = f"{path}:{number}"
+        key = "messages" if "messages" in record else "prompt"
+        if isinstance(record.get(key), list):
+            prompt = _render(_messages(record[key], key, where), tokenizer, where, answer=True)
+        else:
+            prompt = text_field(record, key, where)
+        if not prompt.strip():
+            raise UserError(f"{where}: empty prompt")
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it")
+    return prompts
+
+
+def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> list[Example]:
+    if "messages" in record:
+        messages = _messages(record["messages"], "messages", where)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        if not turns:
+            raise UserError(f"{where}: no assistant message to learn from")
+        return [_chat_turn(messages, turn, tokenizer, where) for turn in turns]
+    if "instruction" in record:
+        instruction, extra = text_field(record, "instruction", where), record.get("input") or ""
+        extra = text_field({"input": extra}, "input", where)
+        prompt = f"{instruction}\n\n{extra}\n\n" if extra else f"{instruction}\n\n"
+        return [Example(prompt, text_field(record, "output", where))]
+    return [Example(text_field(record, "prompt", where), text_field(record, "completion", where))]
+
+
+def read_examples(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
+) -> tuple[list[Example], Findings]:
+    """SFT examples from JSON lines of {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"}.
+
+    A chat gives one example for each assistant message. An empty completion is dropped; an empty prompt and a
+    duplicate are kept and counted. A text file gives one example a line, with an empty prompt.
+    """
+    findings, examples, seen = Findings(path, strict), [], set()
+    if is_jsonl(path):
+        found = ((number, _examples_of(record, tokenizer, f"{path}:{number}")) for number, record in read_jsonl(path))
+    else:
+        found = ((number, [Example("", line)]) for number, line in read_lines(path))
+    for number, records in found:
+        for example in records:
+            if not example.completion.strip():
+                findings.note("empty completion, dropped", number)
+                continue
+            if is_jsonl(path) and not example.prompt.strip():
+                findings.note("empty prompt", number)
+            if example in seen:
+                findings.note("duplicate", number)
+            seen.add(example)
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{path}: no example in it")
+    return examples, findings
+
+
+def _transcript_prompt(chosen: str, rejected: str, where: str) -> str:
+    """What two HH-RLHF transcripts share, up to the last assistant turn that both begin."""
+    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    end = chosen[:shared].rfind(HH_TURN)
+    if end < 0:
+        raise UserError(
+            f"{where}: no field 'prompt', and 'chosen' and 'rejected' share no beginning up to {HH_TURN.strip()!r}"
+        )
+    return chosen[: end + len(HH_TURN)]
+
+
+def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> Pair:
+    label = number_field(record, "label", where, 1.0, 0.0, 1.0)
+    margin = number_field(record, "margin", where, 0.0, -math.inf, math.inf)
+    if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
+        context = _messages(record["prompt"], "prompt", where) if "prompt" in record else []
+        sides = [
+            _chat_turn(chat, len(chat) - 1, tokenizer, where)
+            for chat in (context + _messages(record[key], key, where) for key in ("chosen", "rejected"))
+        ]
+        if sides[0].prompt != sides[1].prompt:
+            raise UserError(f"{where}: 'chosen' and 'rejected' differ before their last message")
+        return Pair(sides[0].prompt, sides[0].completion, sides[1].completion, label, margin)
+    chosen, rejected = text_field(record, "chosen", where), text_field(record, "rejected", where)
+    if "prompt" in record:
+        return Pair(text_field(record, "prompt", where), chosen, rejected, label, margin)
+    prompt = _transcript_prompt(chosen, rejected, where)
+    return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], label, margin)
+
+
+def read_pairs(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
+) -> tuple[list[Pair], Findings]:
+    """Preference pairs: JSON lines of {"prompt", "chosen", "rejected"}, HH-RLHF transcripts without "prompt", or chats.
+
+    Optional fields: "label" (probability that chosen is better) and "margin". Pairs with an empty or the same answer
+    are dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the other one preferred) are
+    kept and counted: repeated and opposed judgements are information.
+    """
+    findings, pairs, seen = Findings(path, strict), [], set()
+    for number, record in read_jsonl(path):
+        pair = _pair_of(record, tokenizer, f"{path}:{number}")
+        if not pair.chosen.strip() or not pair.rejected.strip():
+            findings.note("empty answer, dropped", number)
+            continue
+        if pair.chosen == pair.rejected:
+            findings.note("chosen equals rejected, dropped", number)
+            continue
+        if not pair.prompt.strip():
+            findings.note("empty prompt", number)
+        if (pair.prompt, pair.chosen, pair.rejected) in seen:
+            findings.note("duplicate", number)
+        if (pair.prompt, pair.rejected, pair.chosen) in seen:
+            findings.note("contradicts an earlier pair", number)
+        seen.add((pair.prompt, pair.chosen, pair.rejected))
+        pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: no pair in it")
+    return pairs, findings
+
+
+def split_heldout(
+    records: list[Record], heldout: float, seed: int, group: Callable[[Record], Hashable]
+) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records. `heldout` < 1 is a share, from 1 on a number of records; 0 holds nothing out.
+
+    Records of one group (the same prompt, say) stay together, so that nothing held out was half seen; the held-out
+    part may therefore be larger by less than one group.
+    """
+    target = heldout if heldout >= 1 else heldout * len(records)
+    if target >= len(records):
+        raise UserError(f"--heldout {heldout:g} leaves none of the {len(records)} records for training")
+    groups: dict[Hashable, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(group(record), []).append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    for members in order:
+        if len(chosen) >= target:
+            break
+        chosen.update(members)
+    if len(chosen) == len(records) and target > 0:
+        raise UserError("cannot hold anything out: all records belong to one prompt; give a file of its own instead")
+    training = [record for index, record in enumerate(records) if index not in chosen]
+    return training, [record for index, record in enumerate(records) if index in chosen]
