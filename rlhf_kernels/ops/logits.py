@@ -89,7 +89,7 @@ def selected_logprobs(
         )
         return logprobs if entropy is None else (logprobs, entropy)
 
-    rows = logits.flatten(0, -3) if logits.dim() > 3 else logits[(None,) * (3 - logits.dim())]
+    rows = logits.flatten(0, -3) if logits.dim() >= 3 else logits[(None,) * (3 - logits.dim())]
     inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace and (logits.stride(-1) != 1 or 0 in logits.stride()):
         raise ValueError(f"{OP}: inplace_backward needs logits with a contiguous last dimension that are not expanded")
@@ -97,7 +97,7 @@ def selected_logprobs(
         rows,
         labels.reshape(-1),
         None if mask is None else mask.reshape(-1),
-        1.0 if row_temperature is not None else float(temperature),
+        validate.runtime_scalar(1.0 if isinstance(temperature, Tensor) else temperature),
         None if row_temperature is None else row_temperature.reshape(-1),
         with_entropy,
         inplace,
@@ -135,14 +135,14 @@ def _forward(
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     row_temperature: Tensor | None,
     with_entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [O, I, V]; the rest [O*I] -> logprobs [O*I], entropy [O*I] or [0], (max, log sum) [O*I, 2]."""
+    """logits [O, I, V], temperature [], the rest [N = O*I] -> logprobs [N], entropy [N] or [0], (max, log s) [N, 2]."""
     backend = dispatch.load(dispatch.required(OP, logits))
-    return backend.selected_logprobs_fwd(logits, labels, mask, temperature, row_temperature, with_entropy)
+    return backend.selected_logprobs_fwd(logits, labels, mask, temperature.item(), row_temperature, with_entropy)
 
 
 @_forward.register_fake
@@ -165,14 +165,15 @@ def _backward(
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     row_temperature: Tensor | None,
     stats: Tensor,
     entropy: Tensor,
 ) -> Tensor:
     backend = dispatch.load(dispatch.required(OP, logits))
     return backend.selected_logprobs_bwd(
-        grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy, False
+        *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
+        *(row_temperature, stats, entropy, False),
     )
 
 
@@ -188,14 +189,15 @@ def _backward_inplace(
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     row_temperature: Tensor | None,
     stats: Tensor,
     entropy: Tensor,
 ) -> None:
     backend = dispatch.load(dispatch.required(OP, logits))
     backend.selected_logprobs_bwd(
-        grad_logprobs, grad_entropy, logits, labels, mask, temperature, row_temperature, stats, entropy, True
+        *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
+        *(row_temperature, stats, entropy, True),
     )
 
 
@@ -209,21 +211,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, entropy, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, labels, mask, row_temperature, stats, entropy)
-    ctx.temperature, ctx.with_entropy, ctx.inplace = temperature, with_entropy, inplace
+    ctx.save_for_backward(logits, labels, mask, temperature, row_temperature, stats, entropy)
+    ctx.with_entropy, ctx.inplace = with_entropy, inplace
 
 
 def _autograd(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: None
 ) -> tuple[Tensor | None, ...]:
-    logits, labels, mask, row_temperature, stats, entropy = ctx.saved_tensors
+    logits, labels, mask, temperature, row_temperature, stats, entropy = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
         arguments = (
             *(grad_logprobs, grad_entropy, logits, labels, mask),
-            *(ctx.temperature, row_temperature, stats, entropy),
+            *(temperature, row_temperature, stats, entropy),
         )
         if ctx.inplace:
             _backward_inplace(*arguments)

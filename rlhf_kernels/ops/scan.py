@@ -70,7 +70,8 @@ def gae(
         advantages, returns = reference.gae(rewards, values, mask, bootstrap, gamma, lam, masked)
     else:
         bootstrap = None if bootstrap is None else bootstrap.float()
-        advantages, returns = _gae(rewards, values, mask, bootstrap, float(gamma), float(lam), MASKED.index(masked))
+        scalars = validate.runtime_scalar(gamma), validate.runtime_scalar(lam)
+        advantages, returns = _gae(rewards, values, mask, bootstrap, *scalars, MASKED.index(masked))
     return advantages.view(shape), returns.view(shape)
 
 
@@ -80,13 +81,13 @@ def _gae(
     values: Tensor,
     mask: Tensor | None,
     bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
+    gamma: Tensor,
+    lam: Tensor,
     masked: int,
 ) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask [B, T], bootstrap [B] -> advantages, returns [B, T] float32; masked indexes MASKED."""
+    """rewards, values, mask [B, T], bootstrap [B], gamma, lam [] -> advantages, returns [B, T]; masked indexes MASKED."""
     backend = dispatch.load(dispatch.required(OP, rewards))
-    return backend.gae(rewards, values, mask, bootstrap, gamma, lam, masked)
+    return backend.gae(rewards, values, mask, bootstrap, gamma.item(), lam.item(), masked)
 
 
 @_gae.register_fake

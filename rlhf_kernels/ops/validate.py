@@ -98,6 +98,15 @@ def number_or_like(
         raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
 
 
+def runtime_scalar(value: float) -> Tensor:
+    """`value` for a registered op: 0-d float64 on the CPU, where reading it is no sync.
+
+    A float argument would be a constant of the trace, and each new temperature would compile again; the product of a
+    tensor and a number stays an input.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
 def choice(op: str, name: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"{op}: {name} is {value!r}; it takes {', '.join(map(repr, options))}")

@@ -13,6 +13,12 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x.clamp(low, high), with bounds that a trace keeps as inputs: as plain numbers each new value would recompile."""
+    one = x.new_ones(())
+    return torch.clamp(x, one * low, one * high) if torch.compiler.is_compiling() else x.clamp(low, high)
+
+
 def select(mask: Tensor | None, x: Tensor, other: float = 0.0) -> Tensor:
     """`x` where counted, `other` elsewhere. Selects, never multiplies: NaN at a masked place stays out."""
     return x if mask is None else torch.where(mask, x, other)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference.common import EXPONENT_LIMIT, count, masked_mean, select, upcast
+from rlhf_kernels.reference.common import EXPONENT_LIMIT, clamp, count, masked_mean, select, upcast
 
 # exp(u) - 1 - u = u^2 (1/2! + u/3! + u^2/4! + ...): 15 terms reach float64 at |u| <= 0.5.
 _K3_SERIES = [1.0 / math.factorial(k) for k in range(2, 17)]
@@ -43,7 +43,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, cli
     """scores [B], kl [B, T], mask [B, T] -> rewards [B, T]: -kl_coef * kl, plus the score at the last counted token."""
     scores, kl = upcast(scores), upcast(kl)
     if clip is not None:
-        scores = scores.clamp(-clip, clip)
+        scores = clamp(scores, -clip, clip)
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     counted_from_here = mask.long().flip(-1).cumsum(-1).flip(-1)
     is_last = mask & (counted_from_here == 1)
@@ -103,7 +103,7 @@ def policy_loss(
     log_ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     rho = log_ratio.exp()
     unclipped = rho * advantage
-    clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantage
+    clipped = clamp(rho, 1 - clip_low, 1 + clip_high) * advantage
     losses = -torch.where(clipped < unclipped, clipped, unclipped)
     dual = torch.zeros_like(rho, dtype=torch.bool)
     if dual_clip is not None:
@@ -145,7 +145,7 @@ def value_loss(
     is_clipped = torch.zeros_like(value, dtype=torch.bool)
     if clip is not None and old_values is not None:
         old = select(mask, upcast(old_values.detach()))
-        squared_clipped = (old + (value - old).clamp(-clip, clip) - target).square()
+        squared_clipped = (old + clamp(value - old, -clip, clip) - target).square()
         is_clipped = squared_clipped > squared
         squared = torch.where(is_clipped, squared_clipped, squared)
     loss = aggregate(select(mask, 0.5 * squared), mask, mode, denominator)

@@ -1,0 +1,110 @@
+"""Same bits every run, whatever else is in the batch, wherever a row stands, however many threads there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import edge_cases
+import pytest
+import torch
+from conftest import Backend
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+
+def _logits_op(backend: Backend, temperature: float | Tensor = 0.7) -> Callable[..., list[Tensor]]:
+    """(logits, labels, upstream) -> logprobs, entropy, gradient."""
+
+    def call(logits: Tensor, labels: Tensor, upstream: Tensor) -> list[Tensor]:
+        x = logits.detach().to(backend.device).requires_grad_()
+        outputs = rk.selected_logprobs(x, labels.to(backend.device), temperature=temperature, with_entropy=True)
+        upstream = upstream.to(backend.device)
+        (grad,) = torch.autograd.grad(outputs, x, [upstream, 0.3 * upstream])
+        return [tensor.detach().cpu() for tensor in (*outputs, grad)]
+
+    return call
+
+
+def _gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
+    def call(rewards: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:
+        moved = (x.to(backend.device) for x in (rewards, values, mask))
+        return [tensor.cpu() for tensor in rk.gae(*moved)]
+
+    return call
+
+
+def _assert_rows_do_not_depend_on_the_batch(call: Callable[..., list[Tensor]], rows: list[Tensor]) -> None:
+    """rows: arguments whose first dimension is the batch."""
+    count = len(rows[0])
+    whole = call(*rows)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(whole, call(*rows), strict=True):
+        assert torch.equal(a, b), "two runs differ"
+    for a, b in zip(whole, call(*(x[order] for x in rows)), strict=True):
+        assert torch.equal(a[order], b), "the place in the batch matters"
+    for few in (slice(0, 1), slice(1, 2), slice(count - 1, None), slice(1, 4)):
+        for a, b in zip(whole, call(*(x[few] for x in rows)), strict=True):
+            assert torch.equal(a[few], b), "the size of the batch matters"
+        for a, b in zip(whole, call(*(x[few].clone() for x in rows)), strict=True):
+            assert torch.equal(a[few], b), "the address matters"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [128, 1001, 40_000])
+def test_logits_rows(backend: Backend, V: int, dtype: torch.dtype) -> None:
+    rows = 5 if backend.interpreted else 9 if V > 10_000 else 257
+    logits = edge_cases.logits_of("normal", (rows, V), dtype)
+    labels = edge_cases.labels_for((rows,), V)
+    upstream = torch.randn(rows, generator=torch.Generator().manual_seed(4))
+    _assert_rows_do_not_depend_on_the_batch(_logits_op(backend), [logits, labels, upstream])
+
+
+def test_gae_rows(backend: Backend, small_blocks: None) -> None:
+    rows = 9 if backend.interpreted else 257
+    generator = torch.Generator().manual_seed(5)
+    rewards, values = (torch.randn(rows, 45, generator=generator) for _ in range(2))
+    mask = torch.rand(rows, 45, generator=generator) > 0.3
+    _assert_rows_do_not_depend_on_the_batch(_gae_op(backend), [rewards, values, mask])
+
+
+def test_token_rows() -> None:
+    generator = torch.Generator().manual_seed(6)
+    rows = [torch.randn(257, 45, generator=generator) for _ in range(2)]
+    _assert_rows_do_not_depend_on_the_batch(lambda a, b: [rk.per_token_kl(a, b, estimator="k3")], rows)
+
+
+@pytest.mark.parametrize("V", [1000, 131_072])
+def test_number_of_threads(V: int) -> None:
+    """One long row is where a library splits the sum over threads."""
+    logits, labels = edge_cases.logits_of("normal", (3, V), torch.float32), edge_cases.labels_for((3,), V)
+    rewards, values = edge_cases.logits_of("normal", (2, 64, 40), torch.float32)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    before = torch.get_num_threads()
+    for name in ("reference", "cpu"):
+        if name == "cpu" and rk.dispatch.available()["cpu"]:
+            continue
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            try:
+                with rk.use_backend(name):
+                    device = Backend(name, "cpu")
+                    one = _logits_op(device)(logits[:1], labels[:1], torch.ones(1))
+                    all_rows = _logits_op(device)(logits, labels, torch.ones(3))
+                    results.append([*one, *all_rows, *_gae_op(device)(rewards, values, mask)])
+            finally:
+                torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_layout_changes_no_bit(backend: Backend) -> None:
+    """A strided view and its copy: also where the copy is aligned to 16 elements and the view is not."""
+    for V in (48, 37):
+        logits = edge_cases.logits_of("normal", (3, 5, V), torch.bfloat16)
+        labels = edge_cases.labels_for((3, 5), V)
+        expected = _logits_op(backend)(logits, labels, torch.ones(3, 5))
+        for place in edge_cases.LAYOUTS.values():
+            for a, b in zip(expected, _logits_op(backend)(place(logits), labels, torch.ones(3, 5)), strict=True):
+                assert torch.equal(a, b)

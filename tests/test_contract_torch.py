@@ -1,0 +1,254 @@
+"""The ops as PyTorch citizens: gradcheck, opcheck, compile without breaks or recompiles, autocast, backward twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import edge_cases
+import pytest
+import torch
+from conftest import Backend
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import rlhf_kernels as rk
+
+V = 12
+
+
+class Op(NamedTuple):
+    call: Callable[..., object]  # (mask [n, t], labels [n, t], scalar, *tensors)
+    leaves: tuple[str, ...]  # shapes of the differentiable tensors, in n, t and v
+    constants: tuple[str, ...] = ()  # and of the others, which come after them
+
+
+OPS = {
+    "selected_logprobs": Op(
+        lambda mask, labels, s, x: rk.selected_logprobs(x, labels, mask=mask, temperature=0.7 + s, with_entropy=True),
+        ("ntv",),
+    ),
+    "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
+    "per_token_kl": Op(lambda mask, labels, s, a, b: rk.per_token_kl(a + s, b, estimator="k3"), ("nt", "nt")),
+    "shaped_rewards": Op(
+        lambda mask, labels, s, a, b: rk.shaped_rewards(a, b, mask, kl_coef=0.1 + s, clip=1 + s), (), ("n", "nt")
+    ),
+    "whiten": Op(lambda mask, labels, s, x: rk.whiten(x, mask, eps=1e-3 + s), ("nt",)),
+    "policy_loss": Op(
+        lambda mask, labels, s, x, old, a: rk.policy_loss(
+            x, old, a, mask, clip_low=0.1 + s, clip_high=0.2 + s, dual_clip=2 + s
+        )[0],
+        ("nt",),
+        ("nt", "nt"),
+    ),
+    "value_loss": Op(
+        lambda mask, labels, s, v, old, r: rk.value_loss(v, old, r, mask, clip=0.1 + s)[0], ("nt",), ("nt", "nt")
+    ),
+    "pairwise_loss": Op(lambda mask, labels, s, a, b: rk.pairwise_loss(a, b, margin=0.1 + s, label=0.8), ("n", "n")),
+}
+WITH_KERNEL = ("selected_logprobs", "gae")
+
+
+def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _arguments(op: str, n: int, t: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """mask, labels, and the op's tensors, the differentiable ones as leaves."""
+    sizes = {"n": n, "t": t, "v": V}
+    tensors = []
+    for seed, (shape, is_leaf) in enumerate(
+        [(shape, True) for shape in OPS[op].leaves] + [(shape, False) for shape in OPS[op].constants]
+    ):
+        x = _normal(*(sizes[letter] for letter in shape), seed=seed, dtype=dtype).to(device)
+        tensors.append(x.requires_grad_(is_leaf))
+    mask = edge_cases.MASKS["holes"](torch.Size((n, t))).to(device)
+    return mask, edge_cases.labels_for((n, t), V).to(device), tensors
+
+
+def _outputs(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _with_gradients(call: Callable, s: float, mask: Tensor, labels: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    outputs = _outputs(call(mask, labels, s, *tensors))
+    leaves = [x for x in tensors if x.requires_grad]
+    if leaves:
+        outputs += torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
+    return [y.detach() for y in outputs]
+
+
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.leaves])
+def test_gradcheck(op: str) -> None:
+    mask, labels, tensors = _arguments(op, 3, 5, torch.float64, "cpu")
+    assert torch.autograd.gradcheck(lambda *x: OPS[op].call(mask, labels, 0.1, *x), tensors)
+
+
+def test_gradcheck_under_a_forced_backend(backend: Backend) -> None:
+    """float64 goes to the reference."""
+    mask, labels, (x,) = _arguments("selected_logprobs", 2, 3, torch.float64, backend.device)
+    assert rk.selected_logprobs(x, labels).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda y: OPS["selected_logprobs"].call(mask, labels, 0.1, y), (x,))
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_logits(kernel_backend: Backend, dtype: torch.dtype, with_entropy: bool) -> None:
+    device, ops = kernel_backend.device, torch.ops.rlhf_kernels
+    mask, labels, (x,) = _arguments("selected_logprobs", 2, 3, dtype, device)
+    mask, labels, row_temperature = mask.flatten(), labels.flatten(), torch.linspace(0.5, 2, 6, device=device)
+    one = torch.ones((), dtype=torch.float64)
+    forward = (x, labels, mask, one, row_temperature, with_entropy, False)
+    torch.library.opcheck(ops.selected_logprobs.default, forward)
+    _, entropy, stats = (y.detach() for y in ops.selected_logprobs(*forward))
+    g = _normal(6).to(device)
+    backward = (g, g if with_entropy else None, x.detach(), labels, mask, one, row_temperature, stats, entropy)
+    torch.library.opcheck(ops.selected_logprobs_backward.default, backward)
+    torch.library.opcheck(ops.selected_logprobs_backward_.default, backward)
+
+
+def test_opcheck_gae(kernel_backend: Backend) -> None:
+    mask, _, (rewards, values) = _arguments("gae", 3, 7, torch.float32, kernel_backend.device)
+    discounts = torch.tensor([0.9, 0.95], dtype=torch.float64)
+    for extra in ((mask, torch.ones(3, device=kernel_backend.device)), (None, None)):
+        torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, (rewards, values, *extra, *discounts, 0))
+
+
+@pytest.mark.parametrize(
+    ("backend", "op"),
+    [("reference", op) for op in OPS] + [(name, op) for name in ("cpu", "triton") for op in WITH_KERNEL],
+    indirect=["backend"],
+)
+def test_compiles_whole_and_once(backend: Backend, op: str) -> None:
+    """No graph break; a new N, T, temperature, clip or discount compiles nothing again."""
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS[op].call, fullgraph=True, dynamic=True, backend="aot_eager")
+    sizes = ((3, 5), (4, 9), (7, 6), (2, 17))
+    if backend.name == "reference" and op == "gae":
+        sizes = ((3, 5), (4, 5), (7, 5), (2, 5))  # the specification's loop over t is unrolled in a trace
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for s, (n, t) in zip((0.11, 0.23, 0.31, 0.05), sizes, strict=True):
+            arguments = _arguments(op, n, t, torch.float32, backend.device)
+            expected = _with_gradients(OPS[op].call, s, *arguments)
+            for a, b in zip(_with_gradients(compiled, s, *arguments), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_inductor(backend: Backend) -> None:
+    """The kernels inside generated code, with policy_loss fused around them."""
+
+    def step(logits: Tensor, labels: Tensor, mask: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        logprobs, entropy = rk.selected_logprobs(logits, labels, mask=mask, with_entropy=True)
+        if backend.name != "reference":
+            return (logprobs * advantages + 0.1 * entropy).sum()
+        loss, _ = rk.policy_loss(logprobs, old, advantages, mask)
+        return loss - 0.1 * rk.whiten(entropy, mask).sum()
+
+    torch._dynamo.reset()
+    mask, labels, (logits,) = _arguments("selected_logprobs", 3, 5, torch.float32, backend.device)
+    rest = (labels, mask, -_normal(3, 5).abs().to(backend.device), _normal(3, 5, seed=1).to(backend.device))
+    compiled = torch.compile(step, fullgraph=True)
+    for function in (step, compiled):
+        logits.grad = None
+        function(logits, *rest).backward()
+        if function is step:
+            expected = logits.grad
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("op", ["selected_logprobs", "gae"])
+def test_autocast(backend: Backend, op: str) -> None:
+    mask, labels, tensors = _arguments(op, 3, 5, torch.float32, backend.device)
+    plain = OPS[op].call(mask, labels, 0.1, *tensors)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        under = OPS[op].call(mask, labels, 0.1, *tensors)
+    for a, b in zip(plain, under, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_of_a_head(backend: Backend) -> None:
+    """bf16 logits out of an autocast matmul, fp32 logprobs, gradient back to the fp32 weight."""
+    mask, labels, _ = _arguments("selected_logprobs", 3, 5, torch.float32, backend.device)
+    hidden, weight = _normal(3, 5, 8).to(backend.device), _normal(V, 8, seed=1).to(backend.device).requires_grad_()
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        logits = hidden @ weight.T
+        logprobs = rk.selected_logprobs(logits, labels, mask=mask)
+    assert logits.dtype == torch.bfloat16
+    assert logprobs.dtype == torch.float32
+    logprobs.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.isfinite().all()
+
+
+def test_backward_twice_gives_the_same(backend: Backend) -> None:
+    mask, labels, (x,) = _arguments("selected_logprobs", 3, 5, torch.float32, backend.device)
+    logprobs, entropy = rk.selected_logprobs(x, labels, mask=mask, with_entropy=True)
+    first, second = (torch.autograd.grad((logprobs + entropy).sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first is not second
+
+
+def test_double_backward_says_that_it_is_missing(kernel_backend: Backend) -> None:
+    _, labels, (x,) = _arguments("selected_logprobs", 3, 5, torch.float32, kernel_backend.device)
+    (grad,) = torch.autograd.grad(rk.selected_logprobs(x, labels).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"selected_logprobs_backward.*no autograd formula"):
+        grad.sum().backward()
+
+
+def test_no_gradient_for_what_needs_none(backend: Backend) -> None:
+    _, labels, (x,) = _arguments("selected_logprobs", 3, 5, torch.float32, backend.device)
+    assert not rk.selected_logprobs(x.detach(), labels).requires_grad
+    with torch.no_grad():
+        assert not rk.selected_logprobs(x, labels).requires_grad
+
+
+def test_inplace_backward(kernel_backend: Backend) -> None:
+    """The gradient lands in the logits' own memory, through their strides, and PyTorch knows of it."""
+    device = kernel_backend.device
+    for dtype in (torch.float32, torch.bfloat16):
+        source = _normal(3, 6, V, dtype=dtype).to(device)
+        labels = edge_cases.labels_for((3, 5), V).to(device)
+        mask = edge_cases.MASKS["holes"](torch.Size((3, 5))).to(device)
+        leaf = source.clone().requires_grad_()
+        logprobs = rk.selected_logprobs(leaf[:, :-1], labels, mask=mask, temperature=0.8)
+        (expected,) = torch.autograd.grad(logprobs.sum(), leaf)
+
+        leaf = source.clone().requires_grad_()
+        buffer = leaf.clone()  # as a model's output would be
+        view = buffer[:, :-1]
+        version = view._version
+        logprobs = rk.selected_logprobs(view, labels, mask=mask, temperature=0.8, inplace_backward=True)
+        assert torch.equal(buffer.detach(), source)  # nothing happens before backward
+        (grad,) = torch.autograd.grad(logprobs.sum(), leaf, retain_graph=True)
+        assert torch.equal(grad, expected)
+        assert view._version > version
+        assert torch.equal(view.detach(), expected[:, :-1])
+        assert torch.equal(buffer[:, -1].detach(), source[:, -1])  # what was not asked about stays
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(logprobs.sum(), leaf)
+
+
+def test_inplace_backward_refuses_logits_that_overlap(kernel_backend: Backend) -> None:
+    x = _normal(1, V).to(kernel_backend.device).requires_grad_()
+    labels = torch.zeros(3, dtype=torch.int64, device=kernel_backend.device)
+    for logits in (x.expand(3, V), _normal(V, 3).to(kernel_backend.device).requires_grad_().T):
+        with pytest.raises(ValueError, match="inplace_backward"):
+            rk.selected_logprobs(logits, labels, inplace_backward=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_value_is_read_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors have no values: whatever looks at one (a sync on a real GPU) raises."""
+    for checked in ("0", "1"):
+        monkeypatch.setenv("RLHF_KERNELS_CHECK", checked)
+        with FakeTensorMode():
+            sizes = {"n": 3, "t": 5, "v": V}
+            shapes = [*OPS[op].leaves, *OPS[op].constants]
+            tensors = [torch.empty([sizes[letter] for letter in shape], device="cuda") for shape in shapes]
+            mask = torch.empty(3, 5, dtype=torch.bool, device="cuda")
+            labels = torch.empty(3, 5, dtype=torch.int64, device="cuda")
+            if checked == "1" and op == "selected_logprobs":  # the labels are looked at, as asked for
+                with pytest.raises(DataDependentOutputException):
+                    OPS[op].call(mask, labels, 0.1, *tensors)
+            else:
+                assert all(y.device.type == "cuda" for y in _outputs(OPS[op].call(mask, labels, 0.1, *tensors)))
