@@ -50,10 +50,10 @@ def check(
     per_row = temperature.expand(labels.shape)[counted] if isinstance(temperature, Tensor) else temperature
     g, g_entropy = (grad[counted] for grad in _upstream(labels.shape))
     expected = truth.selected_logprobs(x, chosen, per_row, g, g_entropy)
-    plain = truth.plain_logprobs(x, chosen, per_row, g, g_entropy)
+    plain = truth.plain_logprobs_errors(x, chosen, per_row, g, g_entropy)
     for i in range(3):
         truncates = backend.interpreted and i == 2 and logits.dtype == torch.bfloat16
-        truth.assert_accurate(got[i][counted], expected[i], [p[i] for p in plain], truncates=truncates)
+        truth.assert_accurate(got[i][counted], expected[i], plain[i], truncates=truncates)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,7 +182,7 @@ def test_only_one_output_differentiated(backend: Backend) -> None:
         (grad,) = torch.autograd.grad(outputs[which].sum(), x)  # an expanded upstream gradient
         weights = [torch.full((3,), float(which == i)) for i in (0, 1)]
         _, _, expected = truth.selected_logprobs(logits, labels, 1.0, *weights)
-        plain = [p[2] for p in truth.plain_logprobs(logits, labels, 1.0, *weights)]
+        _, _, plain = truth.plain_logprobs_errors(logits, labels, 1.0, *weights)
         truth.assert_accurate(grad, expected, plain)
 
 
@@ -191,7 +191,7 @@ def test_without_entropy_the_same_logprobs(backend: Backend) -> None:
     expected, _, _ = _run(backend, logits, labels)
     got = rk.selected_logprobs(logits.to(backend.device), labels.to(backend.device))
     assert isinstance(got, Tensor)
-    truth.assert_accurate(got, expected, [])
+    truth.assert_accurate(got, expected, 0.0)
 
 
 def test_bad_labels_raise_and_name_the_first(backend: Backend) -> None:

@@ -1,0 +1,98 @@
+"""Random calls for hypothesis: shape around the block, dtype, layout, class of value, label and mask."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import edge_cases
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BLOCK_V, BLOCK_T = 128, 16  # what the small_blocks fixture sets
+
+
+class LogitsCall(NamedTuple):
+    logits: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    temperature: float | Tensor
+    described: str
+
+    def __repr__(self) -> str:
+        return self.described
+
+
+@st.composite
+def logits_calls(draw: st.DrawFn) -> LogitsCall:
+    near_block = st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)])
+    V = draw(st.one_of(st.integers(1, 40), near_block))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1000))
+    # Each row its own class of value: one row's NaN or infinity must not reach the next.
+    classes = draw(st.lists(st.sampled_from(sorted(edge_cases.LOGITS)), min_size=1, max_size=4))
+    rows = [edge_cases.logits_of(classes[n % len(classes)], (V,), dtype, seed + n) for n in range(shape[0] * shape[1])]
+    logits = torch.stack(rows).view(*shape, V)
+    labels = edge_cases.labels_for(shape, V, seed, draw(st.sampled_from([torch.int64, torch.int32])))
+    kind = draw(st.sampled_from(sorted(edge_cases.MASKS)))
+    mask = edge_cases.MASKS[kind](torch.Size(shape))
+    logits, labels = edge_cases.spoil(logits, labels, mask)
+    layout = draw(st.sampled_from(sorted(edge_cases.LAYOUTS)))
+    if draw(st.booleans()):
+        labels = labels.repeat_interleave(2, -1)[..., ::2]
+    temperature = draw(st.sampled_from([1.0, 0.5, 1.7, torch.linspace(0.5, 2.0, shape[1])]))
+    described = f"{[*shape, V]} {dtype} {classes} seed {seed}, {layout}, mask {kind}, temperature {temperature}"
+    return LogitsCall(edge_cases.LAYOUTS[layout](logits), labels, mask, temperature, described)
+
+
+class GaeCall(NamedTuple):
+    rewards: Tensor
+    values: Tensor
+    mask: Tensor | None
+    bootstrap: Tensor | None
+    masked: str
+    gamma: float
+    lam: float
+
+
+@st.composite
+def gae_calls(draw: st.DrawFn) -> GaeCall:
+    near_block = st.sampled_from([k * BLOCK_T + d for k in (1, 2, 3) for d in (-1, 0, 1)])
+    time = draw(st.one_of(st.integers(1, 8), near_block))
+    batch = draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    dtype = draw(st.sampled_from(DTYPES))
+    scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
+    rewards, values = ((scale * torch.randn(batch, time, generator=generator)).to(dtype) for _ in range(2))
+    share = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]))
+    mask = None if share is None else torch.rand(batch, time, generator=generator) < share
+    rewards, values = edge_cases.hide(mask, rewards, values)
+    if draw(st.booleans()):  # rows of a wider tensor
+        rewards, values = (torch.cat([x, x], 1)[:, :time] for x in (rewards, values))
+    bootstrap = scale * torch.randn(batch, generator=generator) if draw(st.booleans()) else None
+    discounts = st.sampled_from([0.0, 0.5, 0.97, 1.0])
+    masked = draw(st.sampled_from(["skip", "stop", "zero"]))
+    return GaeCall(rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts))
+
+
+class TokenCall(NamedTuple):
+    tensors: tuple[Tensor, Tensor, Tensor]
+    mask: Tensor | None
+    aggregate: str
+
+
+@st.composite
+def token_calls(draw: st.DrawFn) -> TokenCall:
+    """Three [B, T] tensors of finite numbers, small and extreme, NaN where the mask hides them."""
+    shape = (draw(st.integers(0, 3)), draw(st.integers(0, 6)))
+    numbers = st.one_of(st.floats(-3, 3, width=32), st.sampled_from([0.0, 119.0, -119.0, 1e4, -1e4, 1e-30, 3e-4]))
+    count = shape[0] * shape[1]
+    values = st.lists(numbers, min_size=count, max_size=count)
+    tensors = [torch.tensor(draw(values), dtype=torch.float32).view(shape) for _ in range(3)]
+    mask = None
+    if draw(st.booleans()):
+        flags = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+        mask = torch.tensor(flags, dtype=torch.bool).view(shape)
+    modes = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
+    return TokenCall(tuple(edge_cases.hide(mask, *tensors)), mask, draw(st.sampled_from(modes)))

@@ -1,0 +1,78 @@
+"""Random calls of every op: the same checks as the hand-picked ones, where nobody thought of looking."""
+
+from __future__ import annotations
+
+import strategies
+import test_logits
+import test_scan
+import torch
+from conftest import Backend
+from hypothesis import HealthCheck, given, settings
+
+import rlhf_kernels as rk
+
+# Derandomised: CI runs the same cases each time, and a failure is a fact rather than weather.
+SLICE = settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    # The fixtures choose the backend; nothing in them depends on the example.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors],
+)
+
+
+@SLICE
+@given(call=strategies.logits_calls())
+def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategies.LogitsCall) -> None:
+    test_logits.check(backend, call.logits, call.labels, call.mask, call.temperature)
+
+
+@SLICE
+@given(call=strategies.gae_calls())
+def test_gae(backend: Backend, small_blocks: None, call: strategies.GaeCall) -> None:
+    test_scan.check(backend, *call)
+
+
+def _assert_finite_and_masked(outputs: list[torch.Tensor], mask: torch.Tensor | None, *per_token: torch.Tensor) -> None:
+    for tensor in (*outputs, *per_token):
+        assert tensor.isfinite().all()
+    if mask is not None:
+        for tensor in per_token:
+            assert (tensor[~mask] == 0).all()
+
+
+@SLICE
+@given(call=strategies.token_calls())
+def test_losses(call: strategies.TokenCall) -> None:
+    """No finite counted input, however extreme, and nothing hidden gives inf or NaN, forward or backward."""
+    (x, old, third), mask, aggregate = call
+    for loss_of in (
+        lambda leaf: rk.policy_loss(leaf, old, third, mask, aggregate=aggregate),
+        lambda leaf: rk.policy_loss(leaf, old, third, mask, aggregate=aggregate, ratio="sequence", dual_clip=3.0),
+        lambda leaf: rk.value_loss(leaf, old, third, mask, aggregate=aggregate),
+    ):
+        leaf = x.clone().requires_grad_()
+        loss, stats = loss_of(leaf)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        _assert_finite_and_masked([loss, *stats.values()], mask, grad)
+
+
+@SLICE
+@given(call=strategies.token_calls())
+def test_token_ops(call: strategies.TokenCall) -> None:
+    (x, kl, _), mask, _ = call
+    for shift_mean in (True, False):
+        leaf = x.clone().requires_grad_()
+        white = rk.whiten(leaf, mask, shift_mean=shift_mean)
+        (grad,) = torch.autograd.grad(white.sum(), leaf)
+        _assert_finite_and_masked([], mask, white, grad)
+    counted = torch.ones(x.shape, dtype=torch.bool) if mask is None else mask
+    rewards = rk.shaped_rewards(torch.zeros(x.shape[0]), kl, counted, kl_coef=0.1)
+    _assert_finite_and_masked([], counted, rewards)
+    for estimator in ("k1", "k2", "k3", "abs"):
+        leaf = torch.where(counted, x, 0.0).requires_grad_()
+        value = rk.per_token_kl(leaf, torch.where(counted, kl, 0.0), estimator=estimator)
+        _assert_finite_and_masked([value, *torch.autograd.grad(value.sum(), leaf)], None)
+        if estimator != "k1":
+            assert (value >= 0).all()
