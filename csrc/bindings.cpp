@@ -1,5 +1,5 @@
-// rlhf_kernels._native: addresses, sizes and strides in, numbers into the caller's memory. No torch header: one build
-// works with every torch version. The GIL is released while a kernel runs.
+// rlhf_kernels._native: addresses, sizes and strides in, numbers into the caller's memory. No torch header:
+// one build works with every torch version. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,7 +30,8 @@ T* pointer(uintptr_t address) {
 // Elements of a large task: several huge pages, so that two threads rarely fault in, and zero, the same one.
 constexpr int64_t kLargeTask = int64_t{1} << 20;
 
-// Rows handed to a thread at a time: four tasks a thread where they are large enough, for balance under a mask.
+// Rows handed to a thread at a time: four tasks a thread where they are large enough, for balance under a
+// mask.
 int64_t rows_per_task(int64_t rows, int64_t elements_per_row, int threads) {
   const int64_t width = std::max<int64_t>(1, elements_per_row);
   const int64_t balanced = std::min(kLargeTask / width, rows / (4 * int64_t{std::max(1, threads)}));
@@ -60,15 +61,16 @@ rk::LogprobsArgs logprobs_args(uintptr_t logits, int dtype, int64_t inner, int64
 
 // Returns the first row with a bad label, and then has computed nothing; -1 when all is done.
 int64_t selected_logprobs_fwd(uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                              int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes, uintptr_t mask,
-                              double temperature, uintptr_t row_temperature, uintptr_t logprobs, uintptr_t entropy,
-                              uintptr_t stats, int threads) {
-  rk::LogprobsFwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels, label_bytes,
-                                        mask, temperature, row_temperature),
+                              int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
+                              uintptr_t mask, double temperature, uintptr_t row_temperature,
+                              uintptr_t logprobs, uintptr_t entropy, uintptr_t stats, int threads) {
+  rk::LogprobsFwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels,
+                                        label_bytes, mask, temperature, row_temperature),
                           pointer<float>(logprobs), pointer<float>(entropy), pointer<float>(stats)};
   const int64_t rows = outer * inner;
-  const int64_t bad = (label_bytes == 4 ? first_bad_label<int32_t>
-                                        : first_bad_label<int64_t>)(args.in.labels.data, args.in.mask, rows, vocab);
+  const int64_t bad =
+      (label_bytes == 4 ? first_bad_label<int32_t> : first_bad_label<int64_t>)(args.in.labels.data,
+                                                                               args.in.mask, rows, vocab);
   if (bad >= 0) return bad;
   rk::parallel_rows(
       rows, rows_per_task(rows, vocab, threads), threads,
@@ -80,12 +82,13 @@ int64_t selected_logprobs_fwd(uintptr_t logits, int dtype, int64_t outer, int64_
 }
 
 void selected_logprobs_bwd(uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                           int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes, uintptr_t mask,
-                           double temperature, uintptr_t row_temperature, uintptr_t grad_logprobs,
-                           uintptr_t grad_entropy, uintptr_t stats, uintptr_t entropy, uintptr_t grad,
-                           int64_t grad_stride_outer, int64_t grad_stride_inner, int threads) {
-  rk::LogprobsBwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels, label_bytes,
-                                        mask, temperature, row_temperature),
+                           int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
+                           uintptr_t mask, double temperature, uintptr_t row_temperature,
+                           uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t stats,
+                           uintptr_t entropy, uintptr_t grad, int64_t grad_stride_outer,
+                           int64_t grad_stride_inner, int threads) {
+  rk::LogprobsBwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels,
+                                        label_bytes, mask, temperature, row_temperature),
                           pointer<float>(grad_logprobs),
                           pointer<float>(grad_entropy),
                           pointer<float>(stats),
@@ -101,8 +104,8 @@ void selected_logprobs_bwd(uintptr_t logits, int dtype, int64_t outer, int64_t i
 }
 
 void gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap, int64_t batch,
-         int64_t time, int64_t stride_rewards, int64_t stride_values, int64_t stride_mask, double gamma, double lam,
-         int holes, uintptr_t advantages, uintptr_t returns, int threads) {
+         int64_t time, int64_t stride_rewards, int64_t stride_values, int64_t stride_mask, double gamma,
+         double lam, int holes, uintptr_t advantages, uintptr_t returns, int threads) {
   rk::Gae args = {pointer<void>(rewards),
                   pointer<void>(values),
                   pointer<uint8_t>(mask),
@@ -128,7 +131,8 @@ void gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr
       &args);
 }
 
-// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint: refusal costs speed alone.
+// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint: refusal costs speed
+// alone.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;

@@ -2,11 +2,11 @@
 
 #include <stdexcept>
 
-#define RK_DECLARE(NS)                                         \
-  namespace NS {                                               \
-  void logprobs_fwd(const LogprobsFwd&, int64_t, int64_t);     \
-  void logprobs_bwd(const LogprobsBwd&, int64_t, int64_t);     \
-  void gae(const Gae&, int64_t, int64_t);                      \
+#define RK_DECLARE(NS)                                          \
+  namespace NS {                                                \
+  void logprobs_fwd(const LogprobsFwd&, int64_t, int64_t);      \
+  void logprobs_bwd(const LogprobsBwd&, int64_t, int64_t);      \
+  void gae(const Gae&, int64_t, int64_t);                       \
   constexpr Kernels kTable = {logprobs_fwd, logprobs_bwd, gae}; \
   }
 
@@ -34,7 +34,8 @@ std::vector<Isa> detect() {
   const auto has = [](int feature) { return feature != 0; };
   const bool v2 = has(__builtin_cpu_supports("sse4.2")) && has(__builtin_cpu_supports("ssse3")) &&
                   has(__builtin_cpu_supports("popcnt"));
-  // No CPU has AVX2 and FMA without the rest of v3 (F16C, BMI, LZCNT, MOVBE), nor AVX-512 BW, DQ, VL, CD without F.
+  // No CPU has AVX2 and FMA without the rest of v3 (F16C, BMI, LZCNT, MOVBE), nor AVX-512 BW, DQ, VL, CD
+  // without F.
   const bool v3 = v2 && has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
                   has(__builtin_cpu_supports("bmi2"));
   const bool v4 = v3 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&

@@ -1,5 +1,5 @@
-// What a family's kernel takes: raw pointers, sizes, strides in elements. Data only: a member function defined here
-// would be one symbol shared by every ISA's copy.
+// What a family's kernel takes: raw pointers, sizes, strides in elements. Data only: a member function
+// defined here would be one symbol shared by every ISA's copy.
 #pragma once
 
 #include <cstdint>
@@ -50,9 +50,9 @@ struct LogprobsBwd {
 enum class Holes : int { kSkip = 0, kStop = 1, kZero = 2 };
 
 struct Gae {
-  const void* rewards;  // [B, T], rows stride_rewards apart
-  const void* values;   // [B, T]
-  const uint8_t* mask;  // [B, T], null = every position counts
+  const void* rewards;     // [B, T], rows stride_rewards apart
+  const void* values;      // [B, T]
+  const uint8_t* mask;     // [B, T], null = every position counts
   const float* bootstrap;  // [B], null = 0
   float* advantages;       // [B, T] contiguous
   float* returns;          // [B, T] contiguous

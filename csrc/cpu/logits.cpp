@@ -1,14 +1,15 @@
 // selected_logprobs: logp = (x[label] - m) / T - log(s), s = sum(exp((x - m) / T)), m = max(x);
-// entropy = log(s) - sum(e * (x - m) / T) / s. One read of the logits; the running max is raised block by block.
+// entropy = log(s) - sum(e * (x - m) / T) / s. One read of the logits; the running max is raised block by
+// block.
 #include "math.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace {
 
-constexpr int kBlock = 1024;      // columns; the fastest of 256..4096: 4 KiB stays in the first-level cache
-constexpr int kAhead = 1024;      // columns: how far before its read a column is asked for
-constexpr int kUnroll = 4;        // independent accumulators hide the latency of max and add
+constexpr int kBlock = 1024;  // columns; the fastest of 256..4096: 4 KiB stays in the first-level cache
+constexpr int kAhead = 1024;  // columns: how far before its read a column is asked for
+constexpr int kUnroll = 4;    // independent accumulators hide the latency of max and add
 constexpr int kStep = kUnroll * kLanes;
 
 template <class T>
@@ -70,8 +71,10 @@ struct Slot<BFloat> {
       : vector(column / (2 * kLanes) * 2 + column % 2), lane(column % (2 * kLanes) / 2) {}
 };
 
-inline void prefetch(const void* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+template <class T>
+inline void prefetch_step(const T* p) {
+  for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64)
+    prefetch(reinterpret_cast<const char*>(p) + byte);
 }
 
 // Up to kBlock columns, padded with -inf to a multiple of kStep, which changes no result. Read step by step.
@@ -81,7 +84,9 @@ class Block {
   int size = 0;
 
   void open(const T* row, int64_t columns) {
-    size = columns <= 0 ? 0 : columns >= kBlock ? kBlock : static_cast<int>(columns + kStep - 1) / kStep * kStep;
+    size = columns <= 0        ? 0
+           : columns >= kBlock ? kBlock
+                               : static_cast<int>(columns + kStep - 1) / kStep * kStep;
     source_ = row;
     for (vf& lane : max_) lane = splat(-kInf);
     if (size <= columns || size == 0) return;
@@ -91,7 +96,7 @@ class Block {
   }
 
   void read_step(int i) {
-    prefetch(source_ + i + kAhead, kStep * sizeof(T));
+    prefetch_step(source_ + i + kAhead);
     vf x[kUnroll];
     load_step(source_ + i, x);
     for (int u = 0; u < kUnroll; ++u) {
@@ -221,7 +226,8 @@ void forward(const LogprobsFwd& args, int64_t begin, int64_t end) {
       const double s = row.s.total();
       const double log_sum = row.m == -kInf ? static_cast<double>(NAN) : std::log(s);
       // Difference first: m / T + log(s) would lose the digits of log(s) at logits of 1e4.
-      logprob = static_cast<float>((static_cast<double>(to_float(x[label_of(in.labels, n)])) - row.m) / temperature - log_sum);
+      logprob = static_cast<float>(
+          (static_cast<double>(to_float(x[label_of(in.labels, n)])) - row.m) / temperature - log_sum);
       entropy = static_cast<float>(log_sum - row.w.total() / (temperature * s));
       m = row.m;
       log_s = static_cast<float>(log_sum);
@@ -243,8 +249,9 @@ RowGradient row_gradient(const LogprobsBwd& args, int64_t n, double g, double gh
   const double scale = std::exp(-log_s) / temperature;
   const double entropy = gh != 0 ? args.entropy[n] : 0;
   // dH/dx_j = -p_j * (log p_j + H) / T, with log p_j = (x_j - m) / T - log_s.
-  return {static_cast<float>(-scale * (g + gh * (entropy - log_s))), static_cast<float>(-scale * gh / temperature),
-          static_cast<float>(g / temperature), args.stats[2 * n]};
+  return {static_cast<float>(-scale * (g + gh * (entropy - log_s))),
+          static_cast<float>(-scale * gh / temperature), static_cast<float>(g / temperature),
+          args.stats[2 * n]};
 }
 
 template <bool kEntropy>
@@ -267,7 +274,7 @@ void gradient_row(const T* x, T* out, int64_t vocab, int64_t label, const Exp& e
   for (int64_t i = 0; i < vocab; i += kStep) {
     const bool whole = vocab - i >= kStep;
     if (!whole) memcpy(tail, x + i, (vocab - i) * sizeof(T));
-    prefetch(x + i + kAhead, kStep * sizeof(T));
+    prefetch_step(x + i + kAhead);
     vf step[kUnroll];
     load_step(whole ? x + i : tail, step);
     gradient_step<kEntropy>(step, exp, row);

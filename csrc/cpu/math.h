@@ -1,5 +1,5 @@
-// Vectors of the ISA's own width, exp, and 16-bit loads and stores. Everything here has internal linkage: were it
-// shared, the linker could keep the AVX-512 copy of a function for the AVX2 kernels too.
+// Vectors of the ISA's own width, exp, and 16-bit loads and stores. Everything here has internal linkage:
+// were it shared, the linker could keep the AVX-512 copy of a function for the AVX2 kernels too.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(RK_NARROW)  // a family may prefer half the width
 constexpr int kBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
@@ -61,6 +61,10 @@ struct BFloat {
 
 inline vf splat(float x) { return x - vf{}; }
 
+// Into the second-level cache. Never faults: the address may lie past the end.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
+
 // The first operand's NaN is dropped, the second's kept: the order that maps to one instruction.
 inline vf max_keep_second(vf a, vf b) { return a > b ? a : b; }
 
@@ -78,8 +82,8 @@ inline void store_bits(void* p, vu bits) {
 
 inline vf load(const BFloat* p) { return reinterpret_cast<vf>(load_bits(p) << 16); }
 
-// bfloat16 is the upper half of a float, so a vector of pairs splits into its even and its odd columns with one
-// operation each; widening them in order takes a shuffle more.
+// bfloat16 is the upper half of a float, so a vector of pairs splits into its even and its odd columns with
+// one operation each; widening them in order takes a shuffle more.
 inline void load_pairs(const BFloat* p, vf& even, vf& odd) {
   const vu pairs = *reinterpret_cast<const vu_unaligned*>(p);
   even = reinterpret_cast<vf>(pairs << 16);
@@ -93,16 +97,21 @@ inline vu round_to_upper_half(vf x) {
 }
 
 inline void store_pairs(BFloat* p, vf even, vf odd) {
-  *reinterpret_cast<vu_unaligned*>(p) = round_to_upper_half(even) >> 16 | (round_to_upper_half(odd) & 0xffff0000u);
+  *reinterpret_cast<vu_unaligned*>(p) =
+      round_to_upper_half(even) >> 16 | (round_to_upper_half(odd) & 0xffff0000u);
 }
 
-#if defined(__AVX512F__)
-inline vf load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+#if defined(__AVX512F__) && !defined(RK_NARROW)
+inline vf load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline void store(Half* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-inline vf load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline vf load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void store(Half* p, vf x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -142,7 +151,8 @@ inline float max_lane(vf x, std::index_sequence<I...> lanes) {
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {
   float c;
-  float floor;  // the d at which the result has reached 0: clamping there keeps d * c and entropy's e * d finite
+  float floor;  // the d at which the result has reached 0: clamping there keeps d * c and entropy's e * d
+                // finite
 
   explicit Exp(double temperature) {
     c = static_cast<float>(1.4426950408889634 / temperature);
@@ -154,7 +164,8 @@ struct Exp {
 
   // 2^(d * c) = fraction * scale for clamped d <= 0. Kept apart so that a sum takes the product in one fma.
   void split(vf d, vf& fraction, vf& scale) const {
-    // 1.5 * 2^23 makes the addition round to an integer; + 127 leaves that integer already biased as an exponent.
+    // 1.5 * 2^23 makes the addition round to an integer; + 127 leaves that integer already biased as an
+    // exponent.
     constexpr float kRound = 12582912.0f + 127.0f;
     const vf rounded = d * c + kRound;
     const vf f = d * c - (rounded - kRound);

@@ -15,14 +15,15 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 // torch's wheels bring an OpenMP runtime of their own, under a name that differs between versions. Asking
-// libtorch's own dependencies for the symbol finds the very one that torch's threads live in. Linking to one at
-// build time may load a second, and threads of the first then spin on cores that the second one needs.
+// libtorch's own dependencies for the symbol finds the very one that torch's threads live in. Linking to one
+// at build time may load a second, and threads of the first then spin on cores that the second one needs.
 GompParallel find_gomp() {
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   return torch ? reinterpret_cast<GompParallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
 }
 
-// A forked child has none of its parent's threads and an OpenMP runtime that waits for them: there, run serially.
+// A forked child has none of its parent's threads and an OpenMP runtime that waits for them: there, run
+// serially.
 std::atomic<bool> forked{false};
 const int fork_hook = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -57,7 +58,8 @@ void parallel_rows(int64_t rows, int64_t chunk, int threads, RangeFn fn, const v
   work.args = args;
   static const GompParallel gomp = find_gomp();
   if (gomp) {
-    // The whole team even where fewer threads would do: libgomp ends and restarts threads when the size changes.
+    // The whole team even where fewer threads would do: libgomp ends and restarts threads when the size
+    // changes.
     gomp(drain, &work, static_cast<unsigned>(threads), 0);
     return;
   }

@@ -1,4 +1,5 @@
-// Runs a kernel over rows on the OpenMP team that torch already has, so that two thread pools never fight for the cores.
+// Runs a kernel over rows on the OpenMP team that torch already has, so that two thread pools never fight for
+// the cores.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,160 @@
+"""The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
+
+python bench/compare.py [--only forward|backward|gae|openmp] [--rounds 15] [--out bench/results/cpu.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import peers
+import torch
+from harness import Comparison, Contender, compare, environment
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+OURS = "rlhf_kernels"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def forward(dtype: torch.dtype, rounds: int) -> Comparison:
+    logits, labels = peers.logits_case(dtype)
+    plain = {**peers.PLAIN, **peers.compiled()}
+    if dtype != torch.float32:
+        plain["row loop"] = peers.row_loop
+    contenders = {name: Contender(lambda f=f: f(logits, labels)) for name, f in plain.items()}
+    contenders["one read: x.sum()"] = Contender(logits.sum)
+    contenders[OURS] = Contender(lambda: rk.selected_logprobs(logits, labels))
+    contenders[f"{OURS}, entropy too"] = Contender(lambda: rk.selected_logprobs(logits, labels, with_entropy=True))
+    with torch.no_grad():
+        result = compare(contenders, rounds)
+    ours = result.median(OURS)
+    result.ratios = {
+        "faster than eager log_softmax + gather": result.median("log_softmax + gather") / ours,
+        "faster than the best compiled": result.best("compiled") / ours,
+        "of the time of one read": ours / result.median("one read: x.sum()"),
+        "of that with entropy": result.median(f"{OURS}, entropy too") / ours,
+    }
+    return result
+
+
+def backward(dtype: torch.dtype, rounds: int) -> Comparison:
+    logits, labels = peers.logits_case(dtype)
+    grad_logprobs = torch.randn(peers.ROWS)
+    leaf = logits.clone().requires_grad_()
+
+    def step(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(f(leaf, labels), leaf, grad_logprobs)
+
+    def restore() -> None:
+        with torch.no_grad():
+            leaf.copy_(logits)
+
+    plain = {**peers.PLAIN, **peers.compiled()}
+    contenders = {name: Contender(step(f)) for name, f in plain.items()}
+    contenders[OURS] = Contender(step(rk.selected_logprobs))
+    contenders[f"{OURS}, in place"] = Contender(
+        step(lambda x, labels: rk.selected_logprobs(x, labels, inplace_backward=True)), prepare=restore
+    )
+    result = compare(contenders, rounds)
+    fresh, inplace = result.median(OURS), result.median(f"{OURS}, in place")
+    eager, compiled = result.median("log_softmax + gather"), result.best("compiled")
+    result.ratios = {
+        "faster than eager": eager / fresh,
+        "faster than the best compiled": compiled / fresh,
+        "in place, faster than eager": eager / inplace,
+        "in place, faster than the best compiled": compiled / inplace,
+    }
+    return result
+
+
+def gae(rounds: int) -> Comparison:
+    rewards, values, mask = peers.gae_case()
+    contenders = {
+        "per-step loop": Contender(lambda: peers.gae_loop(rewards, values, mask)),
+        OURS: Contender(lambda: rk.gae(rewards, values, mask, gamma=peers.GAMMA, lam=peers.LAM)),
+    }
+    if find_spec("torchrl"):
+        contenders["torchrl, vectorised, no mask"] = Contender(lambda: peers.torchrl_gae(rewards, values))
+    result = compare(contenders, rounds, calls=5)
+    result.ratios = {
+        f"faster than {name}": timing.median / result.median(OURS)
+        for name, timing in result.timings.items()
+        if name != OURS
+    }
+    return result
+
+
+def openmp(rounds: int) -> Comparison:
+    """Does a torch op, or ours, run slower when the two alternate than when each follows itself?"""
+    logits, labels = peers.logits_case(torch.float32)
+    logits, labels = logits[:64], labels[:64]  # short calls: waking and spinning threads would show
+    a, b = torch.randn(384, 384), torch.randn(1 << 20)
+
+    def ours() -> Tensor:
+        return rk.selected_logprobs(logits, labels)
+
+    torch_ops: dict[str, Callable[[], object]] = {"matmul": lambda: a @ a, "exp": b.exp}
+    contenders = {f"{OURS} after itself": Contender(ours, prepare=ours)}
+    for name, op in torch_ops.items():
+        contenders[f"{name} after itself"] = Contender(op, prepare=op)
+        contenders[f"{name} after {OURS}"] = Contender(op, prepare=ours)
+        contenders[f"{OURS} after {name}"] = Contender(ours, prepare=op)
+    with torch.no_grad():
+        result = compare(contenders, rounds, calls=20)
+    for name in torch_ops:
+        result.ratios[f"{name} after {OURS} / after itself"] = result.median(f"{name} after {OURS}") / result.median(
+            f"{name} after itself"
+        )
+        result.ratios[f"{OURS} after {name} / after itself"] = result.median(f"{OURS} after {name}") / result.median(
+            f"{OURS} after itself"
+        )
+    return result
+
+
+def show(title: str, result: Comparison) -> None:
+    print(f"\n{title}   (others used {result.others:.0%} of the cores; {result.busy_rounds} busy rounds repeated)")
+    for name, t in result.timings.items():
+        print(f"  {name:42} {t.median:9.3f} ms   quartiles {t.low:.3f} .. {t.high:.3f}")
+    for name, ratio in result.ratios.items():
+        print(f"  {ratio:8.2f} x  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["forward", "backward", "gae", "openmp"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
+    options = parser.parse_args()
+    record: dict[str, object] = {"environment": environment()}
+    print(", ".join(f"{k} {v}" for k, v in environment().items()))
+
+    shape = f"[{peers.ROWS}, {peers.VOCAB}]"
+    cases: list[tuple[str, str, Callable[[], Comparison]]] = []
+    for name, dtype in DTYPES.items():
+        title = f"selected_logprobs forward {name} {shape}"
+        cases.append(("forward", title, lambda dtype=dtype: forward(dtype, options.rounds)))
+    for name, dtype in DTYPES.items():
+        title = f"selected_logprobs forward + backward {name} {shape}"
+        cases.append(("backward", title, lambda dtype=dtype: backward(dtype, options.rounds)))
+    cases.append(("gae", f"gae fp32 [{peers.BATCH}, {peers.TIME}] with mask", lambda: gae(options.rounds)))
+    cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(options.rounds)))
+    for kind, title, run in cases:
+        if options.only in (None, kind):
+            result = run()
+            show(title, result)
+            record[title] = asdict(result)
+            torch.compiler.reset()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
