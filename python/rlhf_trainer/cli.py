@@ -21,10 +21,8 @@ STAGES = {
 
 def usage() -> str:
     lines = [f"  {stage:8} {summary}" for stage, (_, summary) in STAGES.items()]
-    return "\n".join(
-        ["usage: rlhf STAGE [--config FILE.yaml] [--key value ...]", "", "stages, in the order they are used:", *lines]
-        + ["", "rlhf STAGE --help explains every option. Start with: rlhf demo"]
-    )
+    head = "usage: rlhf STAGE [--config FILE.yaml] [--key value ...]\n\nstages, in the order they are used:"
+    return "\n".join([head, *lines, "", "rlhf STAGE --help explains every option. Start with: rlhf demo"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     if stage not in STAGES:
         print(f"rlhf: error: unknown stage {stage!r}; the stages are {', '.join(STAGES)}", file=sys.stderr)
         return 2
-    from rlhf_trainer.config import parse_config
-
     from transformers.utils import logging
+
+    from rlhf_trainer.config import parse_config
 
     logging.disable_progress_bar()  # one bar per stage, ours
     module = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")

@@ -101,8 +101,9 @@ def build_model(
 
 
 def _folder(path: str | Path, what: str) -> str:
-    if os.path.isdir(path) or not os.path.exists(path) and str(path).count("/") <= 1 and not str(path).startswith("."):
-        return str(path)  # a folder, or a name on the hub
+    hub_name = str(path).count("/") <= 1 and not str(path).startswith((".", "/"))
+    if os.path.isdir(path) or (hub_name and not os.path.exists(path)):
+        return str(path)
     raise UserError(f"{path}: no such {what} folder")
 
 
@@ -115,10 +116,15 @@ def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
 
 
 def load_tokenizer(
-    path: str | Path, pad_token: str | None = None, trust_remote_code: bool = False
+    path: str | Path, pad_token: str | None = None, trust_remote_code: bool = False, generates: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, left-padding. UserError unless it has a pad token other than EOS (see `pad_token`)."""
+    """The folder's tokenizer, left-padding. UserError unless it has a pad token other than EOS (see `pad_token`).
+
+    `generates=False` (a BERT-like classifier's) is taken as it is.
+    """
     tokenizer = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code)
+    if not generates:
+        return tokenizer
     if pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": pad_token})
     if tokenizer.eos_token_id is None:
@@ -224,6 +230,12 @@ def save_folder(
     return folder
 
 
+def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    """Whether two models have the same parameters, bit by bit."""
+    first, second = dict(a.named_parameters()), dict(b.named_parameters())
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 # Text to ids
 
 
@@ -319,7 +331,7 @@ def load_value_head(folder: str | Path, hidden_size: int) -> ValueHead:
     """The folder's value head, or a new one if it has none."""
     head = ValueHead(hidden_size)
     file = Path(folder) / VALUE_HEAD
-    if file.is_file():
+    if str(folder) and file.is_file():
         head.load_state_dict(load_file(file))
     return head
 
@@ -347,8 +359,17 @@ def score_sequences(
     batch_size: int = 64,
     eos: bool = True,
 ) -> Tensor:
-    """Raw scores [M] float32 on the CPU: output `label` of the classifier at the last token of prompt + completion."""
+    """Raw scores [M] float32 on the CPU: output `label` of the classifier for prompt + completion.
+
+    Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way.
+    """
     device = next(model.parameters()).device
+    if not hasattr(model, "score"):
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        encoded = (tokenizer(batch, padding=True, truncation=True, return_tensors="pt") for batch in batches)
+        outputs = [model(**batch.to(device)).logits[:, label].float().cpu() for batch in encoded]
+        return torch.cat([torch.empty(0), *outputs])
     rows = [
         encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, completion, eos)
         for prompt, completion in zip(prompts, completions, strict=True)

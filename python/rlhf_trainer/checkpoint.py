@@ -1,0 +1,246 @@
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_trainer.config import say
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.runlog import read_metrics
+
+NAME = re.compile(r"^step-\d{8}$")
+# Options that may change between a run and its resumption: none of them changes the numbers.
+FREE = {"resume", "overwrite", "save_every", "keep_checkpoints", "output_dir", "device"}
+
+
+class Flag:
+    """True once the signal has come."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def __bool__(self) -> bool:
+        return self.set
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Flag]:
+    """Within the block SIGTERM only raises the flag; the loop saves at its next boundary and exits with code 143."""
+    flag = Flag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # signals reach the main thread alone
+        return
+
+    def raise_flag(*_: Any) -> None:
+        flag.set = True
+
+    previous = signal.signal(signal.SIGTERM, raise_flag)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in output_dir/checkpoints/step-XXXXXXXX.
+
+    Args:
+        cfg: the stage's config, with output_dir ("": no checkpoints), resume, overwrite and keep_checkpoints.
+        modules: what is trained, by name. optimizer, scheduler: torch's. generator: the one that all sampling uses.
+        data: what the run reads, by name; a run resumed on other data is an error.
+        reference: a frozen model whose identity belongs to the run, or None.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        generator: torch.Generator,
+        data: dict[str, Any],
+        reference: nn.Module | None = None,
+    ) -> None:
+        self.cfg, self.modules, self.optimizer, self.scheduler = cfg, modules, optimizer, scheduler
+        self.generator = generator
+        self.folder = Path(cfg.output_dir) / "checkpoints"
+        self.identity = {"config": _config_values(cfg)}
+        if cfg.output_dir:
+            self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
+            self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
+
+    def resume(self, beta: float) -> tuple[int, float, list[dict[str, float]]]:
+        """(steps done, beta, metrics so far): from the newest valid checkpoint if cfg.resume, else (0, beta, [])."""
+        if not self.cfg.output_dir:
+            return 0, beta, []
+        found = self.list()
+        if not self.cfg.resume:
+            if found and not self.cfg.overwrite:
+                raise UserError(
+                    f"{self.folder} holds checkpoints of an earlier run; --resume goes on from them, --overwrite "
+                    "discards them, or choose another --output_dir"
+                )
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return 0, beta, []
+        for path in reversed(found):
+            reason = damage(path)
+            if reason is None:
+                return self._restore(path)
+            say(f"{path}: skipped, {reason}")
+        say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
+        return 0, beta, []
+
+    def list(self) -> list[Path]:
+        """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(p for p in self.folder.iterdir() if NAME.match(p.name) and p.is_dir() and not p.is_symlink())
+
+    def save(self, step: int, beta: float) -> Path:
+        """Write a checkpoint, then delete the oldest beyond keep_checkpoints."""
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".step-{step:08d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            for name, module in self.modules.items():
+                save_file(parameters_of(module), temporary / f"{name}.safetensors")
+            save_file(self._optimizer_tensors(), temporary / "optimizer.safetensors")
+            save_file(_rng_tensors(self.generator), temporary / "rng.safetensors")
+            state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
+            (temporary / "state.json").write_text(json.dumps(state | _rng_json()), encoding="utf-8")
+            digests = {p.name: _digest(p.read_bytes()) for p in sorted(temporary.iterdir())}
+            (temporary / "meta.json").write_text(json.dumps({"sha256": digests}, indent=2), encoding="utf-8")
+            for path in [*temporary.iterdir(), temporary]:
+                _fsync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _fsync(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{final}: cannot write the checkpoint: {error.strerror}; earlier ones are kept") from None
+        for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
+            shutil.rmtree(old)
+        return final
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        return tensors
+
+    def _restore(self, path: Path) -> tuple[int, float, list[dict[str, float]]]:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self._compare(state["identity"], path)
+        for name, module in self.modules.items():
+            load_parameters(module, load_file(path / f"{name}.safetensors"))
+        restored: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(path / "optimizer.safetensors").items():
+            index, _, name = key.partition(".")
+            restored.setdefault(int(index), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": restored, "param_groups": groups})
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        rng = load_file(path / "rng.safetensors")
+        torch.set_rng_state(rng["torch"])
+        self.generator.set_state(rng["generator"])
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy_rng"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002  a reward may draw from it
+        step = state["step"]
+        history = [metrics for metrics in read_metrics(self.cfg.output_dir) if metrics["step"] <= step]
+        say(f"resumed from {path} after step {step}")
+        return step, state["beta"], history
+
+    def _compare(self, saved: dict[str, Any], path: Path) -> None:
+        for key, value in self.identity["config"].items():
+            if saved["config"].get(key) != value:
+                raise UserError(
+                    f"{path}: was made with {key}={saved['config'].get(key)!r}, not {value!r}; cannot resume"
+                )
+        for key in self.identity.keys() - {"config"}:
+            if saved.get(key) != self.identity[key]:
+                raise UserError(f"{path}: the {key} changed since this checkpoint was made; cannot resume")
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, None if every file has the SHA-256 that meta.json says."""
+    try:
+        digests = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
+        for name, digest in digests.items():
+            if _digest((path / name).read_bytes()) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete ({error})"
+    return None
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; of tied ones the first name only."""
+    kept, seen = {}, set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def weights_digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in parameters_of(module).items():
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _config_values(cfg: Any) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE}
+
+
+def _rng_tensors(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"torch": torch.get_rng_state(), "generator": generator.get_state().cpu()}
+
+
+def _rng_json() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {"python_rng": random.getstate(), "numpy_rng": [name, keys.tolist(), *rest]}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

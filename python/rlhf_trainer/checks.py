@@ -1,0 +1,71 @@
+"""PPO's guards: options that cannot work, invariants that hold by construction, numbers that stopped being finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_trainer.errors import InvariantError, UserError
+from rlhf_trainer.rollout import Rollout
+
+if TYPE_CHECKING:
+    from rlhf_trainer.ppo import PPOConfig
+
+
+def validate_options(cfg: PPOConfig) -> None:
+    """UserError for options that cannot work, before anything is loaded."""
+    if cfg.kl_estimator != "k1":
+        raise UserError(
+            f"--kl_estimator {cfg.kl_estimator}: as a penalty inside the reward only k1 has the gradient of the KL; "
+            "k2, k3 and abs there reward dropping tokens that the reference likes"
+        )
+    if cfg.missing_eos not in ("subtract", "replace"):
+        raise UserError(f"--missing_eos {cfg.missing_eos}: it takes subtract or replace")
+    at_least_one = ("updates", "batch_size", "minibatches", "epochs", "max_new_tokens", "kl_horizon")
+    for name in (*at_least_one, *(["micro_batch_size"] if cfg.micro_batch_size is not None else [])):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.minibatches > cfg.batch_size:
+        raise UserError(f"--minibatches {cfg.minibatches}: more than --batch_size {cfg.batch_size}")
+    for name, low in (
+        ("temperature", True),
+        ("lr", True),
+        ("kl_coef", False),
+        ("kl_target", True),
+        ("score_clip", True),
+    ):
+        value = getattr(cfg, name)
+        if value is not None and (value < 0 or (low and value == 0)):
+            raise UserError(f"--{name} {value}: must be {'more than' if low else 'at least'} 0")
+
+
+def check_first_kl(kl: Tensor, equal_weights: bool) -> None:
+    """At step 0 a policy with the reference's weights is at KL 0 exactly, token by token."""
+    if equal_weights and bool((kl != 0).any()):
+        raise InvariantError(
+            f"invariant violated at step 0: the policy has the reference's weights, but their logprobs differ by up to "
+            f"{kl.abs().max().item():.3g} nats; the two forward passes do not compute the same thing"
+        )
+
+
+def check_first_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
+    """At the first minibatch nothing has been updated: the ratio is 1 to the bit."""
+    difference = (logprobs.detach() - old_logprobs)[mask]
+    if bool((difference != 0).any()):
+        raise InvariantError(
+            f"invariant violated at step 0: the first minibatch's ratio is not 1 (logprobs differ by up to "
+            f"{difference.abs().max().item():.3g} nats); dropout, or rollout and update disagree on mask or temperature"
+        )
+
+
+def check_finite(name: str, values: Tensor, update: int, rows: Tensor, rollout: Rollout) -> None:
+    """Stop before optimizer.step() when something is NaN or inf, naming the samples."""
+    bad = ~torch.isfinite(values.detach())
+    if bool(bad.any()):
+        samples = rows[bad.reshape(len(rows), -1).any(-1)].tolist() if bad.dim() else rows.tolist()
+        texts = [rollout.completions[sample][:60] for sample in samples[:3]]
+        raise UserError(
+            f"update {update}: {name} is not finite in samples {samples[:8]}, such as {texts}; nothing was updated"
+        )

@@ -1,0 +1,411 @@
+"""`rlhf ppo`: PPO with a KL penalty to a frozen reference in the reward, and a value head. The loop is `train_ppo`."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from rlhf_kernels import gae, per_token_kl, policy_loss, selected_logprobs, shaped_rewards, value_loss, whiten
+from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
+from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
+from rlhf_trainer.config import option, require, save_config
+from rlhf_trainer.data import read_prompts
+from rlhf_trainer.models import (
+    VALUE_HEAD,
+    ValueHead,
+    hidden_states,
+    load_causal,
+    load_tokenizer,
+    load_value_head,
+    logits_of,
+    resolve_device,
+    same_weights,
+    save_folder,
+)
+from rlhf_trainer.ppo_metrics import samples, stop_reason, summarize
+from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
+from rlhf_trainer.rollout import Rollout, encode_prompts, generate
+from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.watch import Watch
+
+SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
+EXAMPLE = "rlhf ppo --model runs/sft --reward runs/reward --prompts prompts.jsonl --output_dir runs/ppo --kl_coef 0.05"
+
+
+@dataclass
+class PPOConfig:
+    model: str = option("", "folder (or hub name) of the policy to start from, usually the SFT model")
+    ref_model: str | None = option(None, "folder of the frozen reference; none: the policy as it is at the start")
+    reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
+    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
+    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
+    gold_reward: str | None = option(
+        None, "a second reward, only watched: falling while the first rises is over-fitting"
+    )
+    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    output_dir: str = option("", "folder for the aligned policy, metrics.jsonl, TensorBoard and checkpoints")
+    updates: int = option(100, "number of rollout-and-update iterations, at most")
+    batch_size: int = option(64, "prompts per rollout")
+    minibatches: int = option(2, "optimizer steps per epoch over the rollout")
+    micro_batch_size: int | None = option(None, "sequences per forward pass; changes memory, never the result")
+    epochs: int = option(4, "passes over each rollout")
+    max_new_tokens: int = option(32, "longest response in tokens")
+    temperature: float = option(1.0, "sampling temperature; all logprobs divide the logits by it")
+    stop_token: str | None = option(None, "a token that ends a response as EOS does, such as a newline")
+    missing_eos_penalty: float | None = option(None, "reward units for a response that never ended")
+    missing_eos: str = option(
+        "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
+    )
+    lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
+    adam_eps: float = option(1e-5, "Adam's epsilon")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    kl_coef: float = option(0.05, "beta, the weight of the KL penalty in the reward")
+    kl_estimator: str = option("k1", "estimator of the penalty; only k1 has the right gradient inside the reward")
+    kl_target: float | None = option(None, "nats per response to steer beta to (adaptive KL); none: beta is fixed")
+    kl_horizon: int = option(10000, "episodes over which an adaptive beta reacts")
+    gamma: float = option(1.0, "discount")
+    lam: float = option(0.95, "lambda of GAE")
+    clip: float = option(0.2, "PPO's clip range of the ratio")
+    value_clip: float = option(0.2, "clip range of the value")
+    vf_coef: float = option(0.1, "weight of the value loss")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1 over the counted tokens")
+    whiten_rewards: bool = option(False, "token rewards to variance 1, mean kept")
+    score_clip: float | None = option(None, "bound on |score|")
+    target_kl: float | None = option(None, "stop an update's epochs once approx_kl of a minibatch exceeds this")
+    stop_reward: float | None = option(None, "stop training once the mean score of a rollout reaches this")
+    stop_kl: float | None = option(None, "stop training once KL to the reference exceeds this many nats per response")
+    save_every: int = option(25, "updates between checkpoints; 0: none")
+    keep_checkpoints: int = option(2, "how many checkpoints to keep")
+    resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
+    seed: int = option(0, "seed of sampling, permutations and the value head")
+    device: str = option("auto", "auto, cpu or cuda")
+    overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
+    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+
+Config = PPOConfig
+
+
+@dataclass
+class PPOResult:
+    """What `train_ppo` returns: the trained modules, the metrics of every update, and why it stopped."""
+
+    policy: PreTrainedModel
+    value_head: ValueHead
+    tokenizer: PreTrainedTokenizerBase
+    metrics: list[dict[str, float]]
+    stopped: str
+
+
+def run(cfg: PPOConfig) -> dict[str, Any]:
+    result = train_ppo(cfg)
+    return {"stopped": result.stopped, "metrics": result.metrics[-1] if result.metrics else {}}
+
+
+# What one forward pass yields
+
+
+def token_outputs(
+    policy: PreTrainedModel, value_head: ValueHead | None, rollout: Rollout, rows: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs, entropies and values [b, R] of the responses in `rows`, 0 at padding.
+
+    The logprob and the value of a token read the hidden state before it. Padding is cut to what these rows need, and
+    only counted positions reach the lm_head: the same rows always go through the same shapes, hence the same bits.
+    """
+    start, width = rollout.prompt_length, int(rollout.response_mask[rows].sum(-1).max())
+    skip = start - int(rollout.mask[rows, :start].sum(-1).max())
+    ids, mask = rollout.ids[rows, skip : start + width], rollout.mask[rows, skip : start + width]
+    start -= skip
+    counted = mask[:, start:]
+    before = state_before(hidden_states(policy, ids, mask), start)
+    chosen = ids[:, start:][counted]
+    logprobs, entropy = selected_logprobs(
+        logits_of(policy, before[counted]), chosen, temperature=temperature, with_entropy=True, inplace_backward=True
+    )
+    values = value_head(before[counted]) if value_head is not None else torch.zeros_like(logprobs)
+    shape = (len(rows), rollout.response_mask.shape[1])
+    place = rollout.response_mask[rows]
+    return tuple(logprobs.new_zeros(shape).masked_scatter(place, x) for x in (logprobs, entropy, values))
+
+
+def state_before(hidden: Tensor, start: int) -> Tensor:
+    """hidden [b, L, D] -> the states [b, L - start, D] from which the tokens at start.. are predicted."""
+    return hidden[:, start - 1 : -1]
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The penalty at each token [B, R], nats: k1 of KL(policy || reference)."""
+    return per_token_kl(logprobs, ref_logprobs, estimator="k1")
+
+
+def final_scores(scores: Tensor, ended: Tensor, cfg: PPOConfig) -> Tensor:
+    """Scores [B] after the penalty for responses that never ended."""
+    if cfg.missing_eos_penalty is None:
+        return scores
+    unended = scores - cfg.missing_eos_penalty if cfg.missing_eos == "subtract" else -cfg.missing_eos_penalty
+    return torch.where(ended, scores, unended)
+
+
+def micro_batches(rows: Tensor, size: int | None) -> Iterator[Tensor]:
+    yield from rows.split(size or len(rows))
+
+
+def prompt_batch(prompts: list[str], update: int, cfg: PPOConfig) -> list[str]:
+    """The prompts of an update (from 0): a fresh permutation for every pass over the file, by the seed alone."""
+    batch = []
+    for index in range(update * cfg.batch_size, (update + 1) * cfg.batch_size):
+        epoch, place = divmod(index, len(prompts))
+        if not batch or place == 0:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
+        batch.append(prompts[order[place]])
+    return batch
+
+
+def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:
+    """beta after a rollout: fixed, or moved towards cfg.kl_target (Ziegler et al. 2019)."""
+    if cfg.kl_target is None:
+        return beta
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
+    return beta * (1 + error * cfg.batch_size / cfg.kl_horizon)
+
+
+@dataclass
+class Batch:
+    """A rollout with everything the update needs; tensors [B, R], scores [B]."""
+
+    rollout: Rollout
+    scores: Tensor
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def train_ppo(
+    cfg: PPOConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ref_model: PreTrainedModel | None = None,
+    reward: RewardFunction | None = None,
+    prompts: list[str] | None = None,
+    on_update: Callable[[int, PreTrainedModel], None] | None = None,
+) -> PPOResult:
+    """Train a policy with PPO. What is not passed as an object is loaded from the folder or file that cfg names.
+
+    Args:
+        model, tokenizer: the policy (trained in place) and its tokenizer, which must have a pad token other than EOS.
+        ref_model: the frozen reference; None: a copy of the policy as it is now.
+        reward: `(prompts, completions) -> scores`, one finite number each.
+        prompts: the texts to answer.
+        on_update: called with the number of updates done and the policy, after each update.
+
+    Raises:
+        UserError: bad input, one sentence. InvariantError: a step-0 invariant does not hold.
+    """
+    validate_options(cfg)
+    device = resolve_device(cfg.device)
+    policy, tokenizer, reference, reward, prompts = _load(cfg, device, model, tokenizer, ref_model, reward, prompts)
+    reference_is_policy = same_weights(policy, reference)
+    gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, device=device)
+    torch.manual_seed(cfg.seed)
+    value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
+    parameters = [*policy.parameters(), *value_head.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    beta, stopped = cfg.kl_coef, "all updates done"
+    modules = {"policy": policy, "value_head": value_head}
+    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, {"prompts": prompts}, reference)
+    start, beta, history = checkpoints.resume(beta)
+    watch = Watch(cfg)
+    sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
+    if cfg.output_dir:
+        save_config(cfg, cfg.output_dir)
+
+    log = RunLog(cfg.output_dir, cfg.updates, "ppo", start=start) if cfg.output_dir else nullcontext()
+    with log, stop_on_sigterm() as terminated:
+        for update in range(start, cfg.updates):
+            began = time.perf_counter()
+            texts = prompt_batch(prompts, update, cfg)
+            rollout = generate(policy, tokenizer, texts, generator=generator, **sampling)
+            rolled = time.perf_counter()
+            # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
+            orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]
+            raw_scores = scores_of(reward, rollout.prompts, rollout.completions).to(device)
+            batch = assess(policy, reference, value_head, rollout, raw_scores, orders[0], beta, cfg)
+            if update == 0:
+                check_first_kl(batch.kl, reference_is_policy)
+            scored = time.perf_counter()
+            stats = optimize(policy, value_head, optimizer, batch, orders, update, cfg)
+            scheduler.step()
+
+            metrics = summarize(batch, stats, beta, tokenizer) | {
+                "lr": scheduler.get_last_lr()[0],
+                "episode": (update + 1) * cfg.batch_size,
+                "eps": cfg.batch_size / (time.perf_counter() - began),
+                "tokens_per_second": int(rollout.response_mask.sum()) / (time.perf_counter() - began),
+                "seconds/rollout": rolled - began,
+                "seconds/scoring": scored - rolled,
+                "seconds/update": time.perf_counter() - scored,
+            }
+            if gold is not None:
+                gold_scores = scores_of(gold, rollout.prompts, rollout.completions, "gold reward")
+                metrics["objective/gold_scores"] = gold_scores.mean().item()
+            history.append(metrics)
+            beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
+            if on_update is not None:
+                on_update(update + 1, policy)
+            stop = stop_reason(metrics, cfg)
+            if cfg.output_dir:
+                note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
+                log.step(update + 1, metrics, note)
+                for warning in watch.check(history, rollout):
+                    log.say(warning)
+                if (update + 1) % max(1, cfg.updates // 10) == 0:
+                    log.completions(update + 1, samples(batch))
+                if terminated or (cfg.save_every and (update + 1) % cfg.save_every == 0):
+                    checkpoints.save(update + 1, beta)
+            if terminated:
+                raise SystemExit(143)
+            if stop is not None:
+                stopped = stop
+                break
+    if cfg.output_dir:
+        save_folder(cfg.output_dir, policy, tokenizer, tensors={VALUE_HEAD: value_head.state_dict()})
+    return PPOResult(policy, value_head, tokenizer, history, stopped)
+
+
+@torch.no_grad()
+def assess(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    value_head: ValueHead,
+    rollout: Rollout,
+    scores: Tensor,
+    order: Tensor,
+    beta: float,
+    cfg: PPOConfig,
+) -> Batch:
+    """Logprobs, values, KL-shaped rewards, advantages and returns of a rollout; `order` groups the forward passes."""
+    mask = rollout.response_mask
+    logprobs, values, ref_logprobs = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    for minibatch in order.tensor_split(cfg.minibatches):
+        for rows in micro_batches(minibatch, cfg.micro_batch_size):
+            logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+            ref_logprobs[rows], _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature)
+    kl = kl_penalty(logprobs, ref_logprobs)
+    final = final_scores(scores, rollout.ended, cfg)
+    rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+    if cfg.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return Batch(rollout, final, logprobs, values, kl, advantages, returns)
+
+
+def optimize(
+    policy: PreTrainedModel,
+    value_head: ValueHead,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    orders: list[Tensor],
+    update: int,
+    cfg: PPOConfig,
+) -> list[dict[str, float]]:
+    """The epochs of one update; returns the statistics of every minibatch."""
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    minibatch_stats: list[dict[str, float]] = []
+    for order in orders:
+        for minibatch in order.tensor_split(cfg.minibatches):
+            tokens = mask[minibatch].sum()  # the mean is over the whole minibatch, whatever the micro-batches
+            stats: dict[str, Tensor] = {}
+            for rows in micro_batches(minibatch, cfg.micro_batch_size):
+                logprobs, entropy, values = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+                if update == 0 and not minibatch_stats:
+                    check_first_ratio(logprobs, batch.logprobs[rows], mask[rows])
+                pg_loss, pg_stats = policy_loss(
+                    logprobs,
+                    batch.logprobs[rows],
+                    batch.advantages[rows],
+                    mask[rows],
+                    clip_low=cfg.clip,
+                    clip_high=cfg.clip,
+                    denominator=tokens,
+                )
+                vf_loss, vf_stats = value_loss(
+                    values,
+                    batch.values[rows],
+                    batch.returns[rows],
+                    mask[rows],
+                    clip=cfg.value_clip,
+                    denominator=tokens,
+                )
+                entropy_mean = entropy.sum() / tokens
+                loss = pg_loss + cfg.vf_coef * vf_loss - cfg.entropy_coef * entropy_mean
+                for name, values_ in (("logprob", logprobs), ("value", values), ("loss", loss)):
+                    check_finite(name, values_, update + 1, rows, rollout)
+                loss.backward()
+                share = mask[rows].sum() / tokens
+                parts = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": entropy_mean}
+                parts |= {"approx_kl": pg_stats["approx_kl"] * share, "ratio": pg_stats["ratio_mean"] * share}
+                clipped = pg_stats["clip_fraction_low"] + pg_stats["clip_fraction_high"]
+                parts |= {"clipfrac": clipped * share, "value_clipfrac": vf_stats["clip_fraction"] * share}
+                for name, part in parts.items():
+                    stats[name] = stats.get(name, 0.0) + part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            check_finite("gradient", norm, update + 1, minibatch, rollout)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            minibatch_stats.append({name: float(value) for name, value in stats.items()} | {"grad_norm": float(norm)})
+            if cfg.target_kl is not None and minibatch_stats[-1]["approx_kl"] > cfg.target_kl:
+                return minibatch_stats
+    return minibatch_stats
+
+
+def _load(
+    cfg: PPOConfig,
+    device: torch.device,
+    policy: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reference: PreTrainedModel | None,
+    reward: RewardFunction | None,
+    prompts: list[str] | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel, RewardFunction, list[str]]:
+    """Everything that was not passed as an object, from the folders and files that cfg names; prompts are checked."""
+    needed = {"model": policy, "reward": reward, "prompts": prompts}
+    require(cfg, *(name for name, given in needed.items() if given is None))
+    remote = cfg.trust_remote_code
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, remote)
+    if prompts is None:
+        prompts = read_prompts(cfg.prompts)
+    policy = (load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy).to(device)
+    if reference is None and cfg.ref_model is not None:
+        reference = load_causal(cfg.ref_model, tokenizer, trust_remote_code=remote)
+    reference = (copy.deepcopy(policy) if reference is None else reference).to(device)
+    encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
+    if reward is None:
+        reward = load_reward(
+            cfg.reward,
+            label=cfg.reward_label,
+            completion_only=cfg.reward_completion_only,
+            device=device,
+            pad_token=cfg.pad_token,
+            trust_remote_code=remote,
+        )
+    return policy.eval(), tokenizer, reference.eval().requires_grad_(False), reward, prompts

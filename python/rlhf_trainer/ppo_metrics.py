@@ -1,0 +1,62 @@
+"""The metrics of a PPO update under TRL's names, sample completions, and the criteria to stop on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from rlhf_trainer.ppo import Batch, PPOConfig
+
+
+def summarize(
+    batch: Batch, minibatches: list[dict[str, float]], beta: float, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """The metrics of one update, under the names of TRL's PPO trainer."""
+    mask = batch.rollout.response_mask
+    kl = batch.kl.sum(-1).mean().item()
+    scores = batch.scores.mean().item()
+    average = {name: sum(s[name] for s in minibatches) / len(minibatches) for name in minibatches[0]}
+    ratios = torch.tensor([s["ratio"] for s in minibatches])
+    errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
+    spread = targets.var(correction=0).item()
+    return {
+        "objective/kl": kl,
+        "objective/entropy": -batch.logprobs.sum(-1).mean().item(),
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": scores - beta * kl,
+        "objective/scores": scores,
+        "objective/kl_coef": beta,
+        "policy/approxkl_avg": average["approx_kl"],
+        "policy/clipfrac_avg": average["clipfrac"],
+        "policy/entropy_avg": average["entropy"],
+        "loss/policy_avg": average["policy_loss"],
+        "loss/value_avg": average["value_loss"],
+        "val/clipfrac_avg": average["value_clipfrac"],
+        "val/ratio": average["ratio"],
+        "val/ratio_var": ratios.var(correction=0).item(),
+        "val/num_eos_tokens": float((batch.rollout.responses[mask] == tokenizer.eos_token_id).sum()),
+        "val/var_explained": 1 - errors.var(correction=0).item() / spread if spread > 0 else 0.0,
+        "val/missing_eos": 1 - batch.rollout.ended.float().mean().item(),
+        "val/response_length": mask.sum(-1).float().mean().item(),
+        "grad_norm": average["grad_norm"],
+    }
+
+
+def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
+    """The first completions of a rollout with their scores and KL."""
+    kl = batch.kl.sum(-1).tolist()
+    rows = zip(batch.rollout.prompts, batch.rollout.completions, batch.scores.tolist(), kl, strict=True)
+    return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
+
+
+def stop_reason(metrics: dict[str, float], cfg: PPOConfig) -> str | None:
+    """Why to stop after this update, None to go on."""
+    score, kl = metrics["objective/scores"], metrics["objective/kl"]
+    if cfg.stop_reward is not None and score >= cfg.stop_reward:
+        return f"mean score {score:.3f} reached --stop_reward {cfg.stop_reward}"
+    if cfg.stop_kl is not None and kl > cfg.stop_kl:
+        return f"KL {kl:.2f} nats exceeded --stop_kl {cfg.stop_kl}"
+    return None

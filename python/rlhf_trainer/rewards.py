@@ -1,0 +1,110 @@
+"""Rewards as one callable `(prompts, completions) -> scores`: a reward model, a classifier's class logit, or Python."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import load_normalisation, load_reward_model, load_tokenizer, score_sequences
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def load_reward(
+    source: str,
+    *,
+    label: str | None = None,
+    completion_only: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardFunction:
+    """The reward that `source` names.
+
+    Args:
+        source: "file.py:function" or "package.module:function", or a folder with a sequence classifier: a reward model
+            from `rlhf reward` (its scores normalised as its folder says) or any classifier.
+        label: for a classifier of several classes, the class whose *logit* is the reward, by name or number.
+        completion_only: show a classifier the completion without its prompt.
+    """
+    if ":" in source and not Path(source).is_dir():
+        return load_function(source)
+    model = load_reward_model(source, trust_remote_code=trust_remote_code).to(device).eval()
+    generates = hasattr(model, "score")
+    tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=generates)
+    index = label_index(model.config, label, source)
+    mean, std = load_normalisation(source)
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        shown = [""] * len(prompts) if completion_only else prompts
+        raw = score_sequences(model, tokenizer, shown, completions, label=index, batch_size=batch_size)
+        return ((raw - mean) / std).tolist()
+
+    return reward
+
+
+def label_index(config: Any, label: str | None, source: str) -> int:
+    """Which output of a classifier `label` names; a model with one output needs none."""
+    if label is None:
+        if config.num_labels == 1:
+            return 0
+        raise UserError(f"{source} has the classes {list(config.id2label.values())}; say which with --reward_label")
+    names = {str(name): int(number) for number, name in config.id2label.items()}
+    if label in names:
+        return names[label]
+    if label.isdigit() and int(label) < config.num_labels:
+        return int(label)
+    raise UserError(f"{source} has no class {label!r}; it has {list(names)}")
+
+
+def load_function(source: str) -> RewardFunction:
+    """The function that "file.py:function" or "package.module:function" names."""
+    place, _, name = source.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if spec is None or spec.loader is None or not Path(place).is_file():
+                raise UserError(f"{place}: no such Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise UserError(f"{source}: cannot be imported: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{source}: {place} has no function {name!r}")
+    return function
+
+
+def scores_of(reward: RewardFunction, prompts: list[str], completions: list[str], what: str = "reward") -> torch.Tensor:
+    """Call a reward function; UserError if it raises, returns the wrong count, or something that is not finite."""
+    try:
+        returned = reward(prompts, completions)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the {what} function raised {type(error).__name__}: {error}") from error
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):
+        raise UserError(f"the {what} function returned {type(returned).__name__}, expected a list of numbers") from None
+    if len(scores) != len(prompts):
+        raise UserError(f"the {what} function returned {len(scores)} scores for {len(prompts)} completions")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the {what} function returned {score} for completion {index}: "
+                f"prompt {prompts[index][:60]!r}, completion {completions[index][:60]!r}"
+            )
+    return torch.tensor(scores, dtype=torch.float32)

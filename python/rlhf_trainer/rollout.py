@@ -1,0 +1,122 @@
+"""Rollouts: sample a response for every prompt with the policy's own distribution, and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import context_length, encode_prompt, left_pad, position_ids
+
+
+@dataclass
+class Rollout:
+    """B prompts, left-padded to P tokens, and their responses, right-padded to R tokens."""
+
+    ids: Tensor  # [B, P + R] int64
+    mask: Tensor  # [B, P + R] bool, true at real tokens
+    prompt_length: int  # P
+    ended: Tensor  # [B] bool, true where EOS or a stop token was sampled
+    prompts: list[str]
+    completions: list[str]  # text of the responses, without EOS and stop token
+
+    @property
+    def responses(self) -> Tensor:
+        """[B, R] ids of the sampled tokens."""
+        return self.ids[:, self.prompt_length :]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, true at sampled tokens, EOS included. By length: PAD may be any id."""
+        return self.mask[:, self.prompt_length :]
+
+
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Ids of every prompt. UserError for a prompt that is empty, or leaves no room for the response."""
+    limit = context_length(model)
+    rows = []
+    for number, prompt in enumerate(prompts, start=1):
+        row = encode_prompt(tokenizer, prompt)
+        if not prompt.strip() or not row:
+            raise UserError(f"prompt {number} of {len(prompts)} is empty; every prompt needs at least one character")
+        if limit is not None and len(row) + max_new_tokens > limit:
+            raise UserError(
+                f"prompt {number} of {len(prompts)} has {len(row)} tokens; with --max_new_tokens {max_new_tokens} "
+                f"that is longer than the model's context of {limit}: {prompt[:60]!r}"
+            )
+        rows.append(row)
+    return rows
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw one token per row of logits [B, V] from softmax(logits / temperature): no top-k, no top-p."""
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    stop_token: str | None = None,
+) -> Rollout:
+    """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache."""
+    device = next(model.parameters()).device
+    ids, mask = left_pad(encode_prompts(model, tokenizer, prompts, max_new_tokens), tokenizer.pad_token_id)
+    ids, mask = ids.to(device), mask.to(device)
+    stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
+    ends = torch.tensor(stops, device=device)
+    accepted = inspect.signature(model.forward).parameters
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    prompt_length, inputs, cache = ids.shape[1], ids, None
+    for _ in range(max_new_tokens):
+        options = {"position_ids": position_ids(mask)[:, -inputs.shape[1] :], "logits_to_keep": 1}
+        output = model(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+            **{key: value for key, value in options.items() if key in accepted},
+        )
+        cache = output.past_key_values
+        token = sample(output.logits[:, -1], temperature, generator)
+        token = torch.where(ended, tokenizer.pad_token_id, token)
+        ids = torch.cat([ids, token.unsqueeze(1)], 1)
+        mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
+        ended = ended | torch.isin(token, ends)
+        if bool(ended.all()):
+            break
+        inputs = token.unsqueeze(1)
+    return Rollout(ids, mask, prompt_length, ended, list(prompts), decode(tokenizer, ids, mask, prompt_length, stops))
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a stop token; UserError unless the text is exactly one token."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(f"--stop_token {text!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
+    return ids[0]
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, prompt_length: int, stops: list[int]
+) -> list[str]:
+    """The text of every response, without the token that ended it."""
+    texts = []
+    for row, real in zip(ids[:, prompt_length:].tolist(), mask[:, prompt_length:].tolist(), strict=True):
+        tokens = [token for token, counted in zip(row, real, strict=True) if counted]
+        if tokens and tokens[-1] in stops:
+            tokens.pop()
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts
