@@ -1,0 +1,150 @@
+"""Run every kernel on memory that ends, or begins, at a page nobody may touch, and across offsets past 2**31.
+
+Run as a program: `guarded_memory.py {cpu|triton} {behind|before|far}`. An access outside an input kills the process;
+a wrong result raises; otherwise it prints how many calls it made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # CPU memory, on every machine
+
+import edge_cases
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+from rlhf_kernels import dispatch
+
+PAGE = mmap.PAGESIZE
+MAP_NORESERVE = 0x4000  # Linux; mmap names it from Python 3.12 on
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_keep: list[mmap.mmap] = []
+
+
+def _map(size: int) -> tuple[int, mmap.mmap]:
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    _keep.append(area)
+    return ctypes.addressof(ctypes.c_char.from_buffer(area)), area
+
+
+def guarded(x: Tensor, side: str) -> Tensor:
+    """A copy of `x` whose last byte lies before, or whose first byte lies behind, a page without any access."""
+    if x.numel() == 0:
+        return x
+    pages = -(-x.nbytes // PAGE) * PAGE
+    address, area = _map(pages + PAGE)
+    start = 0 if side == "behind" else PAGE
+    offset = start + (pages - x.nbytes if side == "behind" else 0)
+    if _libc.mprotect(address + (pages if side == "behind" else 0), PAGE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return copy.copy_(x)
+
+
+def _same(a: Tensor, b: Tensor) -> None:
+    assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def check_logits(backend: str, side: str) -> int:
+    """The backend's own functions, so that bad labels reach the kernel."""
+    module, calls = dispatch.load(backend), 0
+    for V in (1, 37, 128, 4097):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for label_dtype in (torch.int64, torch.int32):
+                mask = torch.tensor([True, False, True])
+                logits = edge_cases.logits_of("normal", (1, 3, V), dtype, calls)
+                labels = torch.tensor([0, -(2**31), V - 1], dtype=label_dtype)
+                plain = (logits, labels, mask, 1.0, torch.tensor([0.5, 1.0, 2.0]))
+                fenced = [guarded(x, side) if isinstance(x, Tensor) else x for x in plain]
+                outputs = []
+                for arguments in (plain, fenced):
+                    logprobs, entropy, stats = module.selected_logprobs_fwd(*arguments, True)
+                    g = [guarded(torch.ones(3), side) for _ in range(2)]
+                    grad = module.selected_logprobs_bwd(*g, *arguments, stats, entropy, False)
+                    inplace = module.selected_logprobs_bwd(*g, *arguments, stats, entropy, True)
+                    outputs.append((logprobs, entropy, grad, inplace))
+                for a, b in zip(*outputs, strict=True):
+                    _same(a, b)
+                calls += 1
+        for bad in (-1, V, 2**31 - 1, -(2**31)):
+            labels = guarded(torch.tensor([0, bad, 0]), side)
+            arguments = (guarded(torch.zeros(1, 3, V), side), labels, None, 1.0, None)
+            if backend == "cpu":
+                try:
+                    module.selected_logprobs_fwd(*arguments, False)
+                except IndexError:
+                    calls += 1
+                continue
+            logprobs, entropy, stats = module.selected_logprobs_fwd(*arguments, False)
+            grad = module.selected_logprobs_bwd(torch.ones(3), None, *arguments, stats, entropy, False)
+            assert logprobs.isnan().tolist() == [False, True, False]
+            assert grad.isnan().all(-1).flatten().tolist() == [False, True, False]
+            assert grad[0, [0, 2]].isfinite().all()
+            calls += 1
+    return calls
+
+
+def check_gae(backend: str, side: str) -> int:
+    if backend == "triton":
+        from rlhf_kernels.backends.triton import scan
+
+        scan.BLOCK_T = 16  # the interpreter spends 0.1 ms on each position of a block
+    calls = 0
+    for time in (1, 16, 31, 33):
+        for dtype in (torch.float32, torch.bfloat16):
+            rewards, values = edge_cases.logits_of("normal", (2, 2, time), dtype)
+            mask = edge_cases.MASKS["holes"](rewards.shape)
+            for masked in ("skip", "stop", "zero"):
+                plain = (rewards, values, mask)
+                bootstrap = torch.ones(2)
+                with rk.use_backend(backend):
+                    expected = rk.gae(*plain, bootstrap=bootstrap, masked=masked)
+                    fenced = [guarded(x, side) for x in plain]
+                    got = rk.gae(*fenced, bootstrap=guarded(bootstrap, side), masked=masked)
+                for a, b in zip(expected, got, strict=True):
+                    _same(a, b)
+                calls += 1
+    return calls
+
+
+def check_far(backend: str) -> int:
+    """Rows more than 2**31 elements apart: 10 GB of addresses, of which only the rows themselves become memory."""
+    if backend == "triton":
+        from triton.runtime import interpreter
+
+        # The interpreter works on our memory itself; copying results "back" would touch all of it.
+        interpreter.GridExecutor._restore_args_dev = lambda *_: None
+    V, stride = 37, 1_200_000_000
+    _, area = _map(4 * (2 * stride + V))
+    flat = torch.frombuffer(area, dtype=torch.float32, count=2 * stride + V)
+    labels = torch.tensor([3, 4, 5])
+    near = edge_cases.logits_of("normal", (3, V), torch.float32)
+    for shape, strides in (((3, 1, V), (stride, V, 1)), ((1, 3, V), (V, stride, 1))):
+        far = flat.as_strided(shape, strides)
+        results = []
+        for logits in (near.view(shape), far.copy_(near.view(shape))):
+            module = dispatch.load(backend)
+            arguments = (logits, labels, None, 0.7, None)
+            logprobs, entropy, stats = module.selected_logprobs_fwd(*arguments, True)
+            g = torch.ones(3)
+            grad = module.selected_logprobs_bwd(g, g, *arguments, stats, entropy, False)
+            inplace = module.selected_logprobs_bwd(g, g, *arguments, stats, entropy, True)
+            results.append((logprobs, entropy, grad, inplace.clone()))
+        for a, b in zip(*results, strict=True):
+            _same(a, b)
+    rewards = flat.as_strided((3, 20), (stride, 1)).copy_(near[:, :20])
+    with rk.use_backend(backend):
+        for a, b in zip(rk.gae(rewards, rewards), rk.gae(near[:, :20], near[:, :20]), strict=True):
+            _same(a, b)
+    return 3
+
+
+if __name__ == "__main__":
+    name, where = sys.argv[1:]
+    print(check_far(name) if where == "far" else check_logits(name, where) + check_gae(name, where))
