@@ -12,7 +12,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +28,11 @@ HH_TURN = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Example:
-    """One SFT record: the model learns `completion`, then EOS, after `prompt`."""
+    """One SFT record: the model learns `completion`, then EOS, after `prompt`. `line`: where it stood in its file."""
 
     prompt: str
     completion: str
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Pair:
     rejected: str
     label: float = 1.0
     margin: float = 0.0
+    line: int = field(default=0, compare=False)
 
 
 class Findings:
@@ -237,7 +239,7 @@ def read_examples(
             if example in seen:
                 findings.note("duplicate", number)
             seen.add(example)
-            examples.append(example)
+            examples.append(replace(example, line=number))
     if not examples:
         raise UserError(f"{path}: no example in it")
     return examples, findings
@@ -298,7 +300,7 @@ def read_pairs(
         if (pair.prompt, pair.rejected, pair.chosen) in seen:
             findings.note("contradicts an earlier pair", number)
         seen.add((pair.prompt, pair.chosen, pair.rejected))
-        pairs.append(pair)
+        pairs.append(replace(pair, line=number))
     if not pairs:
         raise UserError(f"{path}: no pair in it")
     return pairs, findings

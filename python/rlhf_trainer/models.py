@@ -349,6 +349,40 @@ def load_normalisation(folder: str | Path) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def classifier_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    batch_size: int = 64,
+    eos: bool = True,
+) -> Tensor:
+    """Raw outputs [M, num_labels] float32 on the CPU of a sequence classifier for prompt + completion.
+
+    Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way.
+    """
+    device = next(model.parameters()).device
+    outputs = torch.empty(len(prompts), model.config.num_labels)
+    if not hasattr(model, "score"):
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            encoded = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
+            outputs[start : start + batch_size] = model(**encoded).logits.float().cpu()
+        return outputs
+    rows = [
+        encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, completion, eos)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = left_pad([rows[i] for i in chosen], tokenizer.pad_token_id)
+        outputs[chosen] = last_token_scores(model, ids.to(device), mask.to(device)).cpu()
+    return outputs
+
+
 def score_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -359,25 +393,5 @@ def score_sequences(
     batch_size: int = 64,
     eos: bool = True,
 ) -> Tensor:
-    """Raw scores [M] float32 on the CPU: output `label` of the classifier for prompt + completion.
-
-    Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way.
-    """
-    device = next(model.parameters()).device
-    if not hasattr(model, "score"):
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        encoded = (tokenizer(batch, padding=True, truncation=True, return_tensors="pt") for batch in batches)
-        outputs = [model(**batch.to(device)).logits[:, label].float().cpu() for batch in encoded]
-        return torch.cat([torch.empty(0), *outputs])
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, completion, eos)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
-    scores = torch.empty(len(rows))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, mask = left_pad([rows[i] for i in chosen], tokenizer.pad_token_id)
-        scores[chosen] = last_token_scores(model, ids.to(device), mask.to(device))[:, label].cpu()
-    return scores
+    """Raw scores [M] float32 on the CPU: output `label` of `classifier_outputs`."""
+    return classifier_outputs(model, tokenizer, prompts, completions, batch_size=batch_size, eos=eos)[:, label]

@@ -52,12 +52,12 @@ def load_reward(
     return reward
 
 
-def label_index(config: Any, label: str | None, source: str) -> int:
+def label_index(config: Any, label: str | None, source: str, option: str = "--reward_label") -> int:
     """Which output of a classifier `label` names; a model with one output needs none."""
     if label is None:
         if config.num_labels == 1:
             return 0
-        raise UserError(f"{source} has the classes {list(config.id2label.values())}; say which with --reward_label")
+        raise UserError(f"{source} has the classes {list(config.id2label.values())}; say which with {option}")
     names = {str(name): int(number) for number, name in config.id2label.items()}
     if label in names:
         return names[label]

@@ -1,0 +1,269 @@
+"""`rlhf eval`: any number of policies on the same prompts: toxicity, reward, KL, length, diversity, with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from rlhf_trainer.config import option, require, save_config
+from rlhf_trainer.data import read_prompts, write_jsonl
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import classifier_outputs, load_causal, load_reward_model, load_tokenizer, resolve_device
+from rlhf_trainer.ppo import token_outputs
+from rlhf_trainer.report import print_report, write_report
+from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
+from rlhf_trainer.rollout import encode_prompts, generate
+from rlhf_trainer.runlog import RunLog
+
+SUMMARY = "Compare policies on the same prompts: measures with bootstrap intervals, completions, an HTML report."
+EXAMPLE = (
+    "rlhf eval --before runs/sft --after runs/ppo --prompts heldout.jsonl --reward runs/reward "
+    "--toxicity classifier_folder --toxicity_label toxic --output_dir runs/eval"
+)
+Values = NDArray[np.float64]
+
+
+@dataclass
+class Config:
+    before: str = option("", "folder of the policy that the others are compared with; KL is measured to it")
+    after: list[str] = option([], "folders of one or more other policies; `name=folder` names one in the report")
+    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    output_dir: str = option("", "folder for eval.json, completions.jsonl and report.html")
+    toxicity: str | None = option(
+        None, "classifier folder (see toxicity_label), or file.py:function, or package.module:function; lower is better"
+    )
+    toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
+    reward: str | None = option(None, "reward model folder, or file.py:function, or package.module:function")
+    measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
+    completion_only: bool = option(False, "show the toxicity classifier the completion without its prompt")
+    max_prompts: int = option(256, "how many prompts of the file are used, from its beginning")
+    max_new_tokens: int = option(32, "longest response in tokens")
+    temperature: float = option(1.0, "sampling temperature; the KL is between the tempered policies")
+    stop_token: str | None = option(None, "a token that ends a response as EOS does, such as a newline")
+    batch_size: int = option(64, "prompts per forward pass")
+    bootstrap: int = option(2000, "resamples behind each 95 % interval")
+    seed: int = option(0, "seed of sampling and bootstrap")
+    device: str = option("auto", "auto, cpu or cuda")
+    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+
+@dataclass
+class Answers:
+    """A policy's completions [N], their length in tokens, whether they ended, and log pi - log ref of each in nats."""
+
+    completions: list[str]
+    lengths: Values
+    ended: Values
+    log_ratios: Values
+
+
+def bootstrap(values: Values, resamples: int, seed: int) -> dict[str, float]:
+    """Mean of values [N] with the 95 % percentile interval over `resamples` draws of N with replacement."""
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = text.split()
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def distinct(completions: Sequence[str], n: int) -> dict[str, float]:
+    """Distinct n-grams of words over all of them (Li et al. 2016), with a 95 % jackknife interval.
+
+    A bootstrap would draw completions twice, and so find less diversity than there is.
+    """
+    each = [_grams(text, n) for text in completions]
+    together: Counter[tuple[str, ...]] = Counter()
+    for grams in each:
+        together.update(grams)
+    total = together.total()
+    if total == 0:
+        return {"mean": 0.0, "low": 0.0, "high": 0.0}
+    without = []
+    for grams in each:
+        lost = sum(count == together[gram] for gram, count in grams.items())
+        without.append((len(together) - lost) / max(total - grams.total(), 1))
+    mean, left_out, count = len(together) / total, np.array(without), len(each)
+    error = 1.96 * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
+    return {"mean": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}
+
+
+def answer(
+    cfg: Config, policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: Any, prompts: list[str], log: RunLog
+) -> Answers:
+    """Sample one completion for each prompt and compare its logprob under policy and reference, token by token."""
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(cfg.seed)
+    sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
+    completions: list[str] = []
+    columns: list[list[float]] = [[], [], []]
+    for start in range(0, len(prompts), cfg.batch_size):
+        batch = prompts[start : start + cfg.batch_size]
+        rollout = generate(policy, tokenizer, batch, generator=generator, **sampling)
+        rows = torch.arange(len(batch), device=rollout.ids.device)
+        with torch.no_grad():
+            logprobs, _, _ = token_outputs(policy, None, rollout, rows, cfg.temperature)
+            ref_logprobs, _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature)
+        completions += rollout.completions
+        found = (rollout.response_mask.sum(-1), rollout.ended, (logprobs - ref_logprobs).sum(-1))
+        for column, values in zip(columns, found, strict=True):
+            column += values.tolist()
+        log.progress.advance(log.task, len(batch))
+    return Answers(completions, *(np.array(column, dtype=np.float64) for column in columns))
+
+
+def measure_all(
+    answers: Answers, prompts: list[str], scorers: dict[str, RewardFunction], reference: bool
+) -> dict[str, Values]:
+    """Every measure that is a mean over prompts: name -> values [N]."""
+    found = {
+        name: scores_of(scorer, prompts, answers.completions, name).double().numpy() for name, scorer in scorers.items()
+    }
+    found["KL to reference (nats)"] = np.zeros(len(prompts)) if reference else answers.log_ratios
+    found["length (tokens)"] = answers.lengths
+    found["ended by itself"] = answers.ended
+    return found
+
+
+def compare(cfg: Config, values: dict[str, dict[str, Values]], texts: dict[str, list[str]]) -> dict[str, Any]:
+    """{"policies", "changes"}: estimates of every measure for each policy, and its paired change against the first."""
+    first = next(iter(values))
+    policies: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for name, measures in values.items():
+        estimates = {key: bootstrap(column, cfg.bootstrap, cfg.seed) for key, column in measures.items()}
+        estimates |= {f"distinct-{n}": distinct(texts[name], n) for n in (1, 2)}
+        policies[name] = {"measures": estimates}
+        if name == first:
+            continue
+        changes[name] = {
+            key: bootstrap(column - values[first][key], cfg.bootstrap, cfg.seed) for key, column in measures.items()
+        }
+        if "reward" in measures:
+            difference = measures["reward"] - values[first]["reward"]
+            wins = (difference > 0) + 0.5 * (difference == 0)
+            policies[name]["win_rate"] = bootstrap(wins, cfg.bootstrap, cfg.seed)
+    return {"policies": policies, "changes": changes}
+
+
+def policy_folders(cfg: Config) -> dict[str, str]:
+    """Name in the report -> folder; the one to compare with comes first."""
+    folders = {}
+    for entry in (cfg.before, *cfg.after):
+        name, _, folder = entry.rpartition("=")
+        name = name or Path(folder).name
+        if name in folders:
+            raise UserError(f"two policies are called {name!r}; name them apart with --after name=folder")
+        folders[name] = folder
+    return folders
+
+
+def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
+    """A function as it is; of a classifier the probability of cfg.toxicity_label."""
+    assert cfg.toxicity is not None
+    if not Path(cfg.toxicity).is_dir():
+        return load_reward(cfg.toxicity)
+    model = load_reward_model(cfg.toxicity, trust_remote_code=cfg.trust_remote_code).to(device).eval()
+    tokenizer = load_tokenizer(cfg.toxicity, cfg.pad_token, cfg.trust_remote_code, generates=hasattr(model, "score"))
+    index = label_index(model.config, cfg.toxicity_label, cfg.toxicity, "--toxicity_label")
+    independent = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
+
+    def probability(prompts: list[str], completions: list[str]) -> list[float]:
+        shown = [""] * len(prompts) if cfg.completion_only else prompts
+        outputs = classifier_outputs(model, tokenizer, shown, completions, batch_size=cfg.batch_size)
+        return (outputs.sigmoid() if independent else outputs.softmax(-1))[:, index].tolist()
+
+    return probability
+
+
+def load_scorers(cfg: Config, device: torch.device) -> dict[str, RewardFunction]:
+    """Name of the measure -> function; toxicity first."""
+    options = {"device": device, "pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
+    scorers: dict[str, RewardFunction] = {}
+    if cfg.toxicity:
+        scorers["toxicity"] = load_toxicity(cfg, device)
+    if cfg.reward:
+        scorers["reward"] = load_reward(cfg.reward, **options)
+    for entry in cfg.measures:
+        name, equals, source = entry.partition("=")
+        if not equals or not name or not source:
+            raise UserError(f"--measures {entry}: expected name=file.py:function or name=package.module:function")
+        scorers[name] = load_reward(source, **options)
+    return scorers
+
+
+def evaluate(cfg: Config) -> dict[str, Any]:
+    """Answer the prompts with every policy and measure; returns what eval.json holds."""
+    device, folders = resolve_device(cfg.device), policy_folders(cfg)
+    tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
+    prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
+    scorers = load_scorers(cfg, device)
+    values, texts = {}, {}
+    reference = None
+    with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval", tensorboard=False) as log:
+        for name, folder in folders.items():
+            own = load_tokenizer(folder, cfg.pad_token, cfg.trust_remote_code)
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"{folder} and {cfg.before} have different vocabularies; a KL between them has no meaning"
+                )
+            policy = load_causal(folder, own, trust_remote_code=cfg.trust_remote_code).to(device).eval()
+            reference = reference if reference is not None else policy
+            encode_prompts(policy, own, prompts, cfg.max_new_tokens)
+            answers = answer(cfg, policy, reference, own, prompts, log)
+            values[name] = measure_all(answers, prompts, scorers, policy is reference)
+            texts[name] = answers.completions
+    result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
+    result |= compare(cfg, values, texts)
+    result["samples"] = [
+        {
+            "prompt": prompt,
+            "completions": {name: texts[name][i] for name in folders},
+            "measures": {name: {key: float(column[i]) for key, column in values[name].items()} for name in folders},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return result
+
+
+def write_result(result: dict[str, Any], folder: str | Path) -> None:
+    """eval.json with the figures, completions.jsonl with every completion and its scores."""
+    figures = {key: value for key, value in result.items() if key != "samples"}
+    write_jsonl(Path(folder) / "completions.jsonl", result["samples"])
+    path = Path(folder) / "eval.json"
+    path.with_suffix(".tmp").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
+
+
+def validate_options(cfg: Config) -> None:
+    require(cfg, "before", "after", "prompts", "output_dir")
+    for name in ("max_prompts", "max_new_tokens", "batch_size", "bootstrap"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if not cfg.temperature > 0:
+        raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Evaluate, write eval.json, completions.jsonl and report.html, print the table."""
+    validate_options(cfg)
+    result = evaluate(cfg)
+    save_config(cfg, cfg.output_dir)
+    write_result(result, cfg.output_dir)
+    page = write_report(Path(cfg.output_dir) / "report.html", result, title="Evaluation")
+    print_report(result)
+    print(f"report: {page}")
+    return result

@@ -1,0 +1,118 @@
+"""`rlhf sft`: next-token loss on completions only, -log p(completion, EOS | prompt) per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_kernels import selected_logprobs
+from rlhf_trainer.config import require
+from rlhf_trainer.data import Example, Findings, read_examples
+from rlhf_trainer.models import (
+    hidden_states,
+    left_pad,
+    load_causal,
+    load_tokenizer,
+    logits_of,
+    resolve_device,
+    save_folder,
+)
+from rlhf_trainer.supervised import (
+    FitConfig,
+    Row,
+    Task,
+    encode_row,
+    fit,
+    length_limit,
+    read_both,
+    say_findings,
+    validate_options,
+)
+
+SUMMARY = "Fine-tune a causal language model on prompts and completions; the loss counts completions only."
+EXAMPLE = "rlhf sft --model runs/base --data examples.jsonl --output_dir runs/sft --epochs 2 --lr 1e-4"
+
+
+@dataclass
+class Config(FitConfig):
+    """Data: {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"} a line, or plain text."""
+
+
+def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
+    """[M] float32: -log p of each row's completion tokens, EOS included, summed; prompt and padding do not count.
+
+    A completion that nothing precedes (empty prompt, no BOS) counts from its second token.
+    """
+    device = next(model.parameters()).device
+    ids, mask = left_pad([row.ids for row in rows], pad_id)
+    counted = torch.zeros_like(mask)
+    for i, row in enumerate(rows):
+        counted[i, ids.shape[1] - len(row.ids) + max(row.prompt, 1) :] = True
+    ids, mask, counted = ids.to(device), mask.to(device), counted[:, 1:].to(device)
+    before = hidden_states(model, ids, mask)[:, :-1][counted]
+    logprobs = selected_logprobs(logits_of(model, before), ids[:, 1:][counted], inplace_backward=True)
+    return -logprobs.new_zeros(counted.shape).masked_scatter(counted, logprobs).sum(-1)
+
+
+def counted_tokens(row: Row) -> int:
+    return len(row.ids) - max(row.prompt, 1)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int) -> float:
+    """Nats per completion token over all rows."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    total = sum(completion_losses(model, batch, pad_id).sum().item() for batch in batches)
+    return total / sum(map(counted_tokens, rows))
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: Findings
+) -> list[Row]:
+    rows = []
+    for example in examples:
+        row, cut = encode_row(tokenizer, example.prompt, example.completion, limit)
+        if cut:
+            findings.note(f"longer than {limit} tokens, cut", example.line)
+        rows.append(replace(row, line=example.line))
+    return rows
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Train, save an ordinary Hugging Face folder; returns the last metrics."""
+    require(cfg, "model", "data", "output_dir")
+    validate_options(cfg)
+    device = resolve_device(cfg.device)
+    tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    examples, heldout, *findings = read_both(cfg, read_examples, tokenizer)
+    torch.manual_seed(cfg.seed)
+    model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code).to(device).train()
+    limit = length_limit(cfg, model)
+    rows, heldout_rows = (
+        encode_examples(tokenizer, part, limit, found)
+        for part, found in zip((examples, heldout), findings, strict=True)
+    )
+    say_findings(cfg, len(examples), len(heldout), *findings, "examples")
+
+    def evaluate() -> dict[str, float]:
+        if not heldout_rows:
+            return {}
+        return {"heldout/loss": mean_loss(model, heldout_rows, tokenizer.pad_token_id, cfg.batch_size)}
+
+    task = Task(
+        losses=lambda batch: completion_losses(model, batch, tokenizer.pad_token_id),
+        units=counted_tokens,
+        length=lambda row: len(row.ids),
+        line=lambda row: row.line,
+        text=lambda row: tokenizer.decode(row.ids, skip_special_tokens=True),
+        evaluate=evaluate,
+    )
+    metrics = fit(cfg, "sft", model, rows, task)
+    save_folder(cfg.output_dir, model, tokenizer)
+    return metrics

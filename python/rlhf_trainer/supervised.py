@@ -1,0 +1,235 @@
+"""What `rlhf sft` and `rlhf reward` share: options, text to token rows, and the training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
+from rlhf_trainer.config import option, save_config, say
+from rlhf_trainer.data import Example, Findings, Pair, split_heldout
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import context_length, encode_completion, encode_prompt
+from rlhf_trainer.runlog import RunLog
+
+Item = TypeVar("Item")
+Record = TypeVar("Record", Example, Pair)
+SCHEDULES = ("cosine", "linear", "constant")
+LONGEST = 1024  # tokens, where neither the user nor the model sets a limit below
+
+
+@dataclass
+class FitConfig:
+    """Options that sft and reward share."""
+
+    model: str = option("", "folder (or hub name) of the model to start from")
+    data: str = option("", "training data, JSON lines (.gz too)")
+    eval_data: str | None = option(None, "held-out data of the same kind; none: a part of --data, see --heldout")
+    heldout: float = option(0.05, "held out of --data: a share below 1, or a number of records; 0: nothing")
+    output_dir: str = option("", "folder for the trained model, metrics.jsonl, TensorBoard and checkpoints")
+    epochs: int = option(1, "passes over the data")
+    batch_size: int = option(32, "records per optimizer step")
+    micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
+    lr: float = option(1e-4, "AdamW's peak learning rate")
+    schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    max_length: int | None = option(None, f"longest record in tokens; none: the model's context, {LONGEST} at most")
+    evals: int = option(10, "how many times the held-out records are scored")
+    save_every: int = option(0, "steps between checkpoints; 0: none")
+    keep_checkpoints: int = option(2, "how many checkpoints to keep")
+    resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
+    overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
+    strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
+    seed: int = option(0, "seed of the order of the records, of the held-out part and of new weights")
+    device: str = option("auto", "auto, cpu or cuda")
+    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+
+def validate_options(cfg: FitConfig) -> None:
+    """UserError for options that cannot work, before anything is loaded."""
+    if cfg.schedule not in SCHEDULES:
+        raise UserError(f"--schedule {cfg.schedule}: it takes {', '.join(SCHEDULES)}")
+    for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "evals"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    for name in ("lr", "max_grad_norm"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    for name, high in (("warmup", 1.0), ("weight_decay", math.inf), ("heldout", math.inf), ("save_every", math.inf)):
+        if not 0 <= getattr(cfg, name) <= high:
+            raise UserError(
+                f"--{name} {getattr(cfg, name)}: must be at least 0" + (" and at most 1" if high == 1 else "")
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of prompt + completion + EOS; the first `prompt` of them are the prompt. `line`: of the data file."""
+
+    ids: list[int]
+    prompt: int
+    line: int = 0
+
+
+def length_limit(cfg: FitConfig, model: PreTrainedModel) -> int:
+    """Longest row in tokens; UserError if --max_length is beyond the model's context."""
+    context = context_length(model)
+    if cfg.max_length is None:
+        return min(context or LONGEST, LONGEST)
+    if context is not None and cfg.max_length > context:
+        raise UserError(f"--max_length {cfg.max_length} is beyond the model's context of {context} tokens")
+    return cfg.max_length
+
+
+def read_both(
+    cfg: FitConfig, read: Callable[..., tuple[list[Record], Findings]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Record], list[Record], Findings, Findings]:
+    """Training and held-out records, and what was odd in the file of each. Records of one prompt are not torn apart."""
+    records, findings = read(cfg.data, tokenizer, cfg.strict)
+    if cfg.eval_data:
+        heldout, heldout_findings = read(cfg.eval_data, tokenizer, cfg.strict)
+        return records, heldout, findings, heldout_findings
+    training, heldout = split_heldout(records, cfg.heldout, cfg.seed, group=lambda record: record.prompt or record)
+    return training, heldout, findings, findings
+
+
+def say_findings(cfg: FitConfig, training: int, heldout: int, findings: Findings, other: Findings, noun: str) -> None:
+    if cfg.eval_data:
+        say(findings.summary(training, noun))
+        say(other.summary(heldout, f"held-out {noun}"))
+    else:
+        say(findings.summary(training + heldout, f"{noun}, {heldout} held out"))
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
+    """(row of at most `limit` tokens, whether something was cut).
+
+    The prompt's beginning goes first (its BOS stays), as old turns matter least; then the end of the completion.
+    EOS always follows: training and scoring both end with it.
+    """
+    head, tail = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
+    excess = len(head) + len(tail) - limit
+    if excess <= 0:
+        return Row(head + tail, len(head)), False
+    bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
+    head = bos + head[len(bos) + excess :]
+    if len(head) + len(tail) > limit:
+        tail = [*tail[: limit - len(head) - 1], tail[-1]]
+    return Row(head + tail, len(head)), True
+
+
+@dataclass
+class Task(Generic[Item]):
+    """What is learned from each item.
+
+    losses: items -> [M] loss of each item, summed over its units (tokens of a completion; 1 for a pair).
+    units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
+    evaluate: metrics on held-out data, by name.
+    """
+
+    losses: Callable[[list[Item]], Tensor]
+    units: Callable[[Item], int]
+    length: Callable[[Item], int]
+    line: Callable[[Item], int]
+    text: Callable[[Item], str]
+    evaluate: Callable[[], dict[str, float]]
+
+
+def order_of(count: int, epoch: int, seed: int) -> list[int]:
+    """The permutation of an epoch, by seed and epoch alone: a resumed run sees the same one."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def micro_batches(batch: list[Item], size: int | None, length: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The batch in parts of similar length, so that little is padding."""
+    ordered = sorted(batch, key=length)
+    for start in range(0, len(ordered), size or len(ordered)):
+        yield ordered[start : start + (size or len(ordered))]
+
+
+def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: Task[Item]) -> dict[str, float]:
+    """Train `model` in place; returns the last metrics.
+
+    Each step minimises the sum of its items' losses over the batch's units, so that micro-batches change nothing.
+
+    Raises:
+        UserError: a loss or gradient that is not finite, before the optimizer steps; it names step and items.
+    """
+    per_epoch = math.ceil(len(items) / cfg.batch_size)
+    total = per_epoch * cfg.epochs
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    scheduler = get_scheduler(
+        cfg.schedule, optimizer, num_warmup_steps=round(cfg.warmup * total), num_training_steps=total
+    )
+    data = {"data": [task.text(item) for item in items]}
+    checkpoints = Checkpoints(cfg, {"model": model}, optimizer, scheduler, torch.Generator(), data)
+    start, _, _ = checkpoints.resume(0.0)
+    save_config(cfg, cfg.output_dir)
+    evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
+    metrics: dict[str, float] = {}
+    with RunLog(cfg.output_dir, total, name, start=start) as log, stop_on_sigterm() as terminated:
+        for step in range(start + 1, total + 1):
+            epoch, place = divmod(step - 1, per_epoch)
+            order = order_of(len(items), epoch, cfg.seed)
+            batch = [items[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+            lr = scheduler.get_last_lr()[0]
+            metrics = _optimizer_step(cfg, model, optimizer, batch, task, step)
+            scheduler.step()
+            metrics |= {"lr": lr, "epoch": step / per_epoch}
+            if step in evaluations:
+                metrics |= task.evaluate()
+            log.step(step, metrics, _note(metrics))
+            if terminated or (cfg.save_every and step % cfg.save_every == 0):
+                checkpoints.save(step, 0.0)
+            if terminated:
+                raise SystemExit(143)
+    return metrics
+
+
+def _optimizer_step(
+    cfg: FitConfig,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: list[Item],
+    task: Task[Item],
+    step: int,
+) -> dict[str, float]:
+    units = sum(task.units(item) for item in batch)
+    mean = 0.0
+    for part in micro_batches(batch, cfg.micro_batch_size, task.length):
+        losses = task.losses(part)
+        finite = losses.detach().isfinite().tolist()
+        bad = [item for item, fine in zip(part, finite, strict=True) if not fine]
+        if bad:
+            raise _not_finite("loss", step, bad, task)
+        loss = losses.sum() / units
+        loss.backward()
+        mean += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    if not norm.isfinite():
+        raise _not_finite("gradient", step, batch, task)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": mean, "grad_norm": norm.item()}
+
+
+def _not_finite(what: str, step: int, items: list[Item], task: Task[Item]) -> UserError:
+    places = ", ".join(f"line {task.line(item)} ({task.text(item)[:60]!r})" for item in items[:3])
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return UserError(f"step {step}: the {what} is not finite for {places}{more}; stopped before the weights took it")
+
+
+def _note(metrics: dict[str, float]) -> str:
+    shown = {"loss": "loss", "heldout/loss": "held-out", "heldout/accuracy": "accuracy"}
+    return "  ".join(f"{name} {metrics[key]:.3f}" for key, name in shown.items() if key in metrics)
