@@ -1,4 +1,4 @@
-"""What the ops are measured against: the plain formulations people write, torch.compile of them, and other libraries."""
+"""What the ops are measured against: plain formulations, torch.compile of them, other libraries."""
 
 from __future__ import annotations
 
