@@ -3,6 +3,9 @@
 4 letters and EOS, responses of at most 5 tokens: 4^0 + ... + 4^4 that end, 4^5 that do not, 1,365 in all. With reward r
 and penalty beta the best policy is pi* = pi_ref exp(r / beta) / Z, its value J* = beta E log Z, and for every policy
 J* - J(pi) = beta E KL(pi || pi*): how much of the gap from J(ref) to J* PPO closes is an exact number.
+
+A separator closes every prompt: without it prompt "a" with response "b" is the same text as prompt "ab", and no model
+could represent pi*.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_kernels import selected_logprobs
-from rlhf_trainer.models import hidden_states, left_pad, logits_of
+from rlhf_trainer.models import encode_completion, encode_prompt, hidden_states, left_pad, logits_of
 
 LETTERS = "abcd"
 MAX_TOKENS = 5
@@ -38,13 +41,14 @@ def _oracle(prompt: str, text: str, ended: bool) -> float:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """An ordinary tokenizer: <pad>, <eos> and one token a letter."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+    """An ordinary tokenizer: one token a letter, and <sep> after every prompt."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<sep>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <sep>", special_tokens=[("<sep>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=32
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", sep_token="<sep>", padding_side="left"
     )
 
 
@@ -61,7 +65,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel
             max_position_embeddings=32,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
-            initializer_range=0.18,  # 1 / sqrt(width): with the usual 0.02 so narrow a model hardly learns to attend
             eos_token_id=tokenizer.eos_token_id,
         )
     ).eval()
@@ -101,14 +104,13 @@ def _sequences(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask and targets [B, L]: prompt + response + EOS (no EOS after 5 letters), targets true at the response."""
-    letters = tokenizer.get_vocab()
-    rows = [
-        [letters[c] for c in prompt + response] + [tokenizer.eos_token_id] * (len(response) < MAX_TOKENS)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    ids, mask = left_pad(rows, tokenizer.pad_token_id)
-    starts = torch.tensor([ids.shape[1] - len(row) + len(p) for row, p in zip(rows, prompts, strict=True)])
-    return ids, mask, torch.arange(ids.shape[1]) >= starts.unsqueeze(1)
+    heads = {prompt: encode_prompt(tokenizer, prompt) for prompt in PROMPTS}
+    tails = {text: encode_completion(tokenizer, text, eos=len(text) < MAX_TOKENS) for text in set(responses)}
+    ids, mask = left_pad(
+        [heads[prompt] + tails[text] for prompt, text in zip(prompts, responses, strict=True)], tokenizer.pad_token_id
+    )
+    counted = torch.tensor([len(tails[text]) for text in responses])
+    return ids, mask, torch.arange(ids.shape[1]) >= ids.shape[1] - counted.unsqueeze(1)
 
 
 def _logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor, temperature: float) -> Tensor:
