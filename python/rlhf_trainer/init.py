@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf_trainer.config import option, require, save_config, say
+from rlhf_trainer.data import is_jsonl, read_jsonl, read_lines
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import build_model, build_tokenizer, save_folder
 
@@ -18,7 +19,7 @@ EXAMPLE = "rlhf init --text corpus.txt --output_dir runs/base --arch llama --hid
 
 @dataclass
 class Config:
-    text: list[str] = option([], "text files (one or more) to train the tokenizer on")
+    text: list[str] = option([], "training files of the tokenizer: text, or JSON lines (all strings in them); .gz too")
     output_dir: str = option("", "folder to write the model and tokenizer to")
     arch: str = option("llama", "llama, gpt2 or qwen2")
     vocab_size: int = option(4096, "size of the vocabulary, at least 259 (256 bytes and 3 special tokens)")
@@ -29,16 +30,26 @@ class Config:
     seed: int = option(0, "seed of the random weights")
 
 
+def texts_of(path: str) -> Iterator[str]:
+    """The lines of a text file, or every string of every object of a JSON-lines file; .gz too."""
+    if not is_jsonl(path):
+        yield from (line for _, line in read_lines(path))
+        return
+    for _, record in read_jsonl(path):
+        waiting = [record]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, (dict, list)):
+                waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
 def run(cfg: Config) -> dict[str, Any]:
     require(cfg, "text", "output_dir")
     if cfg.vocab_size < 259:
         raise UserError(f"--vocab_size {cfg.vocab_size}: at least 259, one for each byte and three special tokens")
-    texts = []
-    for path in cfg.text:
-        try:
-            texts += Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    texts = [text for path in cfg.text for text in texts_of(path)]
     if not any(text.strip() for text in texts):
         raise UserError(f"{', '.join(cfg.text)}: no text in it")
     tokenizer = build_tokenizer(texts, cfg.vocab_size)
