@@ -18,6 +18,7 @@ from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, require, save_config
 from rlhf_trainer.data import read_prompts
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import (
     VALUE_HEAD,
     ValueHead,
@@ -222,7 +223,10 @@ def train_ppo(
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, device=device)
     torch.manual_seed(cfg.seed)
     value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
-    parameters = [*policy.parameters(), *value_head.parameters()]
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
+    parameters = [*trained, *value_head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -397,7 +401,8 @@ def _load(
     policy = (load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy).to(device)
     if reference is None and cfg.ref_model is not None:
         reference = load_causal(cfg.ref_model, tokenizer, trust_remote_code=remote)
-    reference = (copy.deepcopy(policy) if reference is None else reference).to(device)
+    if reference is None or reference is policy:
+        reference = copy.deepcopy(policy)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
     if reward is None:
         reward = load_reward(
@@ -408,4 +413,4 @@ def _load(
             pad_token=cfg.pad_token,
             trust_remote_code=remote,
         )
-    return policy.eval(), tokenizer, reference.eval().requires_grad_(False), reward, prompts
+    return policy.eval(), tokenizer, reference.to(device).eval(), reward, prompts

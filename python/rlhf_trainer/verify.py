@@ -1,0 +1,173 @@
+"""`rlhf verify`: does PPO, on this machine, reach the optimum of the exact world? Table, plot, exit code 1 if not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from rlhf_trainer.config import option, say
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
+from rlhf_trainer.ppo import PPOConfig, train_ppo
+
+matplotlib.use("Agg")  # a server has no display
+
+SUMMARY = "Train with PPO in a world small enough to enumerate, and compare with its known optimum."
+EXAMPLE = "rlhf verify --full --output_dir runs/verify"
+
+QUICK, FULL = 60, 150  # updates
+EVERY = 5  # updates between two points of the curve: enumerating costs about as much as an update
+QUICK_GAP, FULL_GAP, FULL_KL = 0.95, 0.990, 0.025
+
+
+@dataclass
+class Config:
+    full: bool = option(False, f"{FULL} updates and the strict gates, instead of {QUICK} updates")
+    output_dir: str = option("runs/verify", "folder for verify.json and verify.png")
+    seed: int = option(0, "seed of the world's corpus, the model and the training")
+    beta: float = option(0.3, "weight of the KL penalty")
+    temperature: float = option(1.0, "sampling temperature")
+
+
+@dataclass
+class Verdict:
+    """What a run in the exact world reached. J is in reward units, KL in nats, averaged over the prompts."""
+
+    updates: int
+    gap_closed: float
+    kl_to_optimum: float
+    kl_to_reference: float
+    j_reference: float
+    j_policy: float
+    j_optimum: float
+    curve: list[tuple[int, float]]  # (updates done, J of the policy)
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    for name in ("beta", "temperature"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
+    verdict = judge(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
+    checks = gates(verdict, cfg.full)
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "verify.json").write_text(json.dumps(asdict(verdict), indent=2) + "\n", encoding="utf-8")
+    plot(verdict, folder / "verify.png")
+    show(verdict, checks)
+    print(f"J(pi) per update against J*: {folder / 'verify.png'}")
+    return {"passed": all(kept for _, kept in checks.values())} | asdict(verdict)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A model of width 32 is all call overhead: more threads only wait for each other, and could change the bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def ppo_config(updates: int, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> PPOConfig:
+    """The options under which the gates were set."""
+    return PPOConfig(
+        updates=updates,
+        batch_size=512,
+        minibatches=2,
+        epochs=4,
+        max_new_tokens=MAX_TOKENS,
+        temperature=temperature,
+        lr=2e-3,
+        kl_coef=beta,
+        vf_coef=0.5,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def judge(updates: int, *, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> Verdict:
+    """Fit the reference, train with `train_ppo` as any user would, and compare with the enumerated optimum."""
+    tokenizer = make_tokenizer()
+    reference = make_model(tokenizer, seed)
+    with one_thread():
+        fit_reference(reference, tokenizer, seed)
+        world = ExactWorld(reference, tokenizer, beta, temperature)
+        start = world.measure(reference)
+        curve = [(0, start.objective)]
+
+        def record(done: int, policy: PreTrainedModel) -> None:
+            if done % EVERY == 0:
+                curve.append((done, world.measure(policy).objective))
+
+        result = train_ppo(
+            ppo_config(updates, seed, beta, temperature),
+            model=copy.deepcopy(reference),
+            tokenizer=tokenizer,
+            reward=oracle,
+            prompts=PROMPTS,
+            on_update=record,
+        )
+        end = world.measure(result.policy)
+    return Verdict(
+        updates=updates,
+        gap_closed=world.gap_closed(end.objective, start.objective),
+        kl_to_optimum=end.kl_to_optimum,
+        kl_to_reference=end.kl_to_reference,
+        j_reference=start.objective,
+        j_policy=end.objective,
+        j_optimum=world.best,
+        curve=curve,
+    )
+
+
+def gates(verdict: Verdict, full: bool) -> dict[str, tuple[str, bool]]:
+    """Gate -> (what it asks for, whether it is kept). A number that is not finite keeps none."""
+    if not full:
+        return {"gap closed": (f">= {QUICK_GAP}", verdict.gap_closed >= QUICK_GAP)}
+    return {
+        "gap closed": (f">= {FULL_GAP}", verdict.gap_closed >= FULL_GAP),
+        "KL(pi || pi*)": (f"<= {FULL_KL}", verdict.kl_to_optimum <= FULL_KL),
+    }
+
+
+def show(verdict: Verdict, checks: dict[str, tuple[str, bool]]) -> None:
+    table = Table(title=f"PPO in the exact world after {verdict.updates} updates")
+    for column in ("", "reached", "gate", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "gap closed": verdict.gap_closed,
+        "KL(pi || pi*)": verdict.kl_to_optimum,
+        "KL(pi || ref)": verdict.kl_to_reference,
+        "J(ref)": verdict.j_reference,
+        "J(pi)": verdict.j_policy,
+        "J*": verdict.j_optimum,
+    }
+    for name, value in rows.items():
+        gate, kept = checks.get(name, ("", None))
+        table.add_row(name, f"{value:.4f}", gate, {True: "passed", False: "FAILED", None: ""}[kept])
+    Console().print(table)
+
+
+def plot(verdict: Verdict, path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*verdict.curve, strict=True), marker=".", label="J(pi)")
+    axes.axhline(verdict.j_optimum, color="black", linestyle="--", label="J*, the enumerated optimum")
+    axes.axhline(verdict.j_reference, color="grey", linestyle=":", label="J(ref)")
+    axes.set(xlabel="updates", ylabel="E[r] - beta KL(pi || ref)", title=f"gap closed: {verdict.gap_closed:.4f}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
