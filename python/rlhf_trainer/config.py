@@ -88,8 +88,8 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
             raise UserError(f"{path}: {_unknown(str(key), known, 'key ')}")
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{key}", *map(str, values)]
+        # One word with "=", so that a value such as "--" is not taken for an option.
+        arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return arguments
 
 

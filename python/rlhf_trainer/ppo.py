@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,24 +15,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf_kernels import gae, per_token_kl, policy_loss, selected_logprobs, shaped_rewards, value_loss, whiten
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
-from rlhf_trainer.config import option, require, save_config
-from rlhf_trainer.data import read_prompts
+from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import (
     VALUE_HEAD,
     ValueHead,
     hidden_states,
-    load_causal,
-    load_tokenizer,
     load_value_head,
     logits_of,
     resolve_device,
     same_weights,
     save_folder,
 )
+from rlhf_trainer.ppo_inputs import load_inputs
 from rlhf_trainer.ppo_metrics import samples, stop_reason, summarize
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
-from rlhf_trainer.rollout import Rollout, encode_prompts, generate
+from rlhf_trainer.rollout import Rollout, generate
 from rlhf_trainer.runlog import RunLog
 from rlhf_trainer.watch import Watch
 
@@ -218,7 +215,8 @@ def train_ppo(
     """
     validate_options(cfg)
     device = resolve_device(cfg.device)
-    policy, tokenizer, reference, reward, prompts = _load(cfg, device, model, tokenizer, ref_model, reward, prompts)
+    given = (model, tokenizer, ref_model, reward, prompts)
+    policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = same_weights(policy, reference)
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, device=device)
     torch.manual_seed(cfg.seed)
@@ -379,38 +377,3 @@ def optimize(
             if cfg.target_kl is not None and minibatch_stats[-1]["approx_kl"] > cfg.target_kl:
                 return minibatch_stats
     return minibatch_stats
-
-
-def _load(
-    cfg: PPOConfig,
-    device: torch.device,
-    policy: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    reference: PreTrainedModel | None,
-    reward: RewardFunction | None,
-    prompts: list[str] | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel, RewardFunction, list[str]]:
-    """Everything that was not passed as an object, from the folders and files that cfg names; prompts are checked."""
-    needed = {"model": policy, "reward": reward, "prompts": prompts}
-    require(cfg, *(name for name, given in needed.items() if given is None))
-    remote = cfg.trust_remote_code
-    if tokenizer is None:
-        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, remote)
-    if prompts is None:
-        prompts = read_prompts(cfg.prompts)
-    policy = (load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy).to(device)
-    if reference is None and cfg.ref_model is not None:
-        reference = load_causal(cfg.ref_model, tokenizer, trust_remote_code=remote)
-    if reference is None or reference is policy:
-        reference = copy.deepcopy(policy)
-    encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
-    if reward is None:
-        reward = load_reward(
-            cfg.reward,
-            label=cfg.reward_label,
-            completion_only=cfg.reward_completion_only,
-            device=device,
-            pad_token=cfg.pad_token,
-            trust_remote_code=remote,
-        )
-    return policy.eval(), tokenizer, reference.to(device).eval(), reward, prompts

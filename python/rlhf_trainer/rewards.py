@@ -79,8 +79,10 @@ def load_function(source: str) -> RewardFunction:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except ImportError as error:
-        raise UserError(f"{source}: cannot be imported: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"{source}: cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{source}: {place} has no function {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -93,14 +94,10 @@ def _keep_until(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`: what a killed run wrote beyond its last checkpoint comes again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    kept = [json.dumps(metrics) + "\n" for metrics in read_metrics(path.parent) if metrics["step"] <= start]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -112,6 +109,14 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in order."""
-    lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The objects of metrics.jsonl, in order; [] if there is none. A line that a kill cut short is passed over."""
+    path = Path(output_dir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
