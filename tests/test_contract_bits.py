@@ -7,7 +7,7 @@ from collections.abc import Callable
 import edge_cases
 import pytest
 import torch
-from conftest import Backend
+from conftest import Backend, require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -108,3 +108,28 @@ def test_layout_changes_no_bit(backend: Backend) -> None:
         for place in edge_cases.LAYOUTS.values():
             for a, b in zip(expected, _logits_op(backend)(place(logits), labels, torch.ones(3, 5)), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("V", [48, 37])
+def test_triton_is_promised_alignment_only_where_it_holds(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong promise is a fault on a GPU, unseen by the interpreter; one that varies with the layout changes bits."""
+    require_backend("triton")
+    from rlhf_kernels.backends.triton import logits as module
+
+    launches = []
+    monkeypatch.setattr(module, "launch", lambda *args, **kwargs: launches.append((args, kwargs["ALIGN"])))
+    labels, stats = edge_cases.labels_for((15,), V), torch.zeros(15, 2)
+    for place in edge_cases.LAYOUTS.values():
+        logits = place(edge_cases.logits_of("normal", (3, 5, V), torch.bfloat16))
+        arguments = (logits, labels, None, 1.0, None)
+        module.selected_logprobs_fwd(*arguments, False)
+        assert launches[-1][1] == (16 if V % 16 == 0 else 1)
+        module.selected_logprobs_bwd(torch.ones(15), None, *arguments, stats, torch.empty(0), False)
+        if logits.stride(-1) == 1:
+            module.selected_logprobs_bwd(torch.ones(15), None, *arguments, stats, torch.empty(0), True)
+    for (kernel, _, *args), align in launches:
+        if align == 16:
+            rows = [args[0]] if "fwd" in kernel.fn.__name__ else [args[0], args[8]]
+            for x in rows:
+                assert x.data_ptr() % 32 == 0
+                assert all(stride % 16 == 0 for stride in x.stride()[:-1])

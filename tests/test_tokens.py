@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import edge_cases
 import pytest
@@ -149,3 +152,29 @@ def test_whiten_of_one_value_or_of_equal_ones_is_finite() -> None:
     for x in (torch.tensor([5.0]), torch.full((3, 4), 1e4), torch.empty(0), torch.empty(0, 3)):
         assert (rk.whiten(x) == 0).all()
         assert torch.equal(rk.whiten(x, shift_mean=False), x)
+
+
+def test_whiten_over_ranks_equals_one_process(tmp_path: Path) -> None:
+    """Two processes with batches of different size, one of them with nothing counted, against the whole batch."""
+    program = """
+import sys, torch, rlhf_kernels as rk
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+x = torch.arange(30.0).view(10, 3).sin()
+mask = torch.arange(30).view(10, 3) % 4 > 0
+mask[7:] = False
+part = [slice(0, 2), slice(2, 7), slice(7, 10)][rank]
+for shift_mean in (True, False):
+    got = rk.whiten(x[part], mask[part], shift_mean=shift_mean, process_group=torch.distributed.group.WORLD)
+    torch.testing.assert_close(got, rk.whiten(x, mask, shift_mean=shift_mean)[part])
+torch.distributed.destroy_process_group()
+"""
+    command = [sys.executable, "-c", program]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(3)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
+    with pytest.raises(ValueError, match="x requires grad"):
+        rk.whiten(torch.ones(2, requires_grad=True), process_group=object())

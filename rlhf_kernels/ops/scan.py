@@ -85,7 +85,7 @@ def _gae(
     lam: Tensor,
     masked: int,
 ) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask [B, T], bootstrap [B], gamma, lam [] -> advantages, returns [B, T]; masked indexes MASKED."""
+    """rewards, values, mask [B, T], bootstrap [B], gamma, lam [] -> advantages, returns [B, T]; `masked`: of MASKED."""
     backend = dispatch.load(dispatch.required(OP, rewards))
     return backend.gae(rewards, values, mask, bootstrap, gamma.item(), lam.item(), masked)
 

@@ -137,7 +137,7 @@ def selected_logprobs_fwd(
     """
     rows, V = labels.shape[0], logits.shape[-1]
     if logits.stride(-1) != 1 or (V % ALIGNMENT == 0 and not _aligned(logits)):
-        logits = logits.contiguous()
+        logits = logits.clone(memory_format=torch.contiguous_format)
     new = logits.new_empty
     logprobs = new(rows, dtype=torch.float32)
     entropy = new(rows if with_entropy else 0, dtype=torch.float32)
