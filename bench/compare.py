@@ -104,14 +104,16 @@ def openmp(rounds: int) -> Comparison:
     contenders = {f"{OURS} after itself": Contender(ours, prepare=ours)}
     for name, op in torch_ops.items():
         contenders[f"{name} after itself"] = Contender(op, prepare=op)
+        # The control: torch's own parallel op, which moves as much memory through the caches as ours does.
+        contenders[f"{name} after torch's sum"] = Contender(op, prepare=logits.sum)
         contenders[f"{name} after {OURS}"] = Contender(op, prepare=ours)
         contenders[f"{OURS} after {name}"] = Contender(ours, prepare=op)
     with torch.no_grad():
         result = compare(contenders, rounds, calls=20)
     for name in torch_ops:
-        result.ratios[f"{name} after {OURS} / after itself"] = result.median(f"{name} after {OURS}") / result.median(
-            f"{name} after itself"
-        )
+        for other in (OURS, "torch's sum"):
+            ratio = result.median(f"{name} after {other}") / result.median(f"{name} after itself")
+            result.ratios[f"{name} after {other} / after itself"] = ratio
         result.ratios[f"{OURS} after {name} / after itself"] = result.median(f"{OURS} after {name}") / result.median(
             f"{OURS} after itself"
         )
