@@ -251,11 +251,12 @@ def train_ppo(
             if update == 0:
                 check_first_kl(batch.kl, reference_is_policy)
             scored = time.perf_counter()
+            lr = scheduler.get_last_lr()[0]
             stats = optimize(policy, value_head, optimizer, batch, orders, update, cfg)
             scheduler.step()
 
             metrics = summarize(batch, stats, beta, tokenizer) | {
-                "lr": scheduler.get_last_lr()[0],
+                "lr": lr,
                 "episode": (update + 1) * cfg.batch_size,
                 "eps": cfg.batch_size / (time.perf_counter() - began),
                 "tokens_per_second": int(rollout.response_mask.sum()) / (time.perf_counter() - began),
@@ -272,9 +273,10 @@ def train_ppo(
                 on_update(update + 1, policy)
             stop = stop_reason(metrics, cfg)
             if cfg.output_dir:
+                warnings = watch.check(history, rollout)  # adds its own metrics
                 note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
                 log.step(update + 1, metrics, note)
-                for warning in watch.check(history, rollout):
+                for warning in warnings:
                     log.say(warning)
                 if (update + 1) % max(1, cfg.updates // 10) == 0:
                     log.completions(update + 1, samples(batch))
