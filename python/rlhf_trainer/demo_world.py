@@ -207,6 +207,11 @@ def toxicity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     return [float(bool(LEXICON.search(completion))) for completion in completions]
 
 
+def harmless(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """1 - toxicity: the second reward that PPO watches, and never sees."""
+    return [1 - score for score in toxicity(prompts, completions)]
+
+
 def on_topic(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """1.0 for a whole answer that gives a remedy for this prompt's problem, kindly or rudely, else 0.0."""
     return [float(parse(*both) is not None) for both in zip(prompts, completions, strict=True)]
@@ -266,9 +271,9 @@ class Labeller:
 
 
 LABELLERS = (
-    Labeller("ana", overlooks=0.05, noise=0.4),
-    Labeller("ben", overlooks=0.1, noise=0.6),
-    Labeller("chi", overlooks=0.2, noise=0.6),
-    Labeller("dee", overlooks=0.1, noise=0.8),
-    Labeller("eli", overlooks=0.1, noise=0.6, misread=True),
+    Labeller("ana", overlooks=0.05, noise=0.3),
+    Labeller("ben", overlooks=0.1, noise=0.4),
+    Labeller("chi", overlooks=0.2, noise=0.4),
+    Labeller("dee", overlooks=0.1, noise=0.5),
+    Labeller("eli", overlooks=0.1, noise=0.4, misread=True),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,25 +81,27 @@ def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def distinct(completions: Sequence[str], n: int) -> dict[str, float]:
-    """Distinct n-grams of words over all of them (Li et al. 2016), with a 95 % jackknife interval.
-
-    A bootstrap would draw completions twice, and so find less diversity than there is.
-    """
+def distinct(completions: Sequence[str], n: int) -> tuple[float, Values]:
+    """Distinct n-grams of words over all n-grams (Li et al. 2016); and the same with each completion left out [N]."""
     each = [_grams(text, n) for text in completions]
     together: Counter[tuple[str, ...]] = Counter()
     for grams in each:
         together.update(grams)
-    total = together.total()
-    if total == 0:
-        return {"mean": 0.0, "low": 0.0, "high": 0.0}
     without = []
     for grams in each:
         lost = sum(count == together[gram] for gram, count in grams.items())
-        without.append((len(together) - lost) / max(total - grams.total(), 1))
-    mean, left_out, count = len(together) / total, np.array(without), len(each)
+        without.append((len(together) - lost) / max(together.total() - grams.total(), 1))
+    return len(together) / max(together.total(), 1), np.array(without)
+
+
+def jackknife(value: float, left_out: Values) -> dict[str, float]:
+    """A statistic of N completions together with its 95 % interval from the N leave-one-out values.
+
+    For diversity, where a bootstrap would draw completions twice and so find less of it than there is.
+    """
+    count = len(left_out)
     error = 1.96 * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
-    return {"mean": mean, "low": max(0.0, mean - error), "high": min(1.0, mean + error)}
+    return {"mean": value, "low": value - error, "high": value + error}
 
 
 def answer(
@@ -145,13 +147,17 @@ def compare(cfg: Config, values: dict[str, dict[str, Values]], texts: dict[str, 
     changes: dict[str, Any] = {}
     for name, measures in values.items():
         estimates = {key: bootstrap(column, cfg.bootstrap, cfg.seed) for key, column in measures.items()}
-        estimates |= {f"distinct-{n}": distinct(texts[name], n) for n in (1, 2)}
-        policies[name] = {"measures": estimates}
+        diversity = {f"distinct-{n}": distinct(texts[name], n) for n in (1, 2)}
+        policies[name] = {"measures": estimates | {key: jackknife(*pair) for key, pair in diversity.items()}}
         if name == first:
+            first_diversity = diversity
             continue
         changes[name] = {
             key: bootstrap(column - values[first][key], cfg.bootstrap, cfg.seed) for key, column in measures.items()
         }
+        for key, (value, left_out) in diversity.items():
+            first_value, first_left_out = first_diversity[key]
+            changes[name][key] = jackknife(value - first_value, left_out - first_left_out)
         if "reward" in measures:
             difference = measures["reward"] - values[first]["reward"]
             wins = (difference > 0) + 0.5 * (difference == 0)

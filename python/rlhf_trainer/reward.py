@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rlhf_kernels import pairwise_loss
 from rlhf_trainer.config import option, require, say
@@ -72,7 +73,12 @@ def init_head(model: PreTrainedModel) -> None:
 def load_for_training(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A one-output classifier on cfg.model's backbone; its head is new unless the folder holds a reward model."""
     torch.manual_seed(cfg.seed)
-    model = load_reward_model(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, num_labels=1)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a missing head is what is expected here, no matter for a warning
+    try:
+        model = load_reward_model(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, num_labels=1)
+    finally:
+        logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{cfg.model}: {type(model).__name__} has no linear `score` head; a causal backbone is needed")
     architectures = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code).architectures or []

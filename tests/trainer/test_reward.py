@@ -1,0 +1,211 @@
+"""Reward model: where it scores, its loss, head, figures, normalisation, and the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import tiny_folder
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_trainer import reward
+from rlhf_trainer.cli import main
+from rlhf_trainer.data import Pair, write_jsonl
+from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
+from rlhf_trainer.reward import PairRows
+from rlhf_trainer.rewards import load_reward
+from rlhf_trainer.supervised import encode_row
+
+PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
+PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no"} for p in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("reward") / "base")
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, reward.load_for_training(reward.Config(model=folder), tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "reward"
+    result = reward.run(config(folder, data, output, epochs=5, heldout=6))
+    return output, result
+
+
+def config(folder, data, output, **options):
+    defaults = {"model": folder, "data": data, "output_dir": str(output), "batch_size": 4, "lr": 3e-3}
+    return reward.Config(**{**defaults, **options})
+
+
+def row(tokenizer, prompt, completion):
+    return encode_row(tokenizer, prompt, completion, 64)[0]
+
+
+def test_new_head_has_the_documented_scale_and_is_not_kept_random_twice(folder, parts):
+    tokenizer, model = parts
+    width = model.score.in_features
+    assert model.score.weight.std(correction=0).item() == pytest.approx((width + 1) ** -0.5, rel=0.35)
+    again = reward.load_for_training(reward.Config(model=folder), tokenizer)
+    torch.testing.assert_close(again.score.weight, model.score.weight, rtol=0, atol=0)
+    other = reward.load_for_training(reward.Config(model=folder, seed=1), tokenizer)
+    assert not torch.equal(other.score.weight, model.score.weight)
+
+
+def test_backbone_is_the_language_models(folder, parts):
+    tokenizer, model = parts
+    backbone = dict(model.base_model.named_parameters())
+    for name, parameter in load_causal(folder, tokenizer).base_model.named_parameters():
+        torch.testing.assert_close(backbone[name], parameter, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pad", ["pad", "eos", "word"])
+def test_scores_the_eos_whatever_the_pad_id_and_count(parts, pad):
+    tokenizer, model = parts
+    short, long = row(tokenizer, "a", " day"), row(tokenizer, "one two three good bad day", " thanks thanks")
+    pad_id = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, "word": short.ids[1]}[pad]
+    assert short.ids[-1] == tokenizer.eos_token_id
+    hidden = model.base_model(input_ids=torch.tensor([short.ids])).last_hidden_state[0, -1]
+    padded = reward.score_rows(model, [short, long], pad_id)[0]
+    torch.testing.assert_close(padded, model.score(hidden)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward.all_scores(model, [short, long], pad_id, 1)[0], padded, rtol=1e-5, atol=1e-5)
+
+
+def test_pair_loss_is_the_formula_with_margin_and_half_labels(parts):
+    tokenizer, model = parts
+    pairs = [Pair("one", " yes", " no", margin=0.5), Pair("two day", " a good night", " fool", label=0.5)]
+    items = [PairRows(p, row(tokenizer, p.prompt, p.chosen), row(tokenizer, p.prompt, p.rejected)) for p in pairs]
+    losses = reward.pair_losses(model, items, tokenizer.pad_token_id, 0.25)
+    for item, loss in zip(items, losses.tolist(), strict=True):
+        chosen, rejected = reward.all_scores(model, [item.chosen, item.rejected], 0, 1).tolist()
+        d, q = chosen - rejected - item.pair.margin - 0.25, item.pair.label
+        expected = q * math.log1p(math.exp(-d)) + (1 - q) * math.log1p(math.exp(d))
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_wilson_interval():
+    assert reward.wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert reward.wilson_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert reward.wilson_interval(0.0, 0) == (0.0, 1.0)
+
+
+def test_figures():
+    chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 5.0, 0.0]), torch.tensor([0.0, 2.0, 1.0, 0.0, 1.0])
+    labels = (1.0, 1.0, 1.0, 0.5, 0.0)  # right, wrong, half right, a tie that does not count, right: rejected is better
+    found = reward.judge(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
+    assert found["pairs"] == 4
+    assert found["accuracy"] == pytest.approx(2.5 / 4)
+    assert found["accuracy_low"] < 2.5 / 4 < found["accuracy_high"]
+    losses = [0.1269280, 2.1269280, 0.6931472, 0.5 * (0.0067153 + 5.0067153), 0.3132617]
+    assert found["loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
+
+
+def test_calibration_error_is_zero_for_honest_confidence_and_large_for_bluff():
+    honest = torch.full((100,), 0.8)
+    right = (torch.arange(100) < 80).float()
+    bins, error = reward.calibration(honest, right)
+    assert error == pytest.approx(0.0, abs=1e-6)
+    assert [(entry["pairs"], round(entry["accuracy"], 3)) for entry in bins] == [(100, 0.8)]
+    assert reward.calibration(torch.full((100,), 0.99), right)[1] == pytest.approx(0.19, abs=1e-6)
+    assert reward.calibration(1 - honest, right)[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_length_baseline_takes_its_direction_from_training():
+    longer, shorter = Pair("p", "long answer", "short"), Pair("p", "short", "long answer")
+    assert reward.length_baseline([longer], [longer, shorter, longer]) == pytest.approx(2 / 3)
+    assert reward.length_baseline([shorter], [longer, shorter, longer]) == pytest.approx(1 / 3)
+    assert reward.length_baseline([longer], [Pair("p", "a", "b")]) == 0.5
+
+
+def test_learns_the_preference_and_reports_it(trained):
+    output, result = trained
+    assert result["heldout"]["accuracy"] == 1.0
+    assert result["heldout"]["pairs"] == 6
+    assert result["heldout"]["accuracy_low"] == pytest.approx(reward.wilson_interval(1.0, 6)[0])
+    assert json.loads((output / "reward.json").read_text()) == result
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["heldout/accuracy"] == 1.0
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_folder_is_an_ordinary_classifier_and_its_scores_are_normalised(trained):
+    output, result = trained
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert (model.config.num_labels, model.score.out_features) == (1, 1)
+    score = load_reward(str(output))
+    answers = [(pair["prompt"], pair[key]) for pair in PAIRS for key in ("chosen", "rejected")]
+    scores = torch.tensor(score(*map(list, zip(*answers, strict=True))))
+    # 28 of these 40 answers are the reference samples
+    assert scores.mean().item() == pytest.approx(0.0, abs=0.1)
+    assert scores.std(correction=0).item() == pytest.approx(1.0, abs=0.1)
+    assert load_normalisation(output) == (result["reference_mean"], result["reference_std"])
+    tokenizer = load_tokenizer(output)
+    raw = reward.all_scores(model.eval(), [row(tokenizer, *answers[0])], tokenizer.pad_token_id, 1).item()
+    assert score([answers[0][0]], [answers[0][1]])[0] == pytest.approx(
+        (raw - result["reference_mean"]) / result["reference_std"], rel=1e-4
+    )
+
+
+def test_reference_samples_can_be_given(folder, data, tmp_path):
+    reference = write_jsonl(
+        tmp_path / "ref.jsonl", [{"prompt": p, "completion": " day" * (i + 1)} for i, p in enumerate(PROMPTS)]
+    )
+    result = reward.run(config(folder, data, tmp_path / "out", reference_data=str(reference)))
+    scores = load_reward(str(tmp_path / "out"))(PROMPTS, [" day" * (i + 1) for i in range(len(PROMPTS))])
+    assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-4)
+    assert torch.tensor(scores).std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    assert result["heldout"]["pairs"] == 2
+
+
+def test_training_goes_on_from_a_reward_model(trained, folder, data, tmp_path):
+    output, _ = trained
+    tokenizer = load_tokenizer(output)
+    again = reward.load_for_training(reward.Config(model=str(output)), tokenizer)
+    saved = AutoModelForSequenceClassification.from_pretrained(output)
+    torch.testing.assert_close(again.score.weight, saved.score.weight, rtol=0, atol=0)
+
+
+def test_same_seed_same_bits(folder, data, tmp_path):
+    results = [reward.run(config(folder, data, tmp_path / name)) for name in "ab"]
+    assert results[0] == results[1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_model_without_linear_score_head_is_refused(tmp_path, data, capsys):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tiny_folder(tmp_path / "base")
+    bert = BertConfig(
+        num_labels=1, vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertForSequenceClassification(bert).save_pretrained(folder)
+    arguments = ["--model", folder, "--data", data, "--output_dir", str(tmp_path / "out")]
+    assert main(["reward", *arguments]) == 2
+    assert "a causal backbone is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "pairs.jsonl:1: no field 'rejected'"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "pairs.jsonl: no pair in it"),
+    ],
+)
+def test_bad_pairs_exit_2_with_nothing_written(folder, tmp_path, capsys, record, reason):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [record])
+    assert main(["reward", "--model", folder, "--data", str(path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
