@@ -1,6 +1,6 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only forward|backward|gae|openmp] [--rounds 15] [--out bench/results/cpu.json]
+python bench/compare.py [--only forward|backward|gae|openmp] [--rounds 15] [--quiet 0.05] [--out bench/results/cpu.json]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = "rlhf_kernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def forward(dtype: torch.dtype, rounds: int) -> Comparison:
+def forward(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     logits, labels = peers.logits_case(dtype)
     plain = {**peers.PLAIN, **peers.compiled()}
     if dtype != torch.float32:
@@ -33,7 +33,7 @@ def forward(dtype: torch.dtype, rounds: int) -> Comparison:
     contenders[OURS] = Contender(lambda: rk.selected_logprobs(logits, labels))
     contenders[f"{OURS}, entropy too"] = Contender(lambda: rk.selected_logprobs(logits, labels, with_entropy=True))
     with torch.no_grad():
-        result = compare(contenders, rounds)
+        result = compare(contenders, rounds, quiet=quiet)
     ours = result.median(OURS)
     result.ratios = {
         "faster than eager log_softmax + gather": result.median("log_softmax + gather") / ours,
@@ -44,7 +44,7 @@ def forward(dtype: torch.dtype, rounds: int) -> Comparison:
     return result
 
 
-def backward(dtype: torch.dtype, rounds: int) -> Comparison:
+def backward(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     logits, labels = peers.logits_case(dtype)
     grad_logprobs = torch.randn(peers.ROWS)
     leaf = logits.clone().requires_grad_()
@@ -62,7 +62,7 @@ def backward(dtype: torch.dtype, rounds: int) -> Comparison:
     contenders[f"{OURS}, in place"] = Contender(
         step(lambda x, labels: rk.selected_logprobs(x, labels, inplace_backward=True)), prepare=restore
     )
-    result = compare(contenders, rounds)
+    result = compare(contenders, rounds, quiet=quiet)
     fresh, inplace = result.median(OURS), result.median(f"{OURS}, in place")
     eager, compiled = result.median("log_softmax + gather"), result.best("compiled")
     result.ratios = {
@@ -74,7 +74,7 @@ def backward(dtype: torch.dtype, rounds: int) -> Comparison:
     return result
 
 
-def gae(rounds: int) -> Comparison:
+def gae(rounds: int, quiet: float) -> Comparison:
     rewards, values, mask = peers.gae_case()
     contenders = {
         "per-step loop": Contender(lambda: peers.gae_loop(rewards, values, mask)),
@@ -82,7 +82,7 @@ def gae(rounds: int) -> Comparison:
     }
     if find_spec("torchrl"):
         contenders["torchrl, vectorised, no mask"] = Contender(lambda: peers.torchrl_gae(rewards, values))
-    result = compare(contenders, rounds, calls=5)
+    result = compare(contenders, rounds, calls=5, quiet=quiet)
     result.ratios = {
         f"faster than {name}": timing.median / result.median(OURS)
         for name, timing in result.timings.items()
@@ -91,7 +91,7 @@ def gae(rounds: int) -> Comparison:
     return result
 
 
-def openmp(rounds: int) -> Comparison:
+def openmp(rounds: int, quiet: float) -> Comparison:
     """Does a torch op, or ours, run slower when the two alternate than when each follows itself?"""
     logits, labels = peers.logits_case(torch.float32)
     logits, labels = logits[:64], labels[:64]  # short calls: waking and spinning threads would show
@@ -109,7 +109,7 @@ def openmp(rounds: int) -> Comparison:
         contenders[f"{name} after {OURS}"] = Contender(op, prepare=ours)
         contenders[f"{OURS} after {name}"] = Contender(ours, prepare=op)
     with torch.no_grad():
-        result = compare(contenders, rounds, calls=20)
+        result = compare(contenders, rounds, calls=20, quiet=quiet)
     for name in torch_ops:
         for other in (OURS, "torch's sum"):
             ratio = result.median(f"{name} after {other}") / result.median(f"{name} after itself")
@@ -132,21 +132,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["forward", "backward", "gae", "openmp"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     options = parser.parse_args()
     record: dict[str, object] = {"environment": environment()}
     print(", ".join(f"{k} {v}" for k, v in environment().items()))
 
+    repeat = (options.rounds, options.quiet)
     shape = f"[{peers.ROWS}, {peers.VOCAB}]"
     cases: list[tuple[str, str, Callable[[], Comparison]]] = []
     for name, dtype in DTYPES.items():
         title = f"selected_logprobs forward {name} {shape}"
-        cases.append(("forward", title, lambda dtype=dtype: forward(dtype, options.rounds)))
+        cases.append(("forward", title, lambda dtype=dtype: forward(dtype, *repeat)))
     for name, dtype in DTYPES.items():
         title = f"selected_logprobs forward + backward {name} {shape}"
-        cases.append(("backward", title, lambda dtype=dtype: backward(dtype, options.rounds)))
-    cases.append(("gae", f"gae fp32 [{peers.BATCH}, {peers.TIME}] with mask", lambda: gae(options.rounds)))
-    cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(options.rounds)))
+        cases.append(("backward", title, lambda dtype=dtype: backward(dtype, *repeat)))
+    cases.append(("gae", f"gae fp32 [{peers.BATCH}, {peers.TIME}] with mask", lambda: gae(*repeat)))
+    cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
         if options.only in (None, kind):
             result = run()

@@ -11,8 +11,9 @@ namespace {
 
 constexpr int kBlock =
     1024;  // columns: two blocks fit the first-level cache; 512 and 2048 are as fast within 5 %
-constexpr int kAhead = 1024;  // columns: how far before its read a column is asked for
-constexpr int kUnroll = 4;    // independent accumulators hide the latency of max and add
+constexpr int kAhead =
+    4096;  // columns: how far before its read a column is asked for; 1024 is 3 % slower, 0 45 %
+constexpr int kUnroll = 4;  // independent accumulators hide the latency of max and add
 constexpr int kStep = kUnroll * kLanes;
 
 template <class T>

@@ -90,7 +90,10 @@ def gae(
     lam: float,
     masked: int,
 ) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask [B, T], bootstrap [B] -> advantages, returns [B, T] float32; masked 0 skip, 1 stop, 2 zero."""
+    """rewards, values, mask [B, T], bootstrap [B] -> advantages, returns [B, T] float32.
+
+    masked: 0 skip, 1 stop, 2 zero.
+    """
     batch, time = rewards.shape
     advantages = torch.empty((batch, time), dtype=torch.float32)
     returns = torch.empty((batch, time), dtype=torch.float32)
@@ -151,7 +154,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """A contiguous tensor for a kernel to fill: a large one in huge pages, which take a sixth of the time to fault in."""
+    """A contiguous tensor for a kernel to fill; a large one in huge pages, which fault in four times as fast."""
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.nbytes >= _HUGE_BYTES:
         _native.advise_huge_pages(out.data_ptr(), out.nbytes)
