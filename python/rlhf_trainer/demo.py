@@ -42,10 +42,11 @@ LEAST_DIVERSITY = 0.7  # of the distinct-2 of the world's own kind answers to th
 @dataclass
 class Config:
     output_dir: str = option("runs/demo", "folder for everything: data, models, metrics, report")
-    answers: int = option(4, "answers per prompt in the SFT data, and per prompt ranked by the labellers")
+    answers: int = option(4, "answers per prompt in the SFT data")
+    ranked_answers: int = option(6, "sampled answers per prompt that the labellers rank")
     ranked_prompts: int = option(640, "prompts whose sampled answers are ranked")
     sft_epochs: int = option(5, "passes over the SFT data")
-    reward_epochs: int = option(3, "passes over the preference pairs")
+    reward_epochs: int = option(1, "passes over the preference pairs")
     ppo_updates: int = option(60, "PPO updates")
     eval_prompts: int = option(320, "held-out prompts that are answered before and after")
     seed: int = option(0, "seed of everything")
@@ -70,7 +71,7 @@ def run(cfg: Config) -> dict[str, Any]:
         say("[bold]4  labellers rank the model's answers; a majority vote makes pairs[/]")
         rank_answers(cfg, folder, say)
         say("[bold]5  reward model[/]")
-        reward = {"epochs": cfg.reward_epochs, "batch_size": 32, "lr": 2e-3}
+        reward = {"epochs": cfg.reward_epochs, "batch_size": 32, "lr": 1e-3}
         stage(
             "reward",
             model=f"{folder}/sft",
@@ -176,10 +177,10 @@ def rank_answers(cfg: Config, folder: Path, say: Any) -> None:
     prompts = read_prompts(folder / "prompts.jsonl")[: cfg.ranked_prompts]
     records = []
     for start in range(0, len(prompts), 16):
-        repeated = [prompt for prompt in prompts[start : start + 16] for _ in range(cfg.answers)]
+        repeated = [prompt for prompt in prompts[start : start + 16] for _ in range(cfg.ranked_answers)]
         texts = generate(model, tokenizer, repeated, max_new_tokens=MAX_NEW_TOKENS, generator=generator).completions
-        for i in range(0, len(repeated), cfg.answers):
-            prompt, answers = repeated[i], texts[i : i + cfg.answers]
+        for i in range(0, len(repeated), cfg.ranked_answers):
+            prompt, answers = repeated[i], texts[i : i + cfg.ranked_answers]
             rankings = [vars(labeller.rank(prompt, answers, rng)) for labeller in world.LABELLERS]
             records.append({"prompt": prompt, "completions": answers, "rankings": rankings})
     write_jsonl(folder / "rankings.jsonl", records)
@@ -189,7 +190,7 @@ def rank_answers(cfg: Config, folder: Path, say: Any) -> None:
     )
     agreement = ", ".join(f"{name} {share:.2f}" for name, share in votes.agreement().items())
     say(
-        f"{len(records)} prompts x {cfg.answers} answers: {votes.pairs} pairs; {votes.ties} ties and "
+        f"{len(records)} prompts x {cfg.ranked_answers} answers: {votes.pairs} pairs; {votes.ties} ties and "
         f"{votes.disagreements} disagreements dropped, {votes.failed_completions} answers failed"
     )
     say(f"agreement of each labeller with the rest: {agreement}")

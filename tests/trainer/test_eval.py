@@ -1,0 +1,191 @@
+"""Evaluation: estimates and their intervals, KL against a known value, scorers, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import WORDS, tiny_folder
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from rlhf_trainer import eval as evaluation
+from rlhf_trainer.cli import main
+from rlhf_trainer.data import read_jsonl, write_jsonl
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import encode_completion, encode_prompt, load_causal, load_tokenizer
+
+PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
+MEASURE = """
+def longer(prompts, completions):
+    return [float(len(completion)) for completion in completions]
+
+def broken(prompts, completions):
+    return [float("nan")] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    tiny_folder(root / "sft", seed=0)
+    tiny_folder(root / "ppo", seed=1)
+    write_jsonl(root / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    (root / "measure.py").write_text(MEASURE)
+    return root
+
+
+def config(places, output, **options):
+    given = {"before": f"{places}/sft", "after": [f"{places}/ppo"], "prompts": f"{places}/prompts.jsonl"}
+    return evaluation.Config(**{**given, "output_dir": str(output), "max_new_tokens": 6, "bootstrap": 200, **options})
+
+
+def test_bootstrap_interval_has_the_width_of_the_standard_error():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    found = evaluation.bootstrap(values, 4000, seed=0)
+    half = 1.96 * values.std() / 20
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert evaluation.bootstrap(values, 4000, seed=0) == found
+
+
+def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    found = [evaluation.bootstrap(rng.exponential(1.0, 100), 300, seed) for seed in range(300)]
+    assert 0.90 <= np.mean([interval["low"] <= 1.0 <= interval["high"] for interval in found]) <= 0.98
+
+
+def test_interval_of_constants_is_a_point():
+    assert evaluation.bootstrap(np.ones(10), 50, 0) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_distinct_counts_grams_over_all_texts():
+    value, left_out = evaluation.distinct(["a b c", "a b d"], 2)  # ab bc ab bd
+    assert value == 3 / 4
+    assert left_out.tolist() == [1.0, 1.0]
+    assert evaluation.distinct(["a b a", "a"], 1)[0] == 2 / 4
+    assert evaluation.distinct(["", ""], 2)[0] == 0.0
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=200)
+    left_out = (values.sum() - values) / 199
+    found = evaluation.jackknife(values.mean(), left_out)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(200))
+    assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
+
+
+def test_kl_is_that_of_the_two_distributions(places, tmp_path):
+    prompt = "one day"
+    write_jsonl(tmp_path / "same.jsonl", [{"prompt": prompt}] * 1500)
+    options = {"prompts": f"{tmp_path}/same.jsonl", "max_prompts": 1500, "max_new_tokens": 1, "batch_size": 500}
+    result = evaluation.evaluate(config(places, tmp_path, **options, temperature=0.5))
+    tokenizer = load_tokenizer(places / "sft")
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    logs = [
+        (load_causal(places / name, tokenizer)(input_ids=ids).logits[0, -1].double() / 0.5).log_softmax(-1)
+        for name in ("ppo", "sft")
+    ]
+    exact = (logs[0].exp() * (logs[0] - logs[1])).sum().item()
+    found = result["policies"]["ppo"]["measures"]["KL to reference (nats)"]
+    assert exact > 0.01
+    assert (
+        found["low"] - 0.5 * (found["high"] - found["low"])
+        < exact
+        < found["high"] + 0.5 * (found["high"] - found["low"])
+    )
+    assert result["policies"]["sft"]["measures"]["KL to reference (nats)"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_policy_equal_to_the_reference_is_at_kl_zero_and_answers_the_same(places, tmp_path):
+    result = evaluation.evaluate(
+        config(places, tmp_path, after=[f"copy={places}/sft"], measures=[f"chars={places}/measure.py:longer"])
+    )
+    assert result["policies"]["copy"] == result["policies"]["sft"]
+    for change in result["changes"]["copy"].values():
+        assert change == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_toxicity_is_the_probability_of_the_class(places, tmp_path, problem):
+    tokenizer = load_tokenizer(places / "sft")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    labels = {"id2label": {0: "fine", 1: "toxic", 2: "odd"}, "label2id": {"fine": 0, "toxic": 1, "odd": 2}}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), **shape, **labels, problem_type=problem)
+    )
+    model.score.weight.data.mul_(50)  # a random head hardly differs from class to class
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    scorer = evaluation.load_toxicity(
+        config(places, tmp_path, toxicity=f"{tmp_path}/classifier", toxicity_label="toxic"), torch.device("cpu")
+    )
+    completions = [" good", " a good night thanks"]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
+    for completion, score in zip(completions, scorer(PROMPTS[:2], completions), strict=True):
+        ids = encode_prompt(tokenizer, PROMPTS[completions.index(completion)]) + encode_completion(
+            tokenizer, completion
+        )
+        logits = again.score(again.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1])
+        expected = logits.sigmoid() if problem else logits.softmax(-1)
+        assert score == pytest.approx(expected[1].item(), rel=1e-4)
+    with pytest.raises(UserError, match="--toxicity_label"):
+        evaluation.load_toxicity(config(places, tmp_path, toxicity=f"{tmp_path}/classifier"), torch.device("cpu"))
+
+
+def test_run_leaves_figures_completions_and_a_page(places, tmp_path, capsys):
+    arguments = ["--before", f"{places}/sft", "--after", f"{places}/ppo", f"other={places}/sft"]
+    arguments += ["--prompts", f"{places}/prompts.jsonl", "--output_dir", str(tmp_path), "--max_new_tokens", "6"]
+    arguments += ["--reward", f"{places}/measure.py:longer", "--max_prompts", "12", "--bootstrap", "50"]
+    assert main(["eval", *arguments]) == 0
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert list(figures["policies"]) == ["sft", "ppo", "other"]
+    assert figures["prompts"] == 12
+    rows = [record for _, record in read_jsonl(tmp_path / "completions.jsonl")]
+    assert [record["prompt"] for record in rows] == PROMPTS[:12]
+    for name in figures["policies"]:
+        scores = [record["measures"][name]["reward"] for record in rows]
+        assert scores == [len(record["completions"][name]) for record in rows]
+        assert figures["policies"][name]["measures"]["reward"]["mean"] == pytest.approx(np.mean(scores))
+    assert figures["policies"]["other"]["win_rate"]["mean"] == 0.5
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_same_seed_same_figures(places, tmp_path):
+    first, second, other = (evaluation.evaluate(config(places, tmp_path, seed=seed)) for seed in (3, 3, 4))
+    assert first == second
+    assert first["samples"] != other["samples"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"after": []}, "--after is needed"),
+        ({"after": ["a/ppo", "b/ppo"]}, "two policies are called 'ppo'"),
+        ({"measures": ["nameless"]}, "--measures nameless: expected name=file.py:function"),
+        ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
+        ({"max_new_tokens": 63}, "longer than the model's context of 64"),
+    ],
+)
+def test_bad_options(places, tmp_path, options, reason):
+    with pytest.raises(UserError, match=reason):
+        evaluation.run(config(places, tmp_path / "out", **options))
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_a_measure_that_returns_nan_is_named(places, tmp_path):
+    with pytest.raises(UserError, match="the strange function returned nan for completion 0"):
+        evaluation.run(config(places, tmp_path, measures=[f"strange={places}/measure.py:broken"]))
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_policies_of_different_vocabularies_are_refused(places, tmp_path):
+    tiny_folder(tmp_path / "alien", text=WORDS.replace("o", "u"))
+    with pytest.raises(UserError, match="different vocabularies"):
+        evaluation.run(config(places, tmp_path / "out", after=[f"{tmp_path}/alien"]))
