@@ -110,7 +110,7 @@ def _folder(path: str | Path, what: str) -> str:
 def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(_folder(path, what), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: shapes that do not fit
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot load a {what} from it: {reason[:300]}") from None
 
