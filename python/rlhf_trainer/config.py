@@ -19,9 +19,10 @@ C = TypeVar("C")
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with the text that --help shows; `default` may be a list."""
+    metadata = {"help": help.replace("%", "%%"), **metadata}  # argparse fills in %(default)s
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **metadata})
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Parser(HfArgumentParser):
@@ -88,7 +89,7 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
             raise UserError(f"{path}: {_unknown(str(key), known, 'key ')}")
         if value is None:
             continue
-        # One word with "=", so that a value such as "--" is not taken for an option.
+        # One word with "=", so that a value such as "--end" is not taken for an option.
         arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return arguments
 

@@ -1,0 +1,91 @@
+"""Command line and YAML: who wins, what is refused and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from rlhf_trainer.cli import STAGES, main, usage
+from rlhf_trainer.config import option, parse_config, require, save_config
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.ppo import PPOConfig
+
+
+@dataclass
+class Config:
+    learning_rate: float = option(0.1, "speed")
+    name: str = option("x", "a name")
+    stop: str | None = option(None, "a token")
+    files: list[str] = option([], "files")
+    fast: bool = option(False, "hurry")
+
+
+def parse(*arguments):
+    return parse_config(Config, list(arguments))
+
+
+def test_command_line_beats_yaml_beats_default(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 0.5\nname: yaml\nfast: true\nfiles: [a, b]\n")
+    cfg = parse("--config", str(file), "--name", "line")
+    assert cfg == Config(learning_rate=0.5, name="line", stop=None, files=["a", "b"], fast=True)
+    assert parse() == Config()
+
+
+def test_a_yaml_value_that_looks_like_an_option(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("stop: '--end'\nlearning_rate: -1.0\n")
+    assert parse("--config", str(file)) == Config(stop="--end", learning_rate=-1.0)
+
+
+def test_saved_config_repeats_the_run(tmp_path):
+    cfg = PPOConfig(model="m", kl_coef=0.7, stop_token="\n", minibatches=3)
+    save_config(cfg, tmp_path)
+    assert parse_config(PPOConfig, ["--config", str(tmp_path / "config_resolved.yaml")]) == cfg
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1\n", "unknown key learning_rat; did you mean learning_rate"),
+        ("- a\n", "holds a list"),
+        ("name: x\nfiles: [a\n", "c.yaml:3: not YAML"),
+        ("learning_rate: fast\n", "invalid float value: 'fast'"),
+    ],
+)
+def test_bad_yaml_is_one_sentence(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        parse("--config", str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_command_line():
+    with pytest.raises(UserError, match="did you mean learning_rate"):
+        parse("--learning-rat", "1")
+    with pytest.raises(UserError, match="no such file"):
+        parse("--config", "nowhere.yaml")
+    with pytest.raises(UserError, match="--name is needed"):
+        require(Config(name=""), "name")
+
+
+def test_exit_codes_and_help(capsys):
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.strip() == usage()
+    assert main(["pppo"]) == 2
+    assert "unknown stage 'pppo'" in capsys.readouterr().err
+    assert main(["ppo", "--modle", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error == "rlhf ppo: error: unknown option --modle; did you mean model?\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_explains_every_option(stage, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([stage, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "example:" in text
+    assert "(default:" in text

@@ -1,0 +1,134 @@
+"""Models and tokenizers as folders: pad tokens, resizing, dropout, writing whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_trainer import models
+from rlhf_trainer.cli import main
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import (
+    build_model,
+    encode_completion,
+    encode_prompt,
+    hidden_states,
+    left_pad,
+    load_causal,
+    load_tokenizer,
+    logits_of,
+    resolve_device,
+    same_weights,
+    save_folder,
+)
+
+
+def save_tokenizer_with(folder, **special):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, value in special.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_tokenizer_without_pad_token_is_refused_and_mended(tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    save_tokenizer_with(folder, pad_token=None)
+    with pytest.raises(UserError, match=r"has no pad token; pass --pad_token"):
+        load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, pad_token="<extra>")
+    before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    model = load_causal(folder, tokenizer)
+    assert tokenizer.pad_token == "<extra>"
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == before.shape[0] + 1
+    torch.testing.assert_close(model.get_input_embeddings().weight[:-1], before)
+
+
+def test_pad_equal_to_eos_is_refused(tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    save_tokenizer_with(folder, pad_token="<eos>")
+    with pytest.raises(UserError, match="pads with its EOS token '<eos>'"):
+        load_tokenizer(folder)
+    assert load_tokenizer(folder, pad_token="<pad>").pad_token_id == 0
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_left_padding_changes_no_logit(arch, tmp_path):
+    folder = tiny_folder(tmp_path / "m", arch)
+    model, tokenizer = load_causal(folder).eval(), load_tokenizer(folder)
+    rows = [encode_prompt(tokenizer, "a good day"), encode_prompt(tokenizer, "one two three red blue yes")]
+    ids, mask = left_pad(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        padded = logits_of(model, hidden_states(model, ids, mask))
+        for row, out in zip(rows, padded, strict=True):
+            torch.testing.assert_close(out[-len(row) :], model(torch.tensor([row])).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_off(tmp_path):
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "m", "gpt2"))
+    model = build_model("gpt2", tokenizer, hidden_size=32, layers=1, heads=2)
+    model.config.resid_pdrop = model.config.attn_pdrop = model.config.embd_pdrop = 0.5
+    save_folder(tmp_path / "dropping", model, tokenizer)
+    loaded = load_causal(tmp_path / "dropping").train()
+    ids = torch.randint(0, len(tokenizer), (4, 8))
+    assert torch.equal(loaded(ids).logits, loaded(ids).logits)
+
+
+def test_prompts_never_end_with_eos_and_completions_do(tmp_path):
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "m"))
+    ids = encode_prompt(tokenizer, "a good day")
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+    assert encode_completion(tokenizer, " night")[-1] == tokenizer.eos_token_id
+    assert tokenizer.bos_token_id not in encode_completion(tokenizer, " night")
+    assert tokenizer.decode(encode_completion(tokenizer, " night", eos=False)) == " night"
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    tokenizer, model = load_tokenizer(tiny_folder(tmp_path / "m")), load_causal(tmp_path / "m")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_folder(tmp_path / "new", model, tokenizer, tensors={"head.safetensors": {"w": torch.ones(1)}})
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_saving_beside_logs_keeps_them(tmp_path):
+    tokenizer, model = load_tokenizer(tiny_folder(tmp_path / "m")), load_causal(tmp_path / "m")
+    (tmp_path / "m" / "metrics.jsonl").write_text("{}\n")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    save_folder(tmp_path / "m", model, tokenizer)
+    assert (tmp_path / "m" / "metrics.jsonl").exists()
+    assert same_weights(load_causal(tmp_path / "m"), model)
+
+
+def test_bad_folders_and_devices(tmp_path):
+    with pytest.raises(UserError, match="no such model folder"):
+        load_causal(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot load a model from it"):
+        load_causal(tmp_path / "empty")
+    with pytest.raises(UserError, match="not a device"):
+        resolve_device("tpu9")
+
+
+def test_init_writes_a_folder_that_transformers_loads(tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_text("a good day\na bad night\n" * 20)
+    arguments = ["init", "--text", str(text), "--vocab_size", "270", "--hidden_size", "32", "--layers", "1"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "m"), "--arch", "qwen2"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert model.config.model_type == "qwen2"
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+    assert tokenizer.decode(tokenizer("a good dæy")["input_ids"], skip_special_tokens=True) == "a good dæy"
+    assert main([*arguments, "--output_dir", str(tmp_path / "x"), "--arch", "rnn"]) == 2
+    assert main([*arguments, "--output_dir", str(tmp_path / "x"), "--heads", "5"]) == 2
+    assert main(["init", "--text", str(tmp_path / "no.txt"), "--output_dir", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+    assert "no.txt" in capsys.readouterr().err

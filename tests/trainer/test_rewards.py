@@ -1,0 +1,114 @@
+"""Reward sources: functions, reward models, classifiers; what a faulty one gets to hear."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_folder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import NORMALISATION, load_reward_model, load_tokenizer, save_folder, score_sequences
+from rlhf_trainer.rewards import load_reward, scores_of
+
+
+def reward_folder(tmp_path, labels=1):
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "base"))
+    torch.manual_seed(3)
+    model = load_reward_model(tmp_path / "base", tokenizer, num_labels=labels)
+    save_folder(tmp_path / "reward", model, tokenizer)
+    return tmp_path / "reward"
+
+
+PROMPTS, COMPLETIONS = ["a", "one two three"], [" good day night", " bad"]
+
+
+def expected_scores(folder, label=0):
+    """One sequence at a time, no padding, transformers' own head on the last position."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    scores = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = tokenizer(prompt)["input_ids"] + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            scores.append(model.score(model.base_model(ids).last_hidden_state[:, -1])[0, label].item())
+    return scores
+
+
+def test_a_reward_model_scores_the_last_token_of_padded_rows(tmp_path):
+    folder = reward_folder(tmp_path)
+    assert load_reward(str(folder))(PROMPTS, COMPLETIONS) == pytest.approx(expected_scores(folder), abs=1e-5)
+
+
+def test_normalisation_is_applied(tmp_path):
+    folder = reward_folder(tmp_path)
+    (folder / NORMALISATION).write_text(json.dumps({"mean": 2.0, "std": 0.5}))
+    wanted = [(score - 2.0) / 0.5 for score in expected_scores(folder)]
+    assert load_reward(str(folder))(PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-5)
+    (folder / NORMALISATION).write_text("{}")
+    with pytest.raises(UserError, match=r"expected .'mean'"):
+        load_reward(str(folder))
+
+
+def test_a_classifiers_class_is_chosen_by_name_or_number(tmp_path):
+    folder = reward_folder(tmp_path, labels=3)
+    wanted = pytest.approx(expected_scores(folder, label=2), abs=1e-5)
+    assert load_reward(str(folder), label="LABEL_2")(PROMPTS, COMPLETIONS) == wanted
+    assert load_reward(str(folder), label="2")(PROMPTS, COMPLETIONS) == wanted
+    with pytest.raises(UserError, match="say which with --reward_label"):
+        load_reward(str(folder))
+    with pytest.raises(UserError, match="has no class 'rude'"):
+        load_reward(str(folder), label="rude")
+
+
+def test_batching_does_not_change_scores(tmp_path):
+    folder = reward_folder(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder).eval()
+    alone = score_sequences(model, tokenizer, PROMPTS, COMPLETIONS, batch_size=1)
+    torch.testing.assert_close(score_sequences(model, tokenizer, PROMPTS, COMPLETIONS, batch_size=8), alone)
+
+
+def test_a_function_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
+    assert load_reward(f"{file}:length")(["p"], ["four"]) == [4]
+    assert load_reward("math:prod")([2, 3]) == 6
+    with pytest.raises(UserError, match="has no function 'width'"):
+        load_reward(f"{file}:width")
+    with pytest.raises(UserError, match="no such Python file"):
+        load_reward(f"{tmp_path}/none.py:f")
+    with pytest.raises(UserError, match="No module named 'nosuch'"):
+        load_reward("nosuch:f")
+    file.write_text("def length(:\n")
+    with pytest.raises(UserError, match="cannot be imported: SyntaxError"):
+        load_reward(f"{file}:length")
+    with pytest.raises(UserError, match="no such model folder"):
+        load_reward(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 scores for 2 completions"),
+        ([1.0, float("nan")], "returned nan for completion 1: prompt 'q', completion 'b'"),
+        ([float("inf"), 1.0], "returned inf for completion 0"),
+        (None, "returned NoneType, expected a list of numbers"),
+        (["good", "bad"], "expected a list of numbers"),
+    ],
+)
+def test_faulty_scores_are_refused(returned, message):
+    with pytest.raises(UserError, match=message):
+        scores_of(lambda prompts, completions: returned, ["p", "q"], ["a", "b"])
+
+
+def test_a_function_that_raises():
+    def broken(prompts, completions):
+        return 1 / 0
+
+    with pytest.raises(UserError, match="the reward function raised ZeroDivisionError"):
+        scores_of(broken, ["p"], ["a"])
+    assert scores_of(lambda p, c: torch.tensor([1.0, 2.0]), ["p", "q"], ["a", "b"]).tolist() == [1.0, 2.0]
