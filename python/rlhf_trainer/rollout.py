@@ -60,6 +60,16 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Te
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
 
 
+def check_logits(logits: Tensor, prompts: Sequence[str]) -> None:
+    """UserError where a row of logits [B, V] is no distribution; -inf for some of its tokens is."""
+    bad = ~logits.logsumexp(-1).isfinite()
+    if bool(bad.any()):
+        row = int(bad.int().argmax())
+        raise UserError(
+            f"the policy's logits are not finite after prompt {prompts[row][:60]!r}: its weights diverged or are damaged"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -90,7 +100,9 @@ def generate(
             **{key: value for key, value in options.items() if key in accepted},
         )
         cache = output.past_key_values
-        token = sample(output.logits[:, -1], temperature, generator)
+        logits = output.logits[:, -1].float()
+        check_logits(logits, prompts)
+        token = sample(logits, temperature, generator)
         token = torch.where(ended, tokenizer.pad_token_id, token)
         ids = torch.cat([ids, token.unsqueeze(1)], 1)
         mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)

@@ -1,0 +1,126 @@
+"""Rollouts: padding changes nothing, each row stops by itself, masks go by length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+from rlhf_trainer import rollout as rollout_module
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.exact_world import make_model, make_tokenizer
+from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.ppo import token_outputs
+from rlhf_trainer.rollout import encode_prompts, generate, stop_token_id
+
+PROMPTS = ["a", "dcba", "bc", "abc"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer, 0)
+
+
+def run(model, tokenizer, prompts=PROMPTS, seed=0, **options):
+    options = {"max_new_tokens": 6, **options}
+    return generate(model, tokenizer, prompts, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.argmax(-1))
+    together = run(model, tokenizer)
+    assert together.completions == [run(model, tokenizer, [prompt]).completions[0] for prompt in PROMPTS]
+    assert any(together.completions)
+
+
+def test_cached_sampling_equals_the_full_forward(model, tokenizer, monkeypatch):
+    """The logprob under which each token was sampled, against the training forward."""
+    sampled = []
+
+    def recording(logits, temperature, generator):
+        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+        sampled.append((logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0])
+        return token
+
+    monkeypatch.setattr(rollout_module, "sample", recording)
+    result = run(model, tokenizer, PROMPTS * 8, temperature=0.7)
+    with torch.no_grad():
+        logprobs, _, _ = token_outputs(model, None, result, torch.arange(32), 0.7)
+    expected = torch.stack(sampled, 1).where(result.response_mask, 0)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_row_ends_at_its_eos(model, tokenizer):
+    result = run(model, tokenizer, PROMPTS * 16)
+    assert 0 < int(result.ended.sum()) < 64
+    for ids, mask, ended, text in zip(
+        result.responses.tolist(), result.response_mask.tolist(), result.ended.tolist(), result.completions, strict=True
+    ):
+        tokens = [token for token, real in zip(ids, mask, strict=True) if real]
+        assert mask == [True] * len(tokens) + [False] * (len(mask) - len(tokens))
+        assert ids[len(tokens) :] == [tokenizer.pad_token_id] * (len(ids) - len(tokens))
+        assert ended == (tokens[-1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in tokens[:-1]
+        assert text == tokenizer.decode(tokens[: len(tokens) - ended])
+
+
+def test_a_sampled_pad_token_counts(model, tokenizer, monkeypatch):
+    """Masks go by length: a PAD that the policy itself said is a token like any other."""
+    script = iter([3, 0, 4, 1])
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: torch.full((len(logits),), next(script)))
+    result = run(model, tokenizer, ["a", "bc"])
+    assert result.responses.tolist() == [[3, 0, 4, 1]] * 2
+    assert result.response_mask.all()
+    assert result.ended.all()
+
+
+def test_a_stop_token_ends_as_eos_does(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: torch.full((len(logits),), 5))
+    result = run(model, tokenizer, ["a"], stop_token="c")
+    assert result.responses.tolist() == [[5]]
+    assert result.ended.tolist() == [True]
+    assert result.completions == [""]
+    with pytest.raises(UserError, match="is 2 tokens of this tokenizer; it must be exactly one"):
+        stop_token_id(tokenizer, "ab")
+
+
+def test_seeds_reproduce(model, tokenizer):
+    first, again, other = (run(model, tokenizer, PROMPTS * 8, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.ids, again.ids)
+    assert first.completions != other.completions
+
+
+def test_sampling_draws_from_the_whole_tempered_distribution():
+    logits = torch.tensor([2.0, 0.0, -3.0, float("-inf")]).expand(200_000, 4)
+    drawn = rollout_module.sample(logits, 0.5, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=2e-3, rtol=0)
+    assert shares[2] > 0  # 4.5e-5: no top-k, no top-p
+    assert shares[3] == 0
+
+
+def test_prompts_that_cannot_be_answered(model, tokenizer):
+    with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
+        encode_prompts(model, tokenizer, ["a", "  "], 4)
+    with pytest.raises(UserError, match=r"prompt 1 of 1 has 29 tokens; .* longer than the model's context of 32"):
+        encode_prompts(model, tokenizer, ["abcd" * 7], 4)
+    assert len(encode_prompts(model, tokenizer, ["abcd" * 7], 3)[0]) == 29
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2"])
+def test_real_architectures(arch, tmp_path, monkeypatch):
+    folder = tiny_folder(tmp_path / "m", arch)
+    tokenizer = load_tokenizer(folder)
+    model = load_causal(folder, tokenizer).eval()
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.argmax(-1))
+    prompts = ["a", "one two three red blue"]
+    together = run(model, tokenizer, prompts)
+    for prompt, mine in zip(prompts, together.responses.tolist(), strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        theirs = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+        assert mine[: len(theirs)] == theirs.tolist()
