@@ -79,7 +79,9 @@ def test_no_compiler_says_so(source: Path, tmp_path: Path) -> None:
     _pure_wheel(done, tmp_path, "no C++ compiler found")
 
 
-@pytest.mark.skipif(shutil.which("cmake", path=TOOLS) is None, reason="cmake is a build requirement, not one of the package")
+@pytest.mark.skipif(
+    shutil.which("cmake", path=TOOLS) is None, reason="cmake is a build requirement, not one of the package"
+)
 def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
     done = _build(source, tmp_path, CXX=shutil.which("false") or "false")
     assert done.returncode != 0
