@@ -135,7 +135,7 @@ def stage(name: str, **options: Any) -> dict[str, Any]:
     """Run a stage as the command line would, after printing that command."""
     module = importlib.import_module(f"rlhf_trainer.{name}")
     cfg = module.Config(**options)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[dim]{command(name, cfg)}[/]")
+    show_command(name, cfg)
     return module.run(cfg)
 
 
@@ -148,6 +148,10 @@ def command(name: str, cfg: Any) -> str:
         if value != getattr(default, field.name):
             words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
+
+
+def show_command(name: str, cfg: Any) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(command(name, cfg), style="dim", markup=False)
 
 
 def write_world(cfg: Config, folder: Path) -> list[str]:
@@ -210,7 +214,7 @@ def evaluate(cfg: Config, folder: Path, heldout: list[str]) -> tuple[dict[str, A
         temperature=TEMPERATURE,
         seed=cfg.seed,
     )
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[dim]{command('eval', options)}[/]")
+    show_command("eval", options)
     result = evaluation.evaluate(options)
     evaluation.write_result(result, options.output_dir)
     return result, promises(result, kind_diversity(heldout, cfg.seed))
@@ -233,7 +237,7 @@ def promises(result: dict[str, Any], kind_distinct_2: float) -> list[Check]:
     before, after = (result["policies"][name]["measures"] for name in ("sft", "ppo"))
     toxicity = before["toxicity"]["mean"]
     fall = 1 - after["toxicity"]["mean"] / toxicity if toxicity > 0 else 0.0
-    kl = after["KL to reference (nats)"]
+    kl = after["KL (nats)"]
     change = result["changes"]["ppo"]["reward"]
     topic, diversity = after["on topic"]["mean"], after["distinct-2"]["mean"]
     return [
@@ -266,7 +270,7 @@ def curves(folder: Path) -> list[Curve]:
     return [
         metric_curve(sft, {"loss": "training", "heldout/loss": "held-out"}, "SFT loss", "nats per token"),
         metric_curve(reward, {"loss": "training", "heldout/loss": "held-out"}, "reward model loss"),
-        metric_curve(reward, {"heldout/accuracy": "held-out"}, "reward model: pair accuracy"),
+        metric_curve(reward, {"heldout/accuracy": "held-out"}, "reward model: pair accuracy", limits=(0.5, 1.0)),
         metric_curve(ppo, {"objective/scores": "score", "objective/rlhf_reward": "minus KL"}, "PPO: reward"),
         metric_curve(ppo, {"objective/kl": "KL"}, "PPO: KL to the SFT model", "nats per response"),
         metric_curve(ppo, {"toxicity": "toxicity"}, "PPO: toxicity, by the judge nobody saw"),

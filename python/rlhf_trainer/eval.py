@@ -134,7 +134,7 @@ def measure_all(
     found = {
         name: scores_of(scorer, prompts, answers.completions, name).double().numpy() for name, scorer in scorers.items()
     }
-    found["KL to reference (nats)"] = np.zeros(len(prompts)) if reference else answers.log_ratios
+    found["KL (nats)"] = np.zeros(len(prompts)) if reference else answers.log_ratios
     found["length (tokens)"] = answers.lengths
     found["ended by itself"] = answers.ended
     return found
@@ -197,7 +197,7 @@ def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
 
 def load_scorers(cfg: Config, device: torch.device) -> dict[str, RewardFunction]:
     """Name of the measure -> function; toxicity first."""
-    options = {"device": device, "pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
+    options: dict[str, Any] = {"device": device, "pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
     scorers: dict[str, RewardFunction] = {}
     if cfg.toxicity:
         scorers["toxicity"] = load_toxicity(cfg, device)

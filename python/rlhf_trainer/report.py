@@ -7,20 +7,24 @@ import html
 import io
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 matplotlib.use("Agg")  # a server has no display
 
+SMOOTH = 20  # steps of the moving average in long curves
 COLOURS = ("#8a8f98", "#1f6feb", "#2da44e", "#bf8700", "#8250df", "#cf222e")
 STYLE = """
 :root { color-scheme: light; }
@@ -38,8 +42,9 @@ class Curve:
     """One panel of learning curves: `series` maps a legend entry to (steps, values)."""
 
     title: str
-    series: dict[str, tuple[Sequence[float], Sequence[float]]]
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     y_label: str = ""
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,22 @@ def show_number(value: float) -> str:
 
 def show_estimate(estimate: dict[str, float]) -> str:
     mean, low, high = (show_number(estimate[key]) for key in ("mean", "low", "high"))
-    return mean if low == high == mean else f"{mean}  [{low}, {high}]"
+    return mean if low == high == mean else f"{mean} [{low}, {high}]"
 
 
 def metric_curve(
-    records: Sequence[dict[str, Any]], keys: dict[str, str], title: str, y_label: str = "", step: str = "step"
+    records: Sequence[dict[str, Any]],
+    keys: dict[str, str],
+    title: str,
+    y_label: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> Curve:
     """A panel from metrics.jsonl records, passing over those without the metric; `keys` maps metric to legend entry."""
     series = {}
     for key, name in keys.items():
-        points = [(record[step], record[key]) for record in records if record.get(key) is not None]
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         series[name] = ([x for x, _ in points], [y for _, y in points])
-    return Curve(title, series, y_label)
+    return Curve(title, series, y_label, limits)
 
 
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -97,9 +106,13 @@ def measures_figure(result: dict[str, Any]) -> Figure:
             [max(0.0, estimate["high"] - estimate["mean"]) for estimate in estimates],
         ]
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-        bars = axis.bar(names, means, yerr=errors, color=colours, width=0.6, capsize=4)
-        axis.bar_label(bars, [show_number(mean) for mean in means], label_type="center", fontsize=8, color="white")
+        axis.bar(names, means, yerr=errors, color=colours, width=0.6, capsize=4)
+        for place, estimate in enumerate(estimates):
+            top = (place, max(0.0, estimate["high"]))
+            text = show_number(estimate["mean"])
+            axis.annotate(text, top, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
         axis.axhline(0, color="#59636e", linewidth=0.8)
+        axis.margins(y=0.12)
         axis.set_title(measure, fontsize=9)
         if len(names) > 3:
             axis.tick_params(axis="x", rotation=30)
@@ -110,10 +123,15 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     figure, axes = _grid(len(curves), 3, 3.4, 2.5)
     for axis, curve in zip(axes, curves, strict=True):
         for colour, (name, (x, y)) in zip((*COLOURS[1:], COLOURS[0]), curve.series.items(), strict=False):
+            if len(y) >= 5 * SMOOTH:  # a step's own loss is mostly noise: faint behind its moving average
+                axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)
+                x, y = x[SMOOTH - 1 :], np.convolve(y, np.ones(SMOOTH) / SMOOTH, mode="valid").tolist()
             axis.plot(x, y, label=name, color=colour, linewidth=1.4, marker="o" if len(x) < 3 else None)
         axis.set_title(curve.title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel(curve.y_label, fontsize=8)
+        if curve.limits is not None:
+            axis.set_ylim(curve.limits)
         if len(curve.series) > 1:
             axis.legend(fontsize=7, frameon=False)
     return figure
@@ -154,16 +172,16 @@ def measures_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def print_report(result: dict[str, Any], checks: Sequence[Check] = (), samples: int = 3) -> None:
     """Measures, promises and a few completions, as tables on the terminal."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     columns, rows = measures_rows(result)
-    table = Table(title=f"{result['prompts']} prompts, mean and 95 % bootstrap interval", title_justify="left")
+    table = Table(title=f"{result['prompts']} prompts, mean and 95 % interval", title_justify="left", box=SIMPLE)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table)
     if checks:
-        promises = Table(title="Promises", title_justify="left")
+        promises = Table(title="Promises", title_justify="left", box=SIMPLE)
         for column in ("promise", "seen", ""):
             promises.add_column(column)
         for check in checks:
@@ -203,7 +221,8 @@ def write_report(
         parts.append("<h2>Promises</h2>" + _checks_table(checks))
     parts.append("<h2>Before and after, on the same prompts</h2>")
     parts.append(html_table(columns, rows))
-    parts.append(f'<p class="note">{result["prompts"]} prompts; mean and 95 % bootstrap interval over prompts.</p>')
+    intervals = "mean and 95 % interval: bootstrap over prompts, jackknife for distinct-n"
+    parts.append(f'<p class="note">{result["prompts"]} prompts; {intervals}.</p>')
     parts.append(embed(measures_figure(result), "each measure for each policy"))
     if curves:
         parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))

@@ -202,13 +202,12 @@ def run(cfg: Config) -> dict[str, Any]:
     validate_options(cfg)
     device = resolve_device(cfg.device)
     tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    pairs, heldout, *findings = read_both(cfg, read_pairs, tokenizer)
+    pairs, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer)
     model = load_for_training(cfg, tokenizer).to(device).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
-    rows, heldout_rows = (
-        encode_pairs(tokenizer, part, limit, found) for part, found in zip((pairs, heldout), findings, strict=True)
-    )
-    say_findings(cfg, len(pairs), len(heldout), *findings, "pairs")
+    rows = encode_pairs(tokenizer, pairs, limit, findings)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    say_findings(cfg, len(pairs), len(heldout), findings, heldout_findings, "pairs")
 
     def figures() -> dict[str, Any]:
         chosen = all_scores(model, [p.chosen for p in heldout_rows], pad_id, cfg.batch_size)
@@ -234,7 +233,7 @@ def run(cfg: Config) -> dict[str, Any]:
         raise UserError(
             f"the reward model gives all {len(reference)} reference samples the same score; nothing was saved"
         )
-    result = {"train_pairs": len(pairs), "reference_mean": mean, "reference_std": std}
+    result: dict[str, Any] = {"train_pairs": len(pairs), "reference_mean": mean, "reference_std": std}
     if heldout:
         result["heldout"] = figures() | {"length_baseline": length_baseline(pairs, heldout)}
         say(summary(result["heldout"]))

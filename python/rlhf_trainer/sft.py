@@ -90,15 +90,13 @@ def run(cfg: Config) -> dict[str, Any]:
     validate_options(cfg)
     device = resolve_device(cfg.device)
     tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    examples, heldout, *findings = read_both(cfg, read_examples, tokenizer)
+    examples, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer)
     torch.manual_seed(cfg.seed)
     model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code).to(device).train()
     limit = length_limit(cfg, model)
-    rows, heldout_rows = (
-        encode_examples(tokenizer, part, limit, found)
-        for part, found in zip((examples, heldout), findings, strict=True)
-    )
-    say_findings(cfg, len(examples), len(heldout), *findings, "examples")
+    rows = encode_examples(tokenizer, examples, limit, findings)
+    heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
+    say_findings(cfg, len(examples), len(heldout), findings, heldout_findings, "examples")
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:
@@ -110,7 +108,7 @@ def run(cfg: Config) -> dict[str, Any]:
         units=counted_tokens,
         length=lambda row: len(row.ids),
         line=lambda row: row.line,
-        text=lambda row: tokenizer.decode(row.ids, skip_special_tokens=True),
+        text=lambda row: str(tokenizer.decode(row.ids, skip_special_tokens=True)),
         evaluate=evaluate,
     )
     metrics = fit(cfg, "sft", model, rows, task)

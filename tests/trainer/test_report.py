@@ -35,7 +35,7 @@ def test_page_is_self_contained_and_shows_everything(tmp_path):
         "1 &lt; 2",
         "&lt;script&gt;p&lt;/script&gt;",
         "[bold]a &amp; b",
-        "0.500  [0.250, 0.750]",
+        "0.500 [0.250, 0.750]",
     ):
         assert shown in page
     assert '<td class="broken">broken</td>' in page
