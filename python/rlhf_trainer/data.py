@@ -160,6 +160,14 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase |
         raise UserError(f"{where}: the tokenizer's chat template failed: {error}") from None
 
 
+def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text without the BOS that a template wrote, if the tokenizer will put one before it anyway."""
+    bos = tokenizer.bos_token if tokenizer else None
+    if tokenizer and bos and text.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text[len(bos) :]
+    return text
+
+
 def _chat_turn(
     messages: list[dict[str, str]], end: int, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> Example:
@@ -172,7 +180,7 @@ def _chat_turn(
     eos = tokenizer.eos_token if tokenizer else None
     if eos and completion.rstrip().endswith(eos):
         completion = completion.rstrip().removesuffix(eos)
-    return Example(prompt, completion)
+    return Example(_without_bos(prompt, tokenizer), completion)
 
 
 def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -190,7 +198,8 @@ def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = N
         where = f"{path}:{number}"
         key = "messages" if "messages" in record else "prompt"
         if isinstance(record.get(key), list):
-            prompt = _render(_messages(record[key], key, where), tokenizer, where, answer=True)
+            chat = _render(_messages(record[key], key, where), tokenizer, where, answer=True)
+            prompt = _without_bos(chat, tokenizer)
         else:
             prompt = text_field(record, key, where)
         if not prompt.strip():

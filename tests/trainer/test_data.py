@@ -18,6 +18,7 @@ from rlhf_trainer.data import (
     write_jsonl,
 )
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import build_tokenizer, encode_prompt
 
 
 def lines(path, *records):
@@ -31,6 +32,7 @@ class ChatTokenizer:
 
     chat_template = "there is one"
     eos_token = "<eos>"
+    bos_token = None
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert tokenize is False
@@ -47,6 +49,23 @@ def test_json_prompts_text_and_chat(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     path = lines(tmp_path / "p.jsonl", {"prompt": "a"}, "", {"prompt": chat}, {"messages": chat})
     assert read_prompts(path, ChatTokenizer()) == ["a", *["<user>hi<eos>\n<assistant>"] * 2]
+
+
+def test_a_template_that_writes_bos_does_not_double_it(tmp_path):
+    tokenizer = build_tokenizer(["hi there"], 300)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    path = lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    ids = encode_prompt(tokenizer, read_prompts(path, tokenizer)[0])
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_a_template_that_fails_names_the_line(tmp_path):
+    tokenizer = build_tokenizer(["hi there"], 300)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = lines(tmp_path / "p.jsonl", {"prompt": "a"}, {"messages": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(UserError, match=r"p\.jsonl:2: the tokenizer's chat template failed: roles must alternate"):
+        read_prompts(path, tokenizer)
 
 
 def test_gz_is_read_like_plain(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,26 @@ def test_resumed_run_ends_with_the_bits_of_one_never_stopped(folder, data, tmp_p
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+
+
+def test_sigterm_saves_at_the_next_step_and_exits_143(folder, data, tmp_path, monkeypatch):
+    real = sft.completion_losses
+
+    def terminated(model, rows, pad_id):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, rows, pad_id)
+
+    options = {"epochs": 2, "eval_data": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "completion_losses", terminated)
+        with pytest.raises(SystemExit) as exit:
+            sft.run(config(folder, data, tmp_path / "out", **options))
+    assert exit.value.code == 143
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    sft.run(config(folder, data, tmp_path / "out", **options, resume=True))
+    sft.run(config(folder, data, tmp_path / "whole", **options))
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
 
 
 def test_heldout_file_and_schedule(folder, data, tmp_path):
