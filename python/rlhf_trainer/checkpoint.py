@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -133,9 +134,9 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             _fsync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
             shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{final}: cannot write the checkpoint: {error.strerror}; earlier ones are kept") from None
+            raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
         for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
             shutil.rmtree(old)
         return final

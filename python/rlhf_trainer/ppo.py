@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from rlhf_kernels import gae, per_token_kl, policy_loss, selected_logprobs, shaped_rewards, value_loss, whiten
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
@@ -215,11 +215,11 @@ def train_ppo(
     """
     validate_options(cfg)
     device = resolve_device(cfg.device)
+    set_seed(cfg.seed)  # Python's and NumPy's too: a reward function may draw from them
     given = (model, tokenizer, ref_model, reward, prompts)
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = same_weights(policy, reference)
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, device=device)
-    torch.manual_seed(cfg.seed)
     value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:

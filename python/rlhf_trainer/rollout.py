@@ -65,9 +65,7 @@ def check_logits(logits: Tensor, prompts: Sequence[str]) -> None:
     bad = ~logits.logsumexp(-1).isfinite()
     if bool(bad.any()):
         row = int(bad.int().argmax())
-        raise UserError(
-            f"the policy's logits are not finite after prompt {prompts[row][:60]!r}: its weights diverged or are damaged"
-        )
+        raise UserError(f"the policy's logits are not finite after prompt {prompts[row][:60]!r}: its weights diverged")
 
 
 @torch.no_grad()

@@ -245,9 +245,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
 
     monkeypatch.setattr(ppo, "value_loss", broken)
     model = make_model(TOKENIZER, 0)
-    with pytest.raises(
-        UserError, match=r"update 1: loss is not finite in samples \[.*\], such as .*nothing was updated"
-    ):
+    with pytest.raises(UserError, match=r"update 1: loss is not finite in samples \[.*\], .*nothing was updated"):
         train(model)
     fresh = make_model(TOKENIZER, 0).state_dict()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.state_dict().items())
@@ -257,7 +255,7 @@ def test_weights_that_are_nan_are_named_not_trained():
     model = make_model(TOKENIZER, 0)
     with torch.no_grad():
         model.model.final_layernorm.weight[0] = float("inf")
-    with pytest.raises((UserError, RuntimeError), match=r"not finite|inf|nan"):
+    with pytest.raises(UserError, match=r"the policy's logits are not finite after prompt '.+': its weights"):
         train(model)
 
 
@@ -374,6 +372,4 @@ def test_the_watch_sees_the_gold_reward_fall_while_the_score_rises():
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0}
     history = [calm | {"objective/scores": step / 10, "objective/gold_scores": -step / 10} for step in range(20)]
     (warning,) = Watch(config()).check(history, rollout)
-    assert warning.startswith(
-        "warning: objective/gold_scores: fell by 1.000 over 10 updates while the score rose 1.000"
-    )
+    assert warning.startswith("warning: objective/gold_scores: fell by 1.000 over 10 updates while the score rose 1.0")

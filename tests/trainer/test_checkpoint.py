@@ -1,0 +1,254 @@
+"""Checkpoints: killed at any moment, resumed to the same bits; damage, changed inputs and full disks are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rlhf_trainer import train_ppo
+from rlhf_trainer.checkpoint import damage
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
+from rlhf_trainer.models import save_folder
+from rlhf_trainer.ppo import PPOConfig
+
+TOKENIZER = make_tokenizer()
+UPDATES = 12
+TIMES = ("eps", "tokens_per_second", "seconds/rollout", "seconds/scoring", "seconds/update")
+PYTHONS = "python_rng = random.random(); numpy_rng = numpy.random.rand(); torch_rng = torch.rand(1).item()"
+REWARD = f"""
+import random, time, numpy, torch
+
+def score(prompts, completions):
+    {PYTHONS}  # the reward draws from all three: a resumed run must go on with the same draws
+    time.sleep(0.02)
+    return [len(text) + python_rng + numpy_rng + torch_rng for text in completions]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_folder(tmp_path / "policy", make_model(TOKENIZER, 0), TOKENIZER)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def start(folder, out, *more):
+    options = {
+        "model": folder / "policy",
+        "prompts": folder / "prompts.txt",
+        "reward": f"{folder}/reward.py:score",
+        "output_dir": folder / out,
+        "updates": UPDATES,
+        "batch_size": 16,
+        "max_new_tokens": 5,
+        "lr": 0.003,
+        "kl_target": 1.0,
+        "kl_horizon": 100,
+        "save_every": 1,
+        "device": "cpu",
+    }
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf_trainer", "ppo", *arguments, *more],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def wait_for_checkpoint(process, folder, beyond=0):
+    """Until the run has finished `beyond` or more updates; returns the newest checkpoint's step."""
+    for _ in range(6000):
+        steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")]
+        if max(steps, default=0) > beyond:
+            return max(steps)
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def same_result(first, second):
+    names = {"model.safetensors", "value_head.safetensors"}
+    assert names <= {path.name for path in first.iterdir()}
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+    assert metrics(first) == metrics(second)
+
+
+def test_killed_at_random_and_resumed_gives_the_same_bits(folder):
+    whole = start(folder, "whole")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    reached, pause = 0, random.Random()
+    for _ in range(3):
+        process = start(folder, "killed", "--resume")
+        reached = wait_for_checkpoint(process, folder / "killed", beyond=reached)
+        time.sleep(pause.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        assert not (folder / "killed" / "model.safetensors").exists()
+    final = start(folder, "killed", "--resume")
+    assert final.wait(120) == 0, final.stderr.read()
+    same_result(folder / "whole", folder / "killed")
+    checkpoints = sorted(path.name for path in (folder / "killed" / "checkpoints").iterdir())
+    assert checkpoints == [f"step-{step:08d}" for step in (UPDATES - 1, UPDATES)]
+
+
+def test_sigterm_saves_and_exits_143(folder):
+    process = start(folder, "out")
+    wait_for_checkpoint(process, folder / "out")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    done = metrics(folder / "out")[-1]["step"]
+    assert done < UPDATES
+    newest = max((folder / "out" / "checkpoints").iterdir())
+    assert newest.name == f"step-{done:08d}"
+    assert damage(newest) is None
+
+
+# In one process: the same run without the start-up time
+
+
+def run(folder, reward=oracle, prompts=PROMPTS, updates=4, until=None, **options):
+    """Train in `folder`; `until`: stop after that many updates, as a crash would."""
+
+    def crash(done, _):
+        if done == until:
+            raise KeyboardInterrupt
+
+    cfg = PPOConfig(
+        updates=updates,
+        **({"batch_size": 16, "max_new_tokens": 5, "lr": 1e-3, "save_every": 1, "device": "cpu"} | options),
+        output_dir=str(folder),
+    )
+    model = make_model(TOKENIZER, 0)
+    given = {"model": model, "tokenizer": TOKENIZER, "reward": reward, "prompts": prompts, "on_update": crash}
+    return train_ppo(cfg, **given)
+
+
+def crashed(folder, **options):
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, until=4, **options)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+    return folder
+
+
+def policy_bits(result):
+    return torch.cat([parameter.detach().flatten() for parameter in result.policy.parameters()])
+
+
+def test_resume_restores_adam_and_not_just_the_weights(tmp_path):
+    whole = policy_bits(run(tmp_path / "whole"))
+    assert torch.equal(policy_bits(run(crashed(tmp_path / "crashed"), resume=True)), whole)
+    same_result(tmp_path / "whole", tmp_path / "crashed")
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "policy.safetensors", "state.json", "meta.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, capsys):
+    whole = policy_bits(run(tmp_path / "whole"))
+    newest = crashed(tmp_path / "crashed") / "checkpoints" / "step-00000003" / file
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(bytes(content[: len(content) - 3] if file == "meta.json" else content))
+    assert torch.equal(policy_bits(run(tmp_path / "crashed", resume=True)), whole)
+    said = capsys.readouterr().err
+    assert "step-00000003: skipped" in said
+    assert "step-00000002 after step 2" in said
+
+
+def test_a_file_missing_or_a_link_in_its_place_is_passed_over(tmp_path, capsys):
+    whole = policy_bits(run(tmp_path / "whole"))
+    folder = crashed(tmp_path / "crashed") / "checkpoints"
+    (folder / "step-00000003" / "rng.safetensors").unlink()
+    shutil.copytree(folder / "step-00000002", tmp_path / "elsewhere")
+    (folder / "step-00000009").symlink_to(tmp_path / "elsewhere")
+    assert torch.equal(policy_bits(run(tmp_path / "crashed", resume=True)), whole)
+    assert "step-00000009" not in capsys.readouterr().err
+
+
+def test_a_metrics_line_cut_by_the_kill_does_not_matter(tmp_path):
+    run(tmp_path / "whole")
+    with (crashed(tmp_path / "crashed") / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "objective/k')
+    run(tmp_path / "crashed", resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "crashed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_coef": 0.9}, r"was made with kl_coef=0.05, not 0.9; cannot resume"),
+        ({"seed": 3}, r"was made with seed=0, not 3"),
+        ({"prompts": PROMPTS[::-1]}, r"the prompts changed since this checkpoint was made"),
+    ],
+)
+def test_a_changed_run_cannot_be_resumed(tmp_path, options, message):
+    crashed(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, resume=True, **options)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path):
+    crashed(tmp_path)
+    with pytest.raises(UserError, match="--resume goes on from them, --overwrite discards them"):
+        run(tmp_path)
+    run(tmp_path, overwrite=True)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    first = policy_bits(run(tmp_path))
+    assert torch.equal(policy_bits(run(tmp_path, resume=True)), first)
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_safetensors_and_json_alone(tmp_path):
+    run(tmp_path, updates=1)
+    files = {path.suffix for path in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
+    assert files == {".safetensors", ".json"}
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import *
+def fill(prompts, completions):
+    fill.calls += 1
+    if fill.calls == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return oracle(prompts, completions)
+fill.calls = 0
+from pathlib import Path
+try:
+    run(Path(sys.argv[2]), reward=fill)
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
+    here = os.path.dirname(__file__)
+    command = [sys.executable, "-c", FULL_DISK, here, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "step-00000003: cannot write the checkpoint" in done.stdout
+    assert "earlier ones are kept" in done.stdout
+    left = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in left] == ["step-00000001", "step-00000002"]
+    assert [damage(path) for path in left] == [None, None]
