@@ -27,6 +27,8 @@ def validate_options(cfg: PPOConfig) -> None:
     for name in (*at_least_one, *(["micro_batch_size"] if cfg.micro_batch_size is not None else [])):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.stop_gold is not None and cfg.gold_reward is None:
+        raise UserError("--stop_gold needs --gold_reward")
     if cfg.minibatches > cfg.batch_size:
         raise UserError(f"--minibatches {cfg.minibatches}: more than --batch_size {cfg.batch_size}")
     for name, low in (

@@ -46,8 +46,9 @@ class PPOConfig:
     reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
     reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
     gold_reward: str | None = option(
-        None, "a second reward, only watched: falling while the first rises is over-fitting"
+        None, "a second reward that is only watched: falling while the first rises is over-fitting; see stop_gold"
     )
+    gold_label: str | None = option(None, "class whose logit is the gold reward, such as a toxicity model's `nothate`")
     prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
     output_dir: str = option("", "folder for the aligned policy, metrics.jsonl, TensorBoard and checkpoints")
     updates: int = option(100, "number of rollout-and-update iterations, at most")
@@ -80,6 +81,7 @@ class PPOConfig:
     score_clip: float | None = option(None, "bound on |score|")
     target_kl: float | None = option(None, "stop an update's epochs once approx_kl of a minibatch exceeds this")
     stop_reward: float | None = option(None, "stop training once the mean score of a rollout reaches this")
+    stop_gold: float | None = option(None, "stop training once the mean gold reward of a rollout reaches this")
     stop_kl: float | None = option(None, "stop training once KL to the reference exceeds this many nats per response")
     save_every: int = option(25, "updates between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many checkpoints to keep")
@@ -219,7 +221,7 @@ def train_ppo(
     given = (model, tokenizer, ref_model, reward, prompts)
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = same_weights(policy, reference)
-    gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, device=device)
+    gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, label=cfg.gold_label, device=device)
     value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:

@@ -57,6 +57,9 @@ def stop_reason(metrics: dict[str, float], cfg: PPOConfig) -> str | None:
     score, kl = metrics["objective/scores"], metrics["objective/kl"]
     if cfg.stop_reward is not None and score >= cfg.stop_reward:
         return f"mean score {score:.3f} reached --stop_reward {cfg.stop_reward}"
+    gold = metrics.get("objective/gold_scores")
+    if cfg.stop_gold is not None and gold is not None and gold >= cfg.stop_gold:
+        return f"mean gold reward {gold:.3f} reached --stop_gold {cfg.stop_gold}"
     if cfg.stop_kl is not None and kl > cfg.stop_kl:
         return f"KL {kl:.2f} nats exceeded --stop_kl {cfg.stop_kl}"
     return None
