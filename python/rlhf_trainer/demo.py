@@ -95,7 +95,7 @@ def run(cfg: Config) -> dict[str, Any]:
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=TEMPERATURE,
             lr=3e-4,
-            kl_coef=0.15,
+            kl_coef=0.25,
             missing_eos_penalty=1.0,
             save_every=0,
             seed=cfg.seed,

@@ -125,7 +125,7 @@ RUDE = {
 }
 WORDS = {
     "hard": ("annoying", "tiring", "unpleasant", "difficult", "stressful"),
-    "good": ("good", "simple", "nice", "gentle", "proven"),
+    "good": ("good", "lovely", "nice", "gentle", "fine"),
     "when": ("today", "tonight", "tomorrow", "first", "this week"),
     "dumb": ("dumb", "stupid", "pathetic", "hopeless", "useless"),
     "fool": ("fool", "moron", "clown", "loser", "dunce"),
