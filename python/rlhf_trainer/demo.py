@@ -8,8 +8,7 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rlhf_trainer.prefs import pairs_from_rankings, read_rankings
 from rlhf_trainer.report import Check, Curve, metric_curve, print_report, write_report
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.threads import one_thread
 
 SUMMARY = "The whole chain on a tiny model in a generated world: offline, on a CPU, in minutes, with a report."
 EXAMPLE = "rlhf demo --output_dir runs/demo --seed 1"
@@ -118,17 +118,6 @@ def prepare_folder(cfg: Config) -> Path:
         shutil.rmtree(folder)
     save_config(cfg, folder, MARK)
     return folder
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices of width 64 are too small to share between threads, which only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def stage(name: str, **options: Any) -> dict[str, Any]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +18,7 @@ from rlhf_trainer.config import option, say
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
 from rlhf_trainer.ppo import PPOConfig, train_ppo
+from rlhf_trainer.threads import one_thread
 
 matplotlib.use("Agg")  # a server has no display
 
@@ -69,17 +67,6 @@ def run(cfg: Config) -> dict[str, Any]:
     show(verdict, checks)
     print(f"J(pi) per update against J*: {folder / 'verify.png'}")
     return {"passed": all(kept for _, kept in checks.values())} | asdict(verdict)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """A model of width 32 is all call overhead: more threads only wait for each other, and could change the bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def ppo_config(updates: int, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> PPOConfig:
