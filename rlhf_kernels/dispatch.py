@@ -16,7 +16,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Backend(NamedTuple):
-    """One folder or file under rlhf_kernels/backends."""
+    """One folder under rlhf_kernels/backends."""
 
     name: str
     device: str  # device type it serves when nobody forces a backend
@@ -32,14 +32,24 @@ BACKENDS = (
         "cuda",
         "triton",
         "triton is not installed: pip install triton",
-        frozenset({"selected_logprobs", "gae"}),
+        frozenset(
+            {
+                "gae",
+                "selected_logprobs",
+            }
+        ),
     ),
     Backend(
         "cpu",
         "cpu",
         "rlhf_kernels._native",
         "the native module was not built: reinstall with a C++17 compiler and without RLHF_KERNELS_NO_NATIVE",
-        frozenset({"selected_logprobs", "gae"}),
+        frozenset(
+            {
+                "gae",
+                "selected_logprobs",
+            }
+        ),
     ),
 )
 

@@ -2,12 +2,12 @@
 
 #include <stdexcept>
 
-#define RK_DECLARE(NS)                                          \
-  namespace NS {                                                \
-  void logprobs_fwd(const LogprobsFwd&, int64_t, int64_t);      \
-  void logprobs_bwd(const LogprobsBwd&, int64_t, int64_t);      \
-  void gae(const Gae&, int64_t, int64_t);                       \
-  constexpr Kernels kTable = {logprobs_fwd, logprobs_bwd, gae}; \
+#define RK_FUNCTION(NAME, ARGS) void NAME(const ARGS&, int64_t, int64_t);
+#define RK_NAME(NAME, ARGS) NAME,
+#define RK_DECLARE(NS)                              \
+  namespace NS {                                    \
+  RK_KERNELS(RK_FUNCTION)                           \
+  constexpr Kernels kTable = {RK_KERNELS(RK_NAME)}; \
   }
 
 namespace rk {

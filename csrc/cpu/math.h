@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels.h"
+#include "types.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

@@ -3,6 +3,8 @@
 // on its neighbours; squares of kLanes rows and steps are transposed in registers. Eight rows at a time, not
 // sixteen: as fast in cache, and three times as fast on rows that are not (bench/README.md).
 #define RK_NARROW
+#include "scan.h"
+
 #include "math.h"
 
 namespace rk {
