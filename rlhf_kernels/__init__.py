@@ -5,9 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.logits import selected_logprobs
+from rlhf_kernels.ops.losses import policy_loss, value_loss
 from rlhf_kernels.ops.preference import pairwise_loss
 from rlhf_kernels.ops.scan import gae
-from rlhf_kernels.ops.tokens import per_token_kl, policy_loss, shaped_rewards, value_loss, whiten
+from rlhf_kernels.ops.tokens import per_token_kl, shaped_rewards, whiten
 
 try:
     __version__ = version("rlhf-kernels")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,18 @@ def count(mask: Tensor | None, like: Tensor) -> Tensor:
 def masked_mean(mask: Tensor | None, x: Tensor) -> Tensor:
     """Mean over the counted elements, 0 where there are none."""
     return select(mask, x).sum() / count(mask, x).clamp(min=1)
+
+
+# exp(u) - 1 - u = u^2 (1/2! + u/3! + u^2/4! + ...): 15 terms reach float64 at |u| <= 0.5.
+_K3_SERIES = [1.0 / math.factorial(k) for k in range(2, 17)]
+
+
+def exp_minus_one_minus(u: Tensor) -> Tensor:
+    """exp(u) - 1 - u without cancellation near 0; the exponent (not the linear term) is clamped to +-20."""
+    small = u.abs() <= 0.5
+    near = torch.where(small, u, 0.0)
+    series = torch.full_like(u, _K3_SERIES[-1])
+    for coefficient in reversed(_K3_SERIES[:-1]):
+        series = series * near + coefficient
+    far = torch.expm1(u.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)) - u
+    return torch.where(small, near * near * series, far)
