@@ -73,5 +73,5 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if dispatch.available()["triton"] is None:
         from rlhf_kernels.backends.triton import logits, scan
 
-        monkeypatch.setattr(logits, "_blocks", lambda V: (128, 1))
+        monkeypatch.setattr(logits, "blocks", lambda V: (128, 1))
         monkeypatch.setattr(scan, "BLOCK_T", 16)

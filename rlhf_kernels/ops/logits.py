@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops import validate
+from rlhf_kernels.ops import rows, validate
 from rlhf_kernels.reference import logits as reference
 
 OP = "selected_logprobs"
@@ -69,17 +69,11 @@ def selected_logprobs(
     """
     shape, vocab = _check(logits, labels)
     mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        row_temperature = _row_temperature(temperature, logits, shape)
-    else:
-        validate.number(OP, "temperature", temperature, above=0)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape)
 
-    # Values are looked at only in eager mode: inside a trace a bad label gives NaN, as on a GPU.
-    reading_is_free = logits.device.type == "cpu" or validate.checks_forced()
-    if not torch.compiler.is_compiling() and reading_is_free:
-        if row_temperature is not None and not bool((row_temperature > 0).all()):
-            raise ValueError(f"{OP}: temperature holds a value that is not > 0")
+    # Inside a trace a bad label gives NaN, as on a GPU.
+    if rows.reading_is_free(logits):
+        rows.positive(OP, row_temperature)
         if dispatch.kernel(OP, logits) != "cpu":  # the native kernel checks as it goes
             validate.label_in_range(OP, labels, mask, vocab)
 
@@ -89,16 +83,15 @@ def selected_logprobs(
         )
         return logprobs if entropy is None else (logprobs, entropy)
 
-    rows = logits.flatten(0, -3) if logits.dim() >= 3 else logits[(None,) * (3 - logits.dim())]
     inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace and (logits.stride(-1) != 1 or 0 in logits.stride()):
         raise ValueError(f"{OP}: inplace_backward needs logits with a contiguous last dimension that are not expanded")
     logprobs, entropy, _ = _forward(
-        rows,
+        rows.as_rows(logits),
         labels.reshape(-1),
-        None if mask is None else mask.reshape(-1),
-        validate.runtime_scalar(1.0 if isinstance(temperature, Tensor) else temperature),
-        None if row_temperature is None else row_temperature.reshape(-1),
+        rows.flat(mask),
+        rows.scalar(temperature),
+        rows.flat(row_temperature),
         with_entropy,
         inplace,
     )
@@ -106,28 +99,12 @@ def selected_logprobs(
 
 
 def _check(logits: Tensor, labels: Tensor) -> tuple[torch.Size, int]:
-    validate.float_tensor(OP, "logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{OP}: logits has shape {list(logits.shape)}; it takes [..., V] with V >= 1")
+    shape, vocab = rows.check_logits(OP, "logits", logits)
     if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{OP}: labels is {got}; it takes an int64 or int32 tensor")
-    shape = logits.shape[:-1]
     validate.same_place(OP, "labels", labels, "logits", shape, logits.device)
-    return shape, logits.shape[-1]
-
-
-def _row_temperature(temperature: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
-    validate.float_tensor(OP, "temperature", temperature)
-    if temperature.requires_grad:
-        raise ValueError(f"{OP}: temperature requires grad; it is not differentiable, pass temperature.detach()")
-    try:
-        rows = temperature.to(logits.device).expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{OP}: temperature has shape {list(temperature.shape)}; it must broadcast over the rows {list(shape)}"
-        ) from None
-    return rows.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return shape, vocab
 
 
 @torch.library.custom_op("rlhf_kernels::selected_logprobs", mutates_args=())
@@ -149,12 +126,12 @@ def _forward(
 def _(
     logits: Tensor, labels: Tensor, mask: Any, temperature: Any, row_temperature: Any, with_entropy: bool, inplace: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = labels.shape[0]
+    count = labels.shape[0]
     new = logits.new_empty
     return (
-        new(rows, dtype=torch.float32),
-        new(rows if with_entropy else 0, dtype=torch.float32),
-        new((rows, 2), dtype=torch.float32),
+        new(count, dtype=torch.float32),
+        new(count if with_entropy else 0, dtype=torch.float32),
+        new((count, 2), dtype=torch.float32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Helpers of the reference ops: the compute dtype, and selection by a mask."""
+"""Helpers of the reference ops: the compute dtype, sums over a row, and selection by a mask."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
     """x.clamp(low, high), with bounds that a trace keeps as inputs: as plain numbers each new value would recompile."""
     one = x.new_ones(())
     return torch.clamp(x, one * low, one * high) if torch.compiler.is_compiling() else x.clamp(low, high)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension by halving.
+
+    torch.sum may split one long row over threads but not many rows, so its bits depend on the batch; elementwise adds
+    in a fixed tree do not.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        low, high, rest = x.split([half, half, x.shape[-1] % 2], dim=-1)
+        x = torch.cat([low + high, rest], dim=-1)
+    return x.squeeze(-1)
 
 
 def select(mask: Tensor | None, x: Tensor, other: float = 0.0) -> Tensor:

@@ -5,20 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference.common import upcast
-
-
-def _row_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension by halving.
-
-    torch.sum may split one long row over threads but not many rows, so its bits depend on the batch; elementwise adds
-    in a fixed tree do not.
-    """
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        low, high, rest = x.split([half, half, x.shape[-1] % 2], dim=-1)
-        x = torch.cat([low + high, rest], dim=-1)
-    return x.squeeze(-1)
+from rlhf_kernels.reference.common import row_sum, upcast
 
 
 def selected_logprobs(
@@ -42,7 +29,7 @@ def selected_logprobs(
     z = (x - x.detach().amax(-1, keepdim=True)) / divisor.unsqueeze(-1)
     # Row scalars are combined with row scalars only: spread over V, they would bring a torch.sum into the backward.
     e = z.exp()
-    s = _row_sum(e)
+    s = row_sum(e)
     log_s = s.log()
     safe_labels = labels.clamp(0, x.shape[-1] - 1).long()
     logprobs = z.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1) - log_s
@@ -51,5 +38,5 @@ def selected_logprobs(
     if not with_entropy:
         return logprobs, None
     # 0 * -inf: a token of probability 0 adds nothing to the entropy and gets no gradient from it.
-    entropy = log_s - _row_sum(e * z.masked_fill(z == float("-inf"), 0.0)) / s
+    entropy = log_s - row_sum(e * z.masked_fill(z == float("-inf"), 0.0)) / s
     return logprobs, entropy if mask is None else torch.where(mask, entropy, 0.0)

@@ -35,6 +35,25 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def blocks(V: int) -> tuple[int, int]:
+    """BLOCK_V and num_warps: a function of V alone, so that a row's bits do not depend on the batch."""
+    # 4096 columns over 8 warps: 16 a thread, few enough registers for several programs on a multiprocessor.
+    block = min(4096, max(128, triton.next_power_of_2(V)))
+    return block, max(1, block // 512)
+
+
+def aligned(logits: Tensor) -> bool:
+    start = logits.data_ptr() % (ALIGNMENT * logits.element_size())
+    return start == 0 and all(stride % ALIGNMENT == 0 for stride in logits.stride()[:-1])
+
+
+@triton.jit
+def row_offset(row, inner, stride_outer, stride_inner, ALIGN: tl.constexpr):
+    """Elements before row `row` = (outer, inner) of [outer, inner, V], known to be a multiple of ALIGN."""
+    offset = (row // inner) * stride_outer + (row % inner) * stride_inner
+    return tl.multiple_of(offset, ALIGN)
+
+
 @triton.jit
 def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
     """Fold a block of logits into the running softmax of its row.

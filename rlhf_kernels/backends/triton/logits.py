@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backends.triton.common import ALIGNMENT, contiguous, launch, row_softmax
+from rlhf_kernels.backends.triton.common import ALIGNMENT, aligned, blocks, contiguous, launch, row_offset, row_softmax
 
 
 @triton.jit(do_not_specialize=["inner", "stride_outer", "stride_inner"])
@@ -35,7 +35,7 @@ def _selected_logprobs_fwd_kernel(
     if counted:
         if row_temperature_ptr is not None:
             temperature = tl.load(row_temperature_ptr + row)
-        row_ptr = logits_ptr + _row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+        row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGN)
         label = tl.load(labels_ptr + row).to(tl.int64)
         known = (label >= 0) & (label < V)
         chosen = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
@@ -70,9 +70,9 @@ def _selected_logprobs_bwd_kernel(
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    blocks = tl.cdiv(V, BLOCK_V)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks) * BLOCK_V
+    per_row = tl.cdiv(V, BLOCK_V)
+    row = (tl.program_id(0) // per_row).to(tl.int64)
+    start = (tl.program_id(0) % per_row) * BLOCK_V
     columns = start + tl.arange(0, BLOCK_V)
     inside = columns < V
     counted = True if mask_ptr is None else tl.load(mask_ptr + row)
@@ -90,7 +90,7 @@ def _selected_logprobs_bwd_kernel(
             per_temperature = 1.0 / temperature
             m = tl.load(stats_ptr + 2 * row)
             log_s = tl.load(stats_ptr + 2 * row + 1)
-            offset = _row_offset(row, inner, stride_outer, stride_inner, ALIGN)
+            offset = row_offset(row, inner, stride_outer, stride_inner, ALIGN)
             x = tl.load(logits_ptr + offset + columns, mask=inside, other=float("-inf")).to(tl.float32)
             log_p = (x - m) * per_temperature - log_s
             p = tl.exp(log_p)
@@ -99,27 +99,8 @@ def _selected_logprobs_bwd_kernel(
                 entropy = tl.load(entropy_ptr + row)
                 grad -= g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
             grad *= per_temperature
-    offset = _row_offset(row, inner, stride_grad_outer, stride_grad_inner, ALIGN)
+    offset = row_offset(row, inner, stride_grad_outer, stride_grad_inner, ALIGN)
     tl.store(grad_ptr + offset + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _row_offset(row, inner, stride_outer, stride_inner, ALIGN: tl.constexpr):
-    """Elements before row `row` = (outer, inner) of [outer, inner, V], known to be a multiple of ALIGN."""
-    offset = (row // inner) * stride_outer + (row % inner) * stride_inner
-    return tl.multiple_of(offset, ALIGN)
-
-
-def _blocks(V: int) -> tuple[int, int]:
-    """BLOCK_V and num_warps: a function of V alone, so that a row's bits do not depend on the batch."""
-    # 4096 columns over 8 warps: 16 a thread, few enough registers for several programs on a multiprocessor.
-    block = min(4096, max(128, triton.next_power_of_2(V)))
-    return block, max(1, block // 512)
-
-
-def _aligned(logits: Tensor) -> bool:
-    start = logits.data_ptr() % (ALIGNMENT * logits.element_size())
-    return start == 0 and all(stride % ALIGNMENT == 0 for stride in logits.stride()[:-1])
 
 
 def selected_logprobs_fwd(
@@ -136,13 +117,13 @@ def selected_logprobs_fwd(
     16-element boundary while V is a multiple of 16, whose sums would round in another order.
     """
     rows, V = labels.shape[0], logits.shape[-1]
-    if logits.stride(-1) != 1 or (V % ALIGNMENT == 0 and not _aligned(logits)):
+    if logits.stride(-1) != 1 or (V % ALIGNMENT == 0 and not aligned(logits)):
         logits = logits.clone(memory_format=torch.contiguous_format)
     new = logits.new_empty
     logprobs = new(rows, dtype=torch.float32)
     entropy = new(rows if with_entropy else 0, dtype=torch.float32)
     stats = new((rows, 2), dtype=torch.float32)
-    block, warps = _blocks(V)
+    block, warps = blocks(V)
     launch(
         _selected_logprobs_fwd_kernel,
         rows,
@@ -173,14 +154,14 @@ def selected_logprobs_bwd(
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    block, warps = _blocks(V)
+    block, warps = blocks(V)
     launch(
         _selected_logprobs_bwd_kernel,
         rows * triton.cdiv(V, block),
         *(logits, *map(contiguous, (labels, mask, row_temperature)), stats, entropy),
         *(contiguous(grad_logprobs), contiguous(grad_entropy), grad, temperature, logits.shape[1]),
         *(logits.stride(0), logits.stride(1), grad.stride(0), grad.stride(1), V),
-        ALIGN=ALIGNMENT if V % ALIGNMENT == 0 and _aligned(logits) and _aligned(grad) else 1,
+        ALIGN=ALIGNMENT if V % ALIGNMENT == 0 and aligned(logits) and aligned(grad) else 1,
         BLOCK_V=block,
         num_warps=warps,
     )
