@@ -6,7 +6,7 @@ from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
-from rlhf_kernels.ops.preference import pairwise_loss
+from rlhf_kernels.ops.preference import dpo_loss, group_advantages, pairwise_loss
 from rlhf_kernels.ops.scan import gae
 from rlhf_kernels.ops.tokens import per_token_kl, shaped_rewards, whiten
 
@@ -16,7 +16,9 @@ except PackageNotFoundError:  # run from a source tree that nobody installed
     __version__ = "0+source"
 
 __all__ = [
+    "dpo_loss",
     "gae",
+    "group_advantages",
     "info",
     "pairwise_loss",
     "per_token_kl",

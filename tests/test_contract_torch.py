@@ -44,6 +44,14 @@ OPS = {
     "value_loss": Op(
         lambda mask, labels, s, v, old, r: rk.value_loss(v, old, r, mask, clip=0.1 + s)[0], ("nt",), ("nt", "nt")
     ),
+    "dpo_loss": Op(
+        lambda mask, labels, s, a, b, c, d: rk.dpo_loss(a, b, c, d, beta=0.1 + s, label_smoothing=s),
+        ("n", "n"),
+        ("n", "n"),
+    ),
+    "group_advantages": Op(
+        lambda mask, labels, s, x: rk.group_advantages(x, labels.select(1, 0), eps=0.1 + s), (), ("n",)
+    ),
     "pairwise_loss": Op(lambda mask, labels, s, a, b: rk.pairwise_loss(a, b, margin=0.1 + s, label=0.8), ("n", "n")),
 }
 WITH_KERNEL = ("selected_logprobs", "gae")

@@ -152,3 +152,45 @@ def _pieces(counted: list[bool], end: float, masked: str) -> list[tuple[list[int
     if counted and counted[-1]:
         pieces[-1] = (pieces[-1][0], end)
     return pieces
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def dpo(
+    pairs: list[tuple[float, float, float, float]], beta: float, label_smoothing: float, kind: str
+) -> tuple[float, list[float]]:
+    """(policy_chosen, policy_rejected, ref_chosen, ref_rejected) a pair -> mean loss, its slope in policy_chosen."""
+    losses, slopes = [], []
+    for policy_chosen, policy_rejected, ref_chosen, ref_rejected in pairs:
+        h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+        if kind == "ipo":
+            losses.append((h - 0.5 / beta) ** 2)
+            slopes.append(2 * (h - 0.5 / beta) / len(pairs))
+            continue
+        u = beta * h
+        losses.append((1 - label_smoothing) * _softplus(-u) + label_smoothing * _softplus(u))
+        sigmoid = 1 / (1 + math.exp(-u)) if u > 0 else math.exp(u) / (1 + math.exp(u))
+        slopes.append(beta * (sigmoid - (1 - label_smoothing)) / len(pairs))
+    return math.fsum(losses) / len(pairs), slopes
+
+
+def group_advantages(scores: Tensor, groups: Tensor, kind: str, eps: float) -> Tensor:
+    """[B] float64, one answer at a time from exact sums over its group."""
+    values, ids = scores.double().tolist(), groups.tolist()
+    advantages = []
+    for i, score in enumerate(values):
+        others = [values[j] for j in range(len(values)) if ids[j] == ids[i] and j != i]
+        if not others:
+            advantages.append(0.0)
+            continue
+        mean = math.fsum([score, *others]) / (len(others) + 1)
+        if kind == "rloo":
+            advantages.append(score - math.fsum(others) / len(others))
+        elif kind == "mean":
+            advantages.append(score - mean)
+        else:
+            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in [score, *others]) / len(others))
+            advantages.append((score - mean) / (deviation + eps))
+    return torch.tensor(advantages, dtype=torch.float64)
