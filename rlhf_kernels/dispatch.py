@@ -35,6 +35,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "per_token_kl",
                 "selected_logprobs",
             }
         ),
@@ -47,6 +48,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "per_token_kl",
                 "selected_logprobs",
             }
         ),

@@ -54,7 +54,7 @@ OPS = {
     ),
     "pairwise_loss": Op(lambda mask, labels, s, a, b: rk.pairwise_loss(a, b, margin=0.1 + s, label=0.8), ("n", "n")),
 }
-WITH_KERNEL = ("selected_logprobs", "gae")
+WITH_KERNEL = ("selected_logprobs", "gae", "per_token_kl")
 
 
 def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,6 +122,17 @@ def test_opcheck_gae(kernel_backend: Backend) -> None:
         torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, (rewards, values, *extra, *discounts, 0))
 
 
+def test_opcheck_per_token_kl(kernel_backend: Backend) -> None:
+    ops = torch.ops.rlhf_kernels
+    _, _, (a, b) = _arguments("per_token_kl", 3, 5, torch.bfloat16, kernel_backend.device)
+    for with_slope in (True, False):
+        leaves = (a, b) if with_slope else (a.detach(), b.detach())
+        torch.library.opcheck(ops.per_token_kl.default, (*leaves, 2, with_slope))
+    _, slope = (y.detach() for y in ops.per_token_kl(a, b, 2, True))
+    for dtypes in ((torch.bfloat16, torch.float32), (None, torch.float16)):
+        torch.library.opcheck(ops.per_token_kl_backward.default, (torch.ones_like(slope), slope, *dtypes))
+
+
 @pytest.mark.parametrize(
     ("backend", "op"),
     [("reference", op) for op in OPS] + [(name, op) for name in ("cpu", "triton") for op in WITH_KERNEL],
@@ -164,7 +175,7 @@ def test_inductor(backend: Backend) -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
-@pytest.mark.parametrize("op", ["selected_logprobs", "gae"])
+@pytest.mark.parametrize("op", WITH_KERNEL)
 def test_autocast(backend: Backend, op: str) -> None:
     mask, labels, tensors = _arguments(op, 3, 5, torch.float32, backend.device)
     plain = OPS[op].call(mask, labels, 0.1, *tensors)

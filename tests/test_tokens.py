@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import edge_cases
 import pytest
 import torch
 import truth
+from conftest import Backend
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -24,17 +26,32 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _kl(d: float, estimator: str) -> float:
-    clamped = min(max(-d, -20.0), 20.0)
-    return {"k1": d, "k2": d * d / 2, "k3": math.expm1(clamped) + d, "abs": abs(d)}[estimator]
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same [B, T] numbers, B even, elsewhere in memory, NaN between them."""
+    wide = torch.full((2 * x.shape[0], x.shape[1] + 3), NAN, device=x.device).to(x.dtype)
+    wide[::2, 1:-2] = x
+    shifted = torch.cat([torch.zeros(1, dtype=x.dtype, device=x.device), x.flatten()])[1:]
+    return {
+        "rows": wide[::2, 1:-2],
+        "offset": shifted.view(x.shape),
+        "columns": x.T.contiguous().T,
+        "3-D": x.view(2, -1, x.shape[1]),
+        "scattered": torch.stack([x, x], -1)[..., 0],
+    }
+
+
+def _truncates(backend: Backend, dtype: torch.dtype) -> bool:
+    return backend.interpreted and dtype == torch.bfloat16
+
+
+def _k3(d: float) -> float:
+    return math.fsum((-d) ** k / math.factorial(k) for k in range(2, 30)) if abs(d) < 1 else math.expm1(-d) + d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_kl_values_and_gradients(estimator: str, dtype: torch.dtype) -> None:
-    logprobs, ref = (3 * _normal(200)).to(dtype), (3 * _normal(200, seed=1)).to(dtype)
-    logprobs.requires_grad_()
-    ref.requires_grad_()
+def test_kl_values_and_gradients(backend: Backend, estimator: str, dtype: torch.dtype) -> None:
+    logprobs, ref = ((3 * _normal(200, seed=seed)).to(dtype).to(backend.device).requires_grad_() for seed in (0, 1))
     kl = rk.per_token_kl(logprobs, ref, estimator=estimator)
     assert kl.dtype == torch.float32
 
@@ -46,56 +63,100 @@ def test_kl_values_and_gradients(estimator: str, dtype: torch.dtype) -> None:
 
     exact = logprobs.detach().double() - ref.detach().double()
     d = logprobs.detach().float() - ref.detach().float()
-    expected = torch.tensor([_kl(x, estimator) for x in exact.tolist()], dtype=torch.float64)
-    truth.assert_accurate(kl, expected, truth.max_error(value(d), expected))
+    truth.assert_accurate(kl, value(exact), truth.max_error(value(d), value(exact)))
     grad, ref_grad = torch.autograd.grad(kl.sum(), [logprobs, ref])
     assert grad.dtype == ref_grad.dtype == dtype
     plain_error = truth.max_error(slope(d).to(dtype), slope(exact))
-    truth.assert_accurate(grad, slope(exact), plain_error)
-    truth.assert_accurate(ref_grad, -slope(exact), plain_error)
+    truth.assert_accurate(grad, slope(exact), plain_error, truncates=_truncates(backend, dtype))
+    truth.assert_accurate(ref_grad, -slope(exact), plain_error, truncates=_truncates(backend, dtype))
 
 
-def test_k3_near_zero_and_far_away() -> None:
-    for d in (3e-4, -3e-4, 1e-6, 0.3, 0.5, 0.51):
-        x = torch.tensor([d], requires_grad=True)
-        kl = rk.per_token_kl(x, torch.zeros(1), estimator="k3")
-        (grad,) = torch.autograd.grad(kl.sum(), x)
-        exact = float(x.detach())
-        assert kl.item() == pytest.approx(_k3(exact), rel=3e-7)
-        assert grad.item() == pytest.approx(-math.expm1(-exact), rel=3e-7)
-    assert rk.per_token_kl(torch.tensor([3e-4]), torch.zeros(1), estimator="k3").item() == pytest.approx(
-        4.5e-8, rel=1e-3
-    )
+def test_k3_near_zero_and_far_away(backend: Backend) -> None:
+    points = [0.0, 1e-30, 1e-6, 3e-4, 0.3, 0.4999, 0.5001, 0.51, 0.7, 1.0, 5.0, 19.99]
+    x = torch.tensor([sign * d for d in points for sign in (1, -1)], device=backend.device, requires_grad=True)
+    kl = rk.per_token_kl(x, torch.zeros_like(x), estimator="k3")
+    (grad,) = torch.autograd.grad(kl.sum(), x)
+    for d, value, slope in zip(x.tolist(), kl.tolist(), grad.tolist(), strict=True):
+        assert value == pytest.approx(_k3(d), rel=3e-7, abs=1e-37)
+        assert slope == pytest.approx(-math.expm1(-d), rel=3e-7)
+    assert kl[2 * points.index(3e-4)].item() == pytest.approx(4.5e-8, rel=1e-3)
 
 
-def _k3(d: float) -> float:
-    return math.fsum((-d) ** k / math.factorial(k) for k in range(2, 30))
+def test_k3_clamps_the_exponent_only(backend: Backend) -> None:
+    x = torch.tensor([-100.0, 100.0], device=backend.device, requires_grad=True)
+    kl = rk.per_token_kl(x, torch.zeros_like(x), estimator="k3")
+    (grad,) = torch.autograd.grad(kl.sum(), x)
+    expected = torch.tensor([math.exp(20) - 101, 99 + math.exp(-20)], dtype=torch.float64)
+    torch.testing.assert_close(kl.double().cpu(), expected)
+    assert grad.tolist() == [1.0, 1.0]  # the linear term's; exp is flat there
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_kl_of_finite_inputs_is_finite(estimator: str, dtype: torch.dtype) -> None:
+def test_kl_of_finite_inputs_is_finite(backend: Backend, estimator: str, dtype: torch.dtype) -> None:
+    """Also where the slope, up to exp(20), is more than the dtype can say: it saturates."""
     largest = torch.finfo(dtype).max
-    points = torch.tensor([0.0, 19.9, 20.1, 100.0, 1e4, largest / 2, largest], dtype=dtype)
-    for sign in (1, -1):
-        logprobs = (sign * points).requires_grad_()
-        kl = rk.per_token_kl(logprobs, torch.zeros_like(points), estimator=estimator)
-        (grad,) = torch.autograd.grad(kl.sum(), logprobs)
+    points = torch.tensor([0.0, 12.0, 19.9, 20.1, 100.0, 1e4, largest / 2, largest], dtype=dtype, device=backend.device)
+    for sign, ref in itertools.product((1, -1), (0.0, -largest)):
+        leaves = [(sign * points).requires_grad_(), torch.full_like(points, ref).requires_grad_()]
+        kl = rk.per_token_kl(*leaves, estimator=estimator)
         assert kl.isfinite().all()
-        assert not grad.isnan().any()
-        # k3's slope reaches exp(20): finite, but more than float16 can say.
-        wide = logprobs.detach().float().requires_grad_()
-        (slope,) = torch.autograd.grad(rk.per_token_kl(wide, torch.zeros(7), estimator=estimator).sum(), wide)
-        assert slope.isfinite().all()
-        assert grad[slope.abs() <= largest].isfinite().all()
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        slopes = torch.autograd.grad(rk.per_token_kl(*wide, estimator=estimator).sum(), wide)
+        for grad, slope in zip(torch.autograd.grad(kl.sum(), leaves), slopes, strict=True):
+            assert grad.isfinite().all()
+            expected = slope.clamp(-largest, largest).to(dtype)
+            truth.assert_accurate(grad, expected, 0.0, truncates=_truncates(backend, dtype))
 
 
-def test_k3_clamps_the_exponent_only() -> None:
-    x = torch.tensor([-100.0, 100.0], requires_grad=True)
-    kl = rk.per_token_kl(x, torch.zeros(2), estimator="k3")
+def test_a_gradient_that_came_in_infinite_is_not_made_finite(backend: Backend) -> None:
+    """A loss scaler looks for it; a finite product saturates."""
+    x = torch.tensor([-12.0, 1.0, 1.0], dtype=torch.float16, device=backend.device, requires_grad=True)
+    kl = rk.per_token_kl(x, torch.zeros_like(x), estimator="k3")
+    (grad,) = torch.autograd.grad(kl, x, torch.tensor([1.0, INF, NAN], device=backend.device))
+    assert grad[0].item() == -65504.0
+    assert not grad[1:].isfinite().any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_kl_of_nan_and_infinity_stays_with_its_token(backend: Backend, estimator: str) -> None:
+    x = torch.tensor([1.0, NAN, -INF, 2.0], device=backend.device, requires_grad=True)
+    kl = rk.per_token_kl(x, torch.zeros_like(x), estimator=estimator)
     (grad,) = torch.autograd.grad(kl.sum(), x)
-    torch.testing.assert_close(kl.double(), torch.tensor([math.exp(20) - 101, 99 + math.exp(-20)], dtype=torch.float64))
-    assert grad.tolist() == [1.0, 1.0]  # the linear term's; exp is flat there
+    with rk.use_backend("reference"):
+        expected = rk.per_token_kl(x, torch.zeros_like(x), estimator=estimator)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(kl, expected, equal_nan=True)
+    torch.testing.assert_close(grad, expected_grad, equal_nan=True)
+    assert kl.isnan().tolist() == [False, True, False, False]
+    assert kl[2].isfinite()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_kl_of_any_two_layouts_and_dtypes(
+    backend: Backend, small_blocks: None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Neither changes a bit; each gradient comes back in its input's dtype, and only where one is wanted."""
+    logprobs, ref = (_normal(6, 37, seed=seed).to(dtype).to(backend.device) for seed, dtype in enumerate(dtypes))
+    expected = rk.per_token_kl(logprobs.float(), ref.float(), estimator="k3")
+    wanted = itertools.cycle(((True, True), (True, False), (False, True)))
+    for name, a in _layouts(logprobs).items():
+        for b in (ref.view(a.shape), *(b for b in _layouts(ref).values() if b.shape == a.shape)):
+            leaves = [x.detach().requires_grad_(needed) for x, needed in zip((a, b), next(wanted), strict=True)]
+            kl = rk.per_token_kl(*leaves, estimator="k3")
+            assert torch.equal(kl.detach(), expected.view(a.shape)), name
+            kl.sum().backward()  # of an expanded gradient
+            for leaf, dtype in zip(leaves, dtypes, strict=True):
+                assert (leaf.grad is not None) == leaf.requires_grad
+                assert not leaf.requires_grad or (leaf.grad.dtype == dtype and leaf.grad.shape == a.shape)
+
+
+def test_kl_of_nothing(backend: Backend) -> None:
+    for shape in ((0,), (3, 0), (0, 4), ()):
+        x = torch.ones(shape, device=backend.device, requires_grad=True)
+        kl = rk.per_token_kl(x, torch.zeros_like(x), estimator="k2")
+        assert kl.shape == shape
+        assert torch.autograd.grad(kl.sum(), x)[0].shape == shape
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -3,12 +3,15 @@
 
 #include "logits.h"
 #include "scan.h"
+#include "tokens.h"
 
 // X(kernel, arguments): a kernel is one line here, a definition in its family's .cpp, a function in bind/.
-#define RK_KERNELS(X)          \
-  X(logprobs_fwd, LogprobsFwd) \
-  X(logprobs_bwd, LogprobsBwd) \
-  X(gae, Gae)
+#define RK_KERNELS(X)                \
+  X(logprobs_fwd, LogprobsFwd)       \
+  X(logprobs_bwd, LogprobsBwd)       \
+  X(gae, Gae)                        \
+  X(per_token_kl_fwd, PerTokenKlFwd) \
+  X(per_token_kl_bwd, PerTokenKlBwd)
 
 namespace rk {
 

@@ -139,6 +139,11 @@ inline void store(Half* p, vf x) {
 }
 #endif
 
+inline void store(BFloat* p, vf x) {
+  const vu nan = vu{} + 0x7fc00000u;  // of the default payload
+  store_bits(p, round_to_upper_half(x == x ? x : reinterpret_cast<vf>(nan)) >> 16);
+}
+
 template <int kHalf, size_t... I>
 inline float max_lane(vf x, std::index_sequence<I...> lanes) {
   x = max_keep_second(RK_SHUFFLE(x, x, int(I ^ kHalf)...), x);
@@ -178,6 +183,36 @@ struct Exp {
     p = p * f + 6.931471824645996e-1f;
     fraction = p * f + 1.0f;
   }
+};
+
+// exp(u) for |u| <= 20 in parts, so that nothing cancels where 1 or 1 + u is taken off it:
+// exp(u) = scale * (1 + f + bend), bend = exp(f) - 1 - f. Where |u| <= 1/2, scale = 1 and f = u exactly.
+struct SplitExp {
+  vf scale, f, bend;
+
+  explicit SplitExp(vf u) {
+    // As in Exp::split. 127 leaves the integer biased as an exponent.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    const vf magnitude = u < 0.0f ? -u : u;
+    const vf rounded = magnitude <= 0.5f ? splat(kRound) : u * 1.44269504f + kRound;
+    const vf n = rounded - kRound;
+    scale = reinterpret_cast<vf>(reinterpret_cast<vu>(rounded) << 23);
+    // ln 2 in two parts; the first has 9 trailing zeros, so that n times it is exact.
+    f = (u - n * 0.693145751953125f) - n * 1.4286068203094172e-6f;
+    // Taylor: the term left out is 6e-9 of the sum at |f| = 1/2.
+    vf p = 2.7557319e-7f * f + 2.7557319e-6f;
+    p = p * f + 2.4801587e-5f;
+    p = p * f + 1.9841270e-4f;
+    p = p * f + 1.3888889e-3f;
+    p = p * f + 8.3333333e-3f;
+    p = p * f + 4.1666667e-2f;
+    p = p * f + 1.6666667e-1f;
+    p = p * f + 0.5f;
+    bend = f * f * p;
+  }
+
+  vf value() const { return scale * (f + bend) + scale; }
+  vf minus_one() const { return scale * bend + (scale * f + (scale - 1.0f)); }
 };
 
 }  // namespace

@@ -21,4 +21,20 @@ struct Labels {
   int bytes;  // 4 or 8
 };
 
+// A float tensor [R, C] as one sequence of R * C elements: element i lies at (i / columns) * stride + i %
+// columns.
+struct Flat {
+  const void* data;
+  Dtype dtype;
+  int64_t columns;
+  int64_t stride;
+};
+
+// Likewise a mask, one byte an element; null = every element counts.
+struct FlatMask {
+  const uint8_t* data;
+  int64_t columns;
+  int64_t stride;
+};
+
 }  // namespace rk

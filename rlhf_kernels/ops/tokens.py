@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Estimator = Literal["k1", "k2", "k3", "abs"]
 ESTIMATORS = ("k1", "k2", "k3", "abs")
+KL, REWARDS, WHITEN = "per_token_kl", "shaped_rewards", "whiten"
 
 
 def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "k1") -> Tensor:
@@ -34,12 +36,68 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
-    op = "per_token_kl"
-    validate.float_tensor(op, "logprobs", logprobs)
-    validate.like(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
-    validate.choice(op, "estimator", estimator, ESTIMATORS)
-    dispatch.kernel(op, logprobs)
-    return reference.per_token_kl(logprobs, ref_logprobs, estimator)
+    validate.float_tensor(KL, "logprobs", logprobs)
+    validate.like(KL, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    validate.choice(KL, "estimator", estimator, ESTIMATORS)
+    if dispatch.kernel(KL, _widest(logprobs, ref_logprobs)) is None:
+        return reference.per_token_kl(logprobs, ref_logprobs, estimator)
+    with_slope = torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)
+    return _per_token_kl(logprobs, ref_logprobs, ESTIMATORS.index(estimator), with_slope)[0]
+
+
+def _widest(a: Tensor, b: Tensor) -> Tensor:
+    """The one that decides whether there is a kernel: float64 has none."""
+    return b if b.dtype == torch.float64 else a
+
+
+@torch.library.custom_op("rlhf_kernels::per_token_kl", mutates_args=())
+def _per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, with_slope: bool) -> tuple[Tensor, Tensor]:
+    """logprobs, ref_logprobs [...] -> kl [...], and its slope in logprobs [...] or [0]; `estimator`: of ESTIMATORS."""
+    backend = dispatch.load(dispatch.required(KL, logprobs))
+    return backend.per_token_kl_fwd(logprobs, ref_logprobs, estimator, with_slope)
+
+
+@_per_token_kl.register_fake
+def _(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, with_slope: bool) -> tuple[Tensor, Tensor]:
+    def new() -> Tensor:
+        return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+    return new(), new() if with_slope else logprobs.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("rlhf_kernels::per_token_kl_backward", mutates_args=())
+def _per_token_kl_backward(
+    grad: Tensor, slope: Tensor, dtype: torch.dtype | None, ref_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """grad, slope [...] -> gradients of logprobs and ref_logprobs, each [...] in its dtype, [0] where that is None."""
+    backend = dispatch.load(dispatch.required(KL, slope))
+    return backend.per_token_kl_bwd(grad, slope, dtype, ref_dtype)
+
+
+@_per_token_kl_backward.register_fake
+def _(grad: Tensor, slope: Tensor, dtype: torch.dtype | None, ref_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def new(wanted: torch.dtype | None) -> Tensor:
+        return slope.new_empty(0) if wanted is None else slope.new_empty(slope.shape, dtype=wanted)
+
+    return new(dtype), new(ref_dtype)
+
+
+def _kl_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _kl_autograd(ctx: Any, grad: Tensor | None, _grad_slope: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    wanted = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)]
+    grads = _per_token_kl_backward(grad, *ctx.saved_tensors, *wanted)
+    return *(g if dtype is not None else None for g, dtype in zip(grads, wanted, strict=True)), None, None
+
+
+_per_token_kl.register_autograd(_kl_autograd, setup_context=_kl_context)
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, clip: float | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,33 @@ EXPONENT_LIMIT = 20.0  # exponents are clamped to +-20 before exp: exp(20) is 4.
 def upcast(x: Tensor) -> Tensor:
     """fp32 for 16- and 32-bit floats, float64 unchanged."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class _SaturatingUpcast(torch.autograd.Function):
+    """16 bits to fp32; a finite gradient beyond what the 16 bits can say comes back as their largest number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        largest = torch.finfo(ctx.dtype).max
+        # What was infinite above stays so: a loss scaler looks for it.
+        return torch.where(grad.isfinite(), grad.clamp(-largest, largest), grad).to(ctx.dtype)
+
+
+def saturating_upcast(x: Tensor) -> Tensor:
+    """As `upcast`, for functions whose slope may exceed fp16: no finite gradient becomes inf on its way back."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return _SaturatingUpcast.apply(x) if x.requires_grad else x.float()
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:

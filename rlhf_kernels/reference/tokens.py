@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference.common import clamp, count, exp_minus_one_minus, select, upcast
+from rlhf_kernels.reference.common import clamp, count, exp_minus_one_minus, saturating_upcast, select, upcast
 
 
 def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """logprobs, ref_logprobs [...] -> the estimator of KL(pi || ref) at each token, nats."""
-    d = upcast(logprobs) - upcast(ref_logprobs)
+    d = saturating_upcast(logprobs) - saturating_upcast(ref_logprobs)
     largest = torch.finfo(d.dtype).max  # finite inputs never give inf: 3e38 - -3e38 and the square of 1e30 saturate
     d = d.clamp(-largest, largest)
     if estimator == "k1":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,29 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def flat_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """(x, columns, stride) for the kernels that run over flattened tensors: rows of `columns`, `stride` apart.
+
+    Copied once: a last dimension that is not contiguous, and leading ones that are not one run of equal strides.
+    """
+    if x.is_contiguous():
+        return x, x.numel(), x.numel()
+    rows = last_contiguous(x).reshape(-1, x.shape[-1])
+    return rows, rows.shape[1], rows.stride(0)
+
+
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def empty_like(x: Tensor) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """A contiguous tensor for a kernel to fill; a large one in huge pages, which fault in four times as fast."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(shape, dtype=dtype)
     if out.nbytes >= _HUGE_BYTES:
         _native.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """As `empty`, of x's shape and dtype."""
+    return empty(x.shape, x.dtype)

@@ -2,5 +2,6 @@
 
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.triton.scan import gae
+from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd
 
-__all__ = ["gae", "selected_logprobs_bwd", "selected_logprobs_fwd"]
+__all__ = ["gae", "per_token_kl_bwd", "per_token_kl_fwd", "selected_logprobs_bwd", "selected_logprobs_fwd"]
