@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Where nvcc is, the CUDA module must have been built too.
+REQUIRE := cpu,triton$(if $(shell command -v nvcc),$(shell echo ,)cuda)
 
 .PHONY: help demo test bench lint format clean
 help:
@@ -17,7 +19,7 @@ demo: $(VENV)/trainer.stamp
 	$(BIN)/rlhf demo --output_dir runs/demo
 
 test: $(VENV)/dev.stamp
-	RLHF_KERNELS_REQUIRE=cpu,triton $(BIN)/python -m pytest
+	RLHF_KERNELS_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/compare.py
@@ -49,4 +51,4 @@ $(VENV)/bench.stamp: $(VENV)/trainer.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rlhf_kernels/_native*.so
+	rm -rf $(VENV) build dist *.egg-info rlhf_kernels/_native*.so rlhf_kernels/_cuda*.so

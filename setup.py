@@ -1,4 +1,4 @@
-"""Builds rlhf_kernels._native with CMake + Ninja, or a pure-Python wheel where that is asked for or not possible."""
+"""Builds rlhf_kernels._native, and ._cuda where there is nvcc, with CMake + Ninja; or a pure-Python wheel."""
 
 import os
 import shutil
@@ -22,11 +22,20 @@ def why_not_native() -> str | None:
     return None
 
 
+def find_nvcc() -> str | None:
+    """nvcc from CUDACXX, the PATH or CUDA's usual folder; None without one or with RLHF_KERNELS_NO_CUDA=1."""
+    if os.environ.get("RLHF_KERNELS_NO_CUDA", "0") not in ("", "0"):
+        return None
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
 class CMakeBuild(build_ext):
     """Runs CMake on csrc/. A compiler that is there but fails is an error, not a silent pure-Python install."""
 
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def build_extensions(self) -> None:
+        names = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        target = names["rlhf_kernels._native"]
+        cuda = names.get("rlhf_kernels._cuda")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -42,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRLHF_NATIVE_DIR={target.parent}",
             f"-DRLHF_NATIVE_NAME={target.name}",
+            *([f"-DRLHF_CUDA_NAME={cuda.name}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"] if cuda else []),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         try:
@@ -49,8 +59,9 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", str(build)], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"rlhf-kernels: {' '.join(error.cmd[:2])} failed (output above). To install without the native CPU "
-                "kernels, on the PyTorch reference alone: RLHF_KERNELS_NO_NATIVE=1 pip install ..."
+                f"rlhf-kernels: {' '.join(error.cmd[:2])} failed (output above). To install without the CUDA C++ "
+                "kernels: RLHF_KERNELS_NO_CUDA=1 pip install ...; without any native code, on the PyTorch reference "
+                "and Triton alone: RLHF_KERNELS_NO_NATIVE=1 pip install ..."
             ) from None
 
 
@@ -58,9 +69,10 @@ reason = why_not_native()
 if reason:
     print(f"rlhf-kernels: pure-Python build, no native CPU kernels: {reason}.", file=sys.stderr)
 
+modules = [] if reason else ["_native", *(["_cuda"] if find_nvcc() else [])]
 setup(
     packages=find_packages(include=["rlhf_kernels", "rlhf_kernels.*"])
     + find_packages("python", include=["rlhf_trainer", "rlhf_trainer.*"]),
-    ext_modules=[] if reason else [Extension("rlhf_kernels._native", sources=[])],
+    ext_modules=[Extension(f"rlhf_kernels.{module}", sources=[]) for module in modules],
     cmdclass={"build_ext": CMakeBuild},
 )

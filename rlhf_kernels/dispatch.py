@@ -41,6 +41,13 @@ BACKENDS = (
         ),
     ),
     Backend(
+        "cuda",
+        "cuda",
+        "rlhf_kernels._cuda",
+        "the CUDA module was not built: reinstall where nvcc is, without RLHF_KERNELS_NO_CUDA",
+        frozenset({"gae"}),
+    ),
+    Backend(
         "cpu",
         "cpu",
         "rlhf_kernels._native",
@@ -125,7 +132,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend inside a with-block; None restores the automatic choice.
 
     Args:
-        name: "reference", "cpu", "triton", or None. The choice is process-wide, not per thread.
+        name: "reference", "cpu", "triton", "cuda", or None. The choice is process-wide, not per thread.
 
     Raises:
         ValueError: unknown name.

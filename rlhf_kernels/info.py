@@ -19,7 +19,7 @@ def info() -> None:
     )
     for name, missing in dispatch.available().items():
         detail = missing or (dispatch.load("cpu").describe() if name == "cpu" else "available")
-        if name == "triton" and missing is None and not torch.cuda.is_available():
+        if name in ("triton", "cuda") and missing is None and not torch.cuda.is_available():
             detail = "available, no GPU found"
         print(f"backend {name}: {detail}")
     for op in sorted(set(rlhf_kernels.__all__) - {"info", "use_backend"}):

@@ -19,6 +19,7 @@ ALLOWED = {
     "rlhf_kernels/ops/": {"torch", "rlhf_kernels.ops", "rlhf_kernels.reference", "rlhf_kernels.dispatch"},
     "rlhf_kernels/dispatch.py": {"torch", "rlhf_kernels.backends"},
     "rlhf_kernels/backends/cpu/": {"torch", "rlhf_kernels._native", "rlhf_kernels.backends.cpu"},
+    "rlhf_kernels/backends/cuda/": {"torch", "rlhf_kernels._cuda", "rlhf_kernels.backends.cuda"},
     "rlhf_kernels/backends/triton/": {"torch", "triton", "rlhf_kernels.backends.triton"},
     "rlhf_kernels/backends/__init__.py": set(),
 }

@@ -1,11 +1,17 @@
-"""What the ops shall return, in float64 and written independently of rlhf_kernels, and how close is close enough."""
+"""What the ops shall return, in float64 and written independently of rlhf_kernels, and how close is close enough.
+
+rlhf_kernels.reference is used for one thing: the error that plain PyTorch makes.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_kernels.reference import scan as reference_scan
 
 NEG_INF = float("-inf")
 
@@ -134,6 +140,19 @@ def gae(
                 advantages[b, t] = advantage if keep else 0.0
     returns = torch.where(counted, advantages + values, 0.0)
     return advantages, returns
+
+
+def gae_loop_error(rewards: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> list[float]:
+    """Largest error of the plain recurrence in fp32 for advantages and returns, over several draws of a small call.
+
+    rest: bootstrap, gamma, lam, masked, as in `gae`.
+    """
+    errors = [0.0, 0.0]
+    for step in range(24 if rewards.numel() < 40 else 8 if rewards.numel() < 500 else 2):
+        r, v = ((x.float() * (1 - step / 64)).to(x.dtype).float() for x in (rewards, values))
+        pairs = zip(reference_scan.gae(r, v, mask, *rest), gae(r, v, mask, *rest), strict=True)
+        errors = [max(e, max_error(*pair)) for e, pair in zip(errors, pairs, strict=True)]
+    return errors
 
 
 def _pieces(counted: list[bool], end: float, masked: str) -> list[tuple[list[int], float]]:
