@@ -105,31 +105,40 @@ __device__ Sequence<T> sequence_of(const Gae& args, int64_t row) {
   return s;
 }
 
-// A thread's positions of one chunk: reward and value, 0 where nothing counts, and the map of each.
+// A thread's positions of one chunk as they lie in memory: what is fetched ahead.
+template <class T>
+struct Raw {
+  Pack<T> reward, value;
+  Pack<uint8_t> keep;
+};
+
+template <class T, bool kMasked>
+__device__ inline Raw<T> load_raw(const Sequence<T>& s, int64_t t) {
+  Raw<T> raw = {};
+  if (kMasked) raw.keep = load_pack<uint8_t>(s.mask, t, s.time, s.aligned_mask, 0);
+  if (!kMasked || raw.keep.item[0] || raw.keep.item[1] || raw.keep.item[2] || raw.keep.item[3]) {
+    raw.reward = load_pack(s.rewards, t, s.time, s.aligned_rewards, T(0.0f));
+    raw.value = load_pack(s.values, t, s.time, s.aligned_values, T(0.0f));
+  }
+  return raw;
+}
+
+// The same as numbers: value and r - V, 0 where nothing counts, and the map of each position.
 struct Items {
-  float delta[kItems];  // r - V
+  float delta[kItems];
   float value[kItems];
   Affine map[kItems];
   bool counted[kItems];
 };
 
 template <class T, Holes kHoles, bool kMasked>
-__device__ Items load_items(const Sequence<T>& s, int64_t t, float gamma, float decay) {
+__device__ inline Items items_of(const Raw<T>& raw, int64_t t, int64_t time, float gamma, float decay) {
   Items items;
-  Pack<uint8_t> keep;
-  if (kMasked) keep = load_pack<uint8_t>(s.mask, t, s.time, s.aligned_mask, 0);
-  const T zero = T(0.0f);
-  Pack<T> reward = {}, value = {};
-  const bool any = !kMasked || keep.item[0] || keep.item[1] || keep.item[2] || keep.item[3];
-  if (any) {
-    reward = load_pack(s.rewards, t, s.time, s.aligned_rewards, zero);
-    value = load_pack(s.values, t, s.time, s.aligned_values, zero);
-  }
   for (int i = 0; i < kItems; ++i) {
-    const bool inside = t + i < s.time;
-    const bool counted = inside && (!kMasked || keep.item[i] != 0);
-    const float v = counted ? to_float(value.item[i]) : 0.0f;
-    const float delta = counted ? to_float(reward.item[i]) - v : 0.0f;
+    const bool inside = t + i < time;
+    const bool counted = inside && (!kMasked || raw.keep.item[i] != 0);
+    const float v = counted ? to_float(raw.value.item[i]) : 0.0f;
+    const float delta = counted ? to_float(raw.reward.item[i]) - v : 0.0f;
     items.counted[i] = counted;
     items.value[i] = v;
     items.delta[i] = delta;
@@ -174,10 +183,10 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(Gae args) {
 
   // Chunks start at 0, so that padding on the right changes no bit.
   int64_t t = (s.time + kChunk - 1) / kChunk * kChunk - kChunk + int64_t{kItems} * threadIdx.x;
-  Items next = load_items<T, kHoles, kMasked>(s, t < 0 ? s.time : t, args.gamma, args.decay);
+  Raw<T> next = load_raw<T, kMasked>(s, t < 0 ? s.time : t);
   for (int parity = 0; t >= 0; t -= kChunk, parity ^= 1) {
-    const Items items = next;
-    if (t >= kChunk) next = load_items<T, kHoles, kMasked>(s, t - kChunk, args.gamma, args.decay);
+    const Items items = items_of<T, kHoles, kMasked>(next, t, s.time, args.gamma, args.decay);
+    if (t >= kChunk) next = load_raw<T, kMasked>(s, t - kChunk);
 
     Affine own = items.map[kItems - 1];
     for (int i = kItems - 2; i >= 0; --i) own = compose(own, items.map[i]);
