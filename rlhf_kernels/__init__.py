@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.info import info
+from rlhf_kernels.ops.linear import linear_logprobs
 from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
 from rlhf_kernels.ops.preference import dpo_loss, group_advantages, pairwise_loss
@@ -20,6 +21,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "info",
+    "linear_logprobs",
     "pairwise_loss",
     "per_token_kl",
     "policy_loss",

@@ -35,6 +35,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "linear_logprobs",
                 "per_token_kl",
                 "selected_logprobs",
             }
@@ -55,6 +56,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "linear_logprobs",
                 "per_token_kl",
                 "selected_logprobs",
             }

@@ -1,0 +1,44 @@
+"""The linear family: the logits ops on softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference import logits as logits_family
+from rlhf_kernels.reference.common import upcast
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | Tensor | None,
+    logit_scale: float | Tensor,
+) -> Tensor:
+    """hidden [..., D], weight [V, D], bias [V] -> logits [..., V] in fp32 (float64 for float64); masked rows from 0."""
+    hidden = upcast(hidden)
+    if mask is not None:
+        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+    logits = hidden @ upcast(weight).T
+    if bias is not None:
+        logits = logits + upcast(bias)
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | Tensor | None,
+    logit_scale: float | Tensor,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """hidden [..., D]; labels, mask and temperature [...] -> logprobs and entropy [...]."""
+    logits = head_logits(hidden, weight, bias, mask, softcap, logit_scale)
+    return logits_family.selected_logprobs(logits, labels, mask, temperature, with_entropy)
