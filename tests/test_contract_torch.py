@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import rlhf_kernels as rk
 
-V = 12
+V, D = 12, 6
 
 
 class Op(NamedTuple):
     call: Callable[..., object]  # (mask [n, t], labels [n, t], scalar, *tensors)
-    leaves: tuple[str, ...]  # shapes of the differentiable tensors, in n, t and v
+    leaves: tuple[str, ...]  # shapes of the differentiable tensors, in n, t, v and d
     constants: tuple[str, ...] = ()  # and of the others, which come after them
 
 
@@ -27,6 +27,18 @@ OPS = {
     "selected_logprobs": Op(
         lambda mask, labels, s, x: rk.selected_logprobs(x, labels, mask=mask, temperature=0.7 + s, with_entropy=True),
         ("ntv",),
+    ),
+    "linear_logprobs": Op(
+        lambda mask, labels, s, hidden, weight, bias: rk.linear_logprobs(
+            *(hidden, weight, labels),
+            bias=bias,
+            mask=mask,
+            temperature=0.7 + s,
+            softcap=3 + s,
+            logit_scale=1 + s,
+            with_entropy=True,
+        ),
+        ("ntd", "vd", "v"),
     ),
     "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
     "per_token_kl": Op(lambda mask, labels, s, a, b: rk.per_token_kl(a + s, b, estimator="k3"), ("nt", "nt")),
@@ -54,7 +66,13 @@ OPS = {
     ),
     "pairwise_loss": Op(lambda mask, labels, s, a, b: rk.pairwise_loss(a, b, margin=0.1 + s, label=0.8), ("n", "n")),
 }
-WITH_KERNEL = ("selected_logprobs", "gae", "per_token_kl")
+READS_LABELS = ("selected_logprobs", "linear_logprobs")  # under RLHF_KERNELS_CHECK=1
+WITH_KERNEL = (
+    "gae",
+    "linear_logprobs",
+    "per_token_kl",
+    "selected_logprobs",
+)
 
 
 def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +81,7 @@ def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 def _arguments(op: str, n: int, t: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """mask, labels, and the op's tensors, the differentiable ones as leaves."""
-    sizes = {"n": n, "t": t, "v": V}
+    sizes = {"n": n, "t": t, "v": V, "d": D}
     tensors = []
     for seed, (shape, is_leaf) in enumerate(
         [(shape, True) for shape in OPS[op].leaves] + [(shape, False) for shape in OPS[op].constants]
@@ -113,6 +131,22 @@ def test_opcheck_logits(kernel_backend: Backend, dtype: torch.dtype, with_entrop
     backward = (g, g if with_entropy else None, x.detach(), labels, mask, one, row_temperature, stats, entropy)
     torch.library.opcheck(ops.selected_logprobs_backward.default, backward)
     torch.library.opcheck(ops.selected_logprobs_backward_.default, backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) -> None:
+    device, ops = kernel_backend.device, torch.ops.rlhf_kernels
+    mask, labels, (hidden, weight, bias) = _arguments("linear_logprobs", 2, 3, dtype, device)
+    mask, labels, row_temperature = mask.flatten(), labels.flatten(), torch.linspace(0.5, 2, 6, device=device)
+    one = torch.ones((), dtype=torch.float64)
+    forward = (hidden, weight, labels, bias, mask, one, row_temperature, 3 * one, one, True, 500)
+    torch.library.opcheck(ops.linear_logprobs.default, forward)
+    torch.library.opcheck(ops.linear_logprobs.default, (hidden, weight, labels, *(None,) * 2, one, *forward[6:]))
+    _, entropy, stats = (y.detach() for y in ops.linear_logprobs(*forward))
+    g = _normal(6).to(device)
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in forward[:-2]]
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(ops.linear_logprobs_backward.default, (g, g, *inputs, stats, entropy, 500, *wanted))
 
 
 def test_opcheck_gae(kernel_backend: Backend) -> None:
@@ -261,12 +295,12 @@ def test_no_value_is_read_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> 
     for checked in ("0", "1"):
         monkeypatch.setenv("RLHF_KERNELS_CHECK", checked)
         with FakeTensorMode():
-            sizes = {"n": 3, "t": 5, "v": V}
+            sizes = {"n": 3, "t": 5, "v": V, "d": D}
             shapes = [*OPS[op].leaves, *OPS[op].constants]
             tensors = [torch.empty([sizes[letter] for letter in shape], device="cuda") for shape in shapes]
             mask = torch.empty(3, 5, dtype=torch.bool, device="cuda")
             labels = torch.empty(3, 5, dtype=torch.int64, device="cuda")
-            if checked == "1" and op == "selected_logprobs":  # the labels are looked at, as asked for
+            if checked == "1" and op in READS_LABELS:  # the labels are looked at, as asked for
                 with pytest.raises(DataDependentOutputException):
                     OPS[op].call(mask, labels, 0.1, *tensors)
             else:
