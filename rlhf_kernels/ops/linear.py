@@ -234,9 +234,9 @@ def _forward(
     sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=False)
     for chunk in sweep:
         chunk_logprobs, chunk_entropy, chunk_stats = sweep.logprobs(chunk, with_entropy)
-        logprobs[chunk.index], stats[chunk.index] = chunk_logprobs, chunk_stats
+        logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
         if with_entropy:
-            entropy[chunk.index] = chunk_entropy
+            entropy[chunk.places] = chunk_entropy
     return logprobs, entropy, stats
 
 
@@ -288,9 +288,9 @@ def _backward(
     sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=True)
     gradients = Gradients(hidden, head, (want_hidden, want_weight, want_bias), sweep.chunks > 1)
     for chunk in sweep:
-        g, g_entropy = (None if x is None else x[chunk.index] for x in (grad_logprobs, grad_entropy))
-        chunk_entropy = entropy if g_entropy is None else entropy[chunk.index]
-        gradients.add(chunk, sweep.gradient(chunk, g, g_entropy, stats[chunk.index], chunk_entropy))
+        g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
+        chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
+        gradients.add(chunk, sweep.gradient(chunk, g, g_entropy, stats[chunk.places], chunk_entropy))
     return gradients.finish()
 
 

@@ -36,7 +36,7 @@ class Head(NamedTuple):
 class Rows(NamedTuple):
     """One chunk: its rows of the call, their hidden states, labels and temperatures, and their capped logits."""
 
-    index: Tensor | slice  # into [N]
+    places: Tensor | slice  # into [N]
     hidden: Tensor  # [R, D]
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
@@ -65,10 +65,10 @@ class Gradients:
         """grad [R, V]: the gradient of the chunk's products hidden @ weight.T."""
         if self._wanted[0]:
             flat = self.hidden.flatten(0, 1)
-            if isinstance(rows.index, slice):
-                torch.mm(grad, self._head.weight, out=flat[rows.index])
+            if isinstance(rows.places, slice):
+                torch.mm(grad, self._head.weight, out=flat[rows.places])
             else:
-                flat[rows.index] = torch.mm(grad, self._head.weight)
+                flat[rows.places] = torch.mm(grad, self._head.weight)
         if self._wanted[1]:
             self._add_weight(grad, rows.hidden)
         if self._wanted[2]:
