@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 from rlhf_trainer.errors import UserError
 
-# Stage -> (module, what it does). A stage's module has Config, run(cfg), SUMMARY and EXAMPLE.
+# Stage -> (module, what it does). A stage's module has Config, run(cfg), SUMMARY and EXAMPLE; it may have POSITIONAL,
+# the option that leading arguments without dashes belong to, and COMMANDS, further modules like it by a first word.
 STAGES = {
     "init": ("init", "train a tokenizer and make a small, randomly initialised model"),
+    "prefs": ("prefs", "rankings, scores or pairs of many formats -> preference pairs; who agrees with whom"),
     "sft": ("sft", "fine-tune a model on prompts and completions"),
     "reward": ("reward", "train a reward model on preference pairs"),
     "ppo": ("ppo", "align a policy with PPO against a reward and a frozen reference"),
@@ -40,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     from rlhf_trainer.config import parse_config
 
     logging.disable_progress_bar()  # one bar per stage, ours
-    module = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
+    module: Any = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
+    if rest and rest[0] in getattr(module, "COMMANDS", {}):
+        stage, module, rest = f"{stage} {rest[0]}", module.COMMANDS[rest[0]], rest[1:]
+    if rest and not rest[0].startswith("-") and hasattr(module, "POSITIONAL"):
+        rest = [f"--{module.POSITIONAL}", *rest]
     try:
         cfg = parse_config(module.Config, rest, f"rlhf {stage}", module.SUMMARY, getattr(module, "EXAMPLE", ""))
         result = module.run(cfg)

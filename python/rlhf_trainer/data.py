@@ -11,7 +11,7 @@ import math
 import os
 import random
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -58,6 +58,10 @@ class Findings:
     def note(self, finding: str, line: int) -> None:
         if self.strict:
             raise UserError(f"{self.path}:{line}: {finding} (an error because of --strict)")
+        self.mention(finding, line)
+
+    def mention(self, finding: str, line: int) -> None:
+        """Count what is no error even if `strict`."""
         self.lines.setdefault(finding, []).append(line)
 
     def __getitem__(self, finding: str) -> int:
@@ -139,7 +143,7 @@ def number_field(record: dict[str, Any], key: str, where: str, default: float, l
     return float(value)
 
 
-def _messages(value: Any, key: str, where: str) -> list[dict[str, str]]:
+def messages_of(value: Any, key: str, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: field {key!r} is not a list of messages")
     for message in value:
@@ -168,7 +172,7 @@ def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     return text
 
 
-def _chat_turn(
+def chat_turn(
     messages: list[dict[str, str]], end: int, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> Example:
     """Message `end` as a completion of all before it, without the EOS that training and scoring append themselves."""
@@ -198,7 +202,7 @@ def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = N
         where = f"{path}:{number}"
         key = "messages" if "messages" in record else "prompt"
         if isinstance(record.get(key), list):
-            chat = _render(_messages(record[key], key, where), tokenizer, where, answer=True)
+            chat = _render(messages_of(record[key], key, where), tokenizer, where, answer=True)
             prompt = _without_bos(chat, tokenizer)
         else:
             prompt = text_field(record, key, where)
@@ -210,18 +214,22 @@ def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = N
     return prompts
 
 
+def instruction_prompt(record: dict[str, Any], where: str) -> str:
+    """The prompt that "instruction" and an optional "input" make, the same for SFT and for preferences."""
+    instruction, extra = text_field(record, "instruction", where), record.get("input") or ""
+    extra = text_field({"input": extra}, "input", where)
+    return f"{instruction}\n\n{extra}\n\n" if extra else f"{instruction}\n\n"
+
+
 def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> list[Example]:
     if "messages" in record:
-        messages = _messages(record["messages"], "messages", where)
+        messages = messages_of(record["messages"], "messages", where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         if not turns:
             raise UserError(f"{where}: no assistant message to learn from")
-        return [_chat_turn(messages, turn, tokenizer, where) for turn in turns]
+        return [chat_turn(messages, turn, tokenizer, where) for turn in turns]
     if "instruction" in record:
-        instruction, extra = text_field(record, "instruction", where), record.get("input") or ""
-        extra = text_field({"input": extra}, "input", where)
-        prompt = f"{instruction}\n\n{extra}\n\n" if extra else f"{instruction}\n\n"
-        return [Example(prompt, text_field(record, "output", where))]
+        return [Example(instruction_prompt(record, where), text_field(record, "output", where))]
     return [Example(text_field(record, "prompt", where), text_field(record, "completion", where))]
 
 
@@ -254,25 +262,24 @@ def read_examples(
     return examples, findings
 
 
-def _transcript_prompt(chosen: str, rejected: str, where: str) -> str:
-    """What two HH-RLHF transcripts share, up to the last assistant turn that both begin."""
+def transcript_prompt(chosen: str, rejected: str, where: str, markers: Sequence[str] = (HH_TURN,)) -> str:
+    """What two transcripts share, up to the last place where one of the markers lets both answers begin."""
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-    end = chosen[:shared].rfind(HH_TURN)
-    if end < 0:
-        raise UserError(
-            f"{where}: no field 'prompt', and 'chosen' and 'rejected' share no beginning up to {HH_TURN.strip()!r}"
-        )
-    return chosen[: end + len(HH_TURN)]
+    found = [(place + len(marker), marker) for marker in markers if (place := chosen[:shared].rfind(marker)) >= 0]
+    if not found:
+        known = " or ".join(repr(marker.strip()) for marker in markers)
+        raise UserError(f"{where}: no field 'prompt', and 'chosen' and 'rejected' share no beginning up to {known}")
+    return chosen[: max(found)[0]]
 
 
 def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> Pair:
     label = number_field(record, "label", where, 1.0, 0.0, 1.0)
     margin = number_field(record, "margin", where, 0.0, -math.inf, math.inf)
     if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
-        context = _messages(record["prompt"], "prompt", where) if "prompt" in record else []
+        context = messages_of(record["prompt"], "prompt", where) if "prompt" in record else []
         sides = [
-            _chat_turn(chat, len(chat) - 1, tokenizer, where)
-            for chat in (context + _messages(record[key], key, where) for key in ("chosen", "rejected"))
+            chat_turn(chat, len(chat) - 1, tokenizer, where)
+            for chat in (context + messages_of(record[key], key, where) for key in ("chosen", "rejected"))
         ]
         if sides[0].prompt != sides[1].prompt:
             raise UserError(f"{where}: 'chosen' and 'rejected' differ before their last message")
@@ -280,8 +287,34 @@ def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, 
     chosen, rejected = text_field(record, "chosen", where), text_field(record, "rejected", where)
     if "prompt" in record:
         return Pair(text_field(record, "prompt", where), chosen, rejected, label, margin)
-    prompt = _transcript_prompt(chosen, rejected, where)
+    prompt = transcript_prompt(chosen, rejected, where)
     return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], label, margin)
+
+
+def check_pairs(found: Iterable[tuple[Pair, Findings]], seen: set[tuple[str, str, str]] | None = None) -> list[Pair]:
+    """The pairs that can be learned from; each one's oddities are counted in the findings that come with it.
+
+    An empty or the same answer is dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the
+    other one preferred) are kept: repeated and opposed judgements are information.
+    """
+    pairs = []
+    seen = set() if seen is None else seen
+    for pair, findings in found:
+        if not pair.chosen.strip() or not pair.rejected.strip():
+            findings.note("empty answer, dropped", pair.line)
+            continue
+        if pair.chosen == pair.rejected:
+            findings.note("chosen equals rejected, dropped", pair.line)
+            continue
+        if not pair.prompt.strip():
+            findings.note("empty prompt", pair.line)
+        if (pair.prompt, pair.chosen, pair.rejected) in seen:
+            findings.note("duplicate", pair.line)
+        if (pair.prompt, pair.rejected, pair.chosen) in seen:
+            findings.note("contradicts an earlier pair", pair.line)
+        seen.add((pair.prompt, pair.chosen, pair.rejected))
+        pairs.append(pair)
+    return pairs
 
 
 def read_pairs(
@@ -289,27 +322,12 @@ def read_pairs(
 ) -> tuple[list[Pair], Findings]:
     """Preference pairs: JSON lines of {"prompt", "chosen", "rejected"}, HH-RLHF transcripts without "prompt", or chats.
 
-    Optional fields: "label" (probability that chosen is better) and "margin". Pairs with an empty or the same answer
-    are dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the other one preferred) are
-    kept and counted: repeated and opposed judgements are information.
+    Optional fields: "label" (probability that chosen is better) and "margin". What check_pairs finds odd is counted.
+    `rlhf prefs` turns every other format into this one.
     """
-    findings, pairs, seen = Findings(path, strict), [], set()
-    for number, record in read_jsonl(path):
-        pair = _pair_of(record, tokenizer, f"{path}:{number}")
-        if not pair.chosen.strip() or not pair.rejected.strip():
-            findings.note("empty answer, dropped", number)
-            continue
-        if pair.chosen == pair.rejected:
-            findings.note("chosen equals rejected, dropped", number)
-            continue
-        if not pair.prompt.strip():
-            findings.note("empty prompt", number)
-        if (pair.prompt, pair.chosen, pair.rejected) in seen:
-            findings.note("duplicate", number)
-        if (pair.prompt, pair.rejected, pair.chosen) in seen:
-            findings.note("contradicts an earlier pair", number)
-        seen.add((pair.prompt, pair.chosen, pair.rejected))
-        pairs.append(replace(pair, line=number))
+    findings = Findings(path, strict)
+    records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), findings) for line, r in read_jsonl(path))
+    pairs = check_pairs(records)
     if not pairs:
         raise UserError(f"{path}: no pair in it")
     return pairs, findings

@@ -22,7 +22,7 @@ from rlhf_trainer.config import option, save_config
 from rlhf_trainer.data import read_prompts, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.prefs import pairs_from_rankings, read_rankings
+from rlhf_trainer.rankings import pairs_from_rankings, read_rankings
 from rlhf_trainer.report import Check, Curve, metric_curve, print_report, write_report
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.runlog import read_metrics

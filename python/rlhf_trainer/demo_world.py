@@ -16,7 +16,7 @@ from functools import cache
 from itertools import product
 from string import Formatter
 
-from rlhf_trainer.prefs import FAIL, Rank, Ranking
+from rlhf_trainer.rankings import FAIL, Rank, Ranking
 
 PROBLEMS = """
 house is too hot: open the windows at night, draw the curtains, set up a fan

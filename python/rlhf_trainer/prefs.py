@@ -1,155 +1,177 @@
-"""Rankings of several labellers -> preference pairs: a vote on every two completions of a prompt.
-
-A line of the rankings file, rank 1 best, equal ranks a tie, "F" a completion that fails the task:
-{"prompt": ..., "completions": [...], "rankings": [{"labeller": "a", "ranks": [2, 1, "F"]}, ...]}
-"""
+"""`rlhf prefs`: rankings, scores and pairs of any known format -> one file of preference pairs, and a report."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import combinations
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_trainer.data import Pair, read_jsonl, text_field
+from rlhf_trainer import prefs_instructions
+from rlhf_trainer.agreement import Agreement, agreement, table
+from rlhf_trainer.config import option, require, say
+from rlhf_trainer.data import Pair, check_pairs, write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.formats import MARKERS, Options
+from rlhf_trainer.models import load_tokenizer
+from rlhf_trainer.rankings import Ranked, Votes, voted_pairs
+from rlhf_trainer.readers import FORMATS, Preferences, read_preferences
 
-Rank = float | Literal["F"]
-FAIL: Literal["F"] = "F"
+_KINDS = "\n".join(f"  {known.name:12} {known.what}" for known in FORMATS.values())
+SUMMARY = f"""Turn rankings by several labellers, scores, thumbs or pairs into one file of preference pairs.
 
+Files: JSON lines, a JSON array, a table with a header (comma, tab, semicolon or bar), all also as .gz; Parquet; or any
+name or folder that the datasets library loads. Formats, recognised from the first record or named with --format:
+{_KINDS}
 
-@dataclass(frozen=True)
-class Ranking:
-    labeller: str
-    ranks: tuple[Rank, ...]
+Every two completions of a prompt are put to a vote of its labellers; the preferred one is written first. The report
+gives Krippendorff's alpha (ordinal), each labeller's agreement with the others, and what became of all comparisons.
 
-
-@dataclass(frozen=True)
-class Ranked:
-    """One prompt, its completions, and how each labeller ranked them."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    rankings: tuple[Ranking, ...]
+  rlhf prefs instructions --help    writes instructions for labellers
+  rlhf generate, rlhf label         make completions to rank, and rank them in the browser"""
+EXAMPLE = (
+    "rlhf prefs rankings.jsonl --check\n"
+    "  rlhf prefs rankings.jsonl --output pairs.jsonl --ties half\n"
+    "  rlhf prefs table.csv --columns prompt=question chosen=best rejected=worst --output pairs.jsonl"
+)
+POSITIONAL = "data"  # `rlhf prefs FILE ...` is `rlhf prefs --data FILE ...`
+COMMANDS = {"instructions": prefs_instructions}
 
 
 @dataclass
-class Votes:
-    """What became of the comparisons, and how often each labeller sided with the others."""
-
-    pairs: int = 0
-    ties: int = 0
-    disagreements: int = 0
-    failed_completions: int = 0
-    agreed: Counter[str] = field(default_factory=Counter)
-    compared: Counter[str] = field(default_factory=Counter)
-
-    def agreement(self) -> dict[str, float]:
-        """Share of each labeller's decided comparisons in which the majority of the others decided the same way."""
-        return {name: self.agreed[name] / count for name, count in sorted(self.compared.items())}
-
-
-def _ranking(value: Any, count: int, where: str) -> Ranking:
-    if not isinstance(value, dict) or not isinstance(value.get("ranks"), list):
-        raise UserError(f'{where}: a ranking must be {{"labeller": ..., "ranks": [...]}}')
-    ranks = value["ranks"]
-    if len(ranks) != count:
-        raise UserError(f"{where}: {len(ranks)} ranks for {count} completions")
-    for rank in ranks:
-        if rank != FAIL and (isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank):
-            raise UserError(f'{where}: rank {rank!r} is neither a number nor "F"')
-    return Ranking(text_field(value, "labeller", where), tuple(ranks))
+class Config:
+    data: list[str] = option([], "files, folders or data set names; rankings of the same completions are merged")
+    output: str = option("", "file of pairs to write: {prompt, chosen, rejected} a line, `label` 0.5 for a tie")
+    check: bool = option(False, "only print what was understood, with three examples; write nothing")
+    format: str = option("auto", f"auto, or one of {', '.join(FORMATS)}")
+    columns: list[str] = option(
+        [], "ours=theirs: which column is prompt, chosen, rejected, completion, score, labeller; or completions=A,B"
+    )
+    split: str = option("train", "split of a data set")
+    model: str | None = option(None, "model folder whose chat template writes chat messages as text")
+    answer_marker: str | None = option(
+        None, "text after which the answer begins in transcripts without a prompt; else those of common chat formats"
+    )
+    ties: Literal["drop", "half"] = option("drop", "pairs that the majority calls a tie: drop, or keep with label 0.5")
+    fails: Literal["lose", "remove"] = option(
+        "lose", 'completions marked "F": lose to every ranked one, or remove those that most labellers marked'
+    )
+    strict: bool = option(
+        False, "an empty prompt or completion, chosen equal to rejected, a duplicate or a contradiction is an error"
+    )
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
-def read_rankings(path: str | Path) -> list[Ranked]:
-    """Every line of a rankings file; UserError `file:line: reason` for one that is malformed."""
-    found = []
-    for number, record in read_jsonl(path):
-        where = f"{path}:{number}"
-        completions, rankings = record.get("completions"), record.get("rankings")
-        if not isinstance(completions, list) or len(completions) < 2:
-            raise UserError(f"{where}: field 'completions' must be a list of at least two texts")
-        if not isinstance(rankings, list) or not rankings:
-            raise UserError(f"{where}: field 'rankings' must be a list of at least one ranking")
-        texts = tuple(text_field({"completions": text}, "completions", where) for text in completions)
-        ranked = tuple(_ranking(value, len(texts), where) for value in rankings)
-        if len({ranking.labeller for ranking in ranked}) < len(ranked):
-            raise UserError(f"{where}: one labeller ranks it twice")
-        found.append(Ranked(text_field(record, "prompt", where), texts, ranked))
-    if not found:
-        raise UserError(f"{path}: no ranking in it")
-    return found
+@dataclass
+class Result:
+    """Pairs to write, what became of the comparisons, and how far the labellers agree (None without labellers)."""
+
+    pairs: list[Pair]
+    read: Preferences
+    votes: Votes
+    agreement: Agreement | None
+    ranked: list[Ranked] = field(default_factory=list)
 
 
-def _vote(a: Rank, b: Rank, fails: Literal["remove", "lose"]) -> int | None:
-    """1: a is better, -1: b is, 0: a tie, None: no opinion."""
-    if FAIL in (a, b):
-        if a == b or fails == "remove":
-            return None
-        return 1 if b == FAIL else -1
-    return (a < b) - (a > b)  # type: ignore[operator]  # neither is "F" here
+def read_options(cfg: Config) -> Options:
+    columns = {}
+    for entry in cfg.columns:
+        ours, equals, theirs = entry.partition("=")
+        if not equals or not ours or not theirs:
+            raise UserError(f"--columns {entry}: expected ours=theirs, such as prompt=question")
+        columns[ours] = theirs
+    tokenizer = load_tokenizer(cfg.model, None, cfg.trust_remote_code, generates=False) if cfg.model else None
+    markers = MARKERS if cfg.answer_marker is None else (cfg.answer_marker,)
+    return Options(tokenizer, columns, markers)
 
 
-def _majority(votes: Iterable[int]) -> int | None:
-    """The outcome with most votes; None if two outcomes share the lead."""
-    counts = Counter(votes).most_common(2)
-    if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
-        return None
-    return counts[0][0]
+def prepare(cfg: Config) -> Result:
+    """Read everything, vote, check the pairs; nothing is written."""
+    if cfg.format not in ("auto", *FORMATS):
+        raise UserError(f"--format {cfg.format}: not one of auto, {', '.join(FORMATS)}")
+    read = read_preferences(cfg.data, format=cfg.format, split=cfg.split, options=read_options(cfg), strict=cfg.strict)
+    votes = Votes()
+    voted = ((pair, where) for record, where in read.ranked for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
+    pairs = check_pairs([*read.pairs, *voted])
+    ranked = [record for record, _ in read.ranked]
+    return Result(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked)
 
 
-def _failed(record: Ranked) -> set[int]:
-    """Completions that more than half of the labellers marked "F"."""
-    marks = Counter(i for ranking in record.rankings for i, rank in enumerate(ranking.ranks) if rank == FAIL)
-    return {i for i, count in marks.items() if 2 * count > len(record.rankings)}
+def pair_record(pair: Pair) -> dict[str, Any]:
+    """A line of the output: what `read_pairs` reads."""
+    record: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    if pair.label != 1.0:
+        record["label"] = pair.label
+    if pair.margin:
+        record["margin"] = pair.margin
+    return record
 
 
-def pairs_from_rankings(
-    records: Iterable[Ranked],
-    *,
-    ties: Literal["drop", "half"] = "drop",
-    fails: Literal["remove", "lose"] = "lose",
-) -> tuple[list[Pair], Votes]:
-    """A majority vote on every two completions of each prompt; the winner becomes `chosen`.
-
-    Args:
-        ties: "drop" pairs whose majority says tie, or keep them with label 0.5 ("half").
-        fails: completions marked "F" "lose" to every ranked one, or "remove": a mark is no opinion on the pair, and
-            a completion that most labellers marked takes part in no pair.
-
-    Returns:
-        the pairs, prompt by prompt, and what became of all comparisons. Outcomes that share the lead are a
-        disagreement and give no pair; the same text twice gives none either.
-    """
-    pairs, outcome = [], Votes()
-    for record in records:
-        failed = _failed(record)
-        outcome.failed_completions += len(failed)
-        for i, j in combinations(range(len(record.completions)), 2):
-            a, b = record.completions[i], record.completions[j]
-            if a == b or (fails == "remove" and failed & {i, j}):
-                continue
-            opinions = {r.labeller: _vote(r.ranks[i], r.ranks[j], fails) for r in record.rankings}
-            votes = {name: vote for name, vote in opinions.items() if vote is not None}
-            _count_agreement(votes, outcome)
-            result = _majority(votes.values())
-            if result is None:
-                outcome.disagreements += bool(votes)
-            elif result == 0:
-                outcome.ties += 1
-                if ties == "half":
-                    pairs.append(Pair(record.prompt, a, b, label=0.5))
-            else:
-                pairs.append(Pair(record.prompt, a, b) if result > 0 else Pair(record.prompt, b, a))
-    outcome.pairs = len(pairs)
-    return pairs, outcome
+def report_lines(result: Result) -> list[str]:
+    """What was read, what the labellers agree on, what became of the comparisons."""
+    read, votes, lines = result.read, result.votes, []
+    for findings, kind, count in zip(read.findings, read.formats, read.records, strict=True):
+        lines.append(findings.summary(count, f"records, format {kind}"))
+    if result.agreement is not None:
+        lines += ["", *agreement_lines(result.agreement, len(result.ranked))]
+        lost = votes.comparisons - votes.pairs
+        lines += [
+            "",
+            f"{votes.comparisons} comparisons of {len(result.ranked)} prompts: {votes.pairs} pairs, {lost} lost "
+            f"({votes.ties} ties in all, {votes.disagreements} without a majority); "
+            f"{votes.failed_completions} completions failed by most",
+        ]
+    return lines
 
 
-def _count_agreement(votes: dict[str, int], outcome: Votes) -> None:
-    for name, vote in votes.items():
-        others = _majority(other for who, other in votes.items() if who != name)
-        if vote != 0 and others not in (None, 0):
-            outcome.compared[name] += 1
-            outcome.agreed[name] += vote == others
+def agreement_lines(report: Agreement, prompts: int) -> list[str]:
+    alpha = "undefined (no two labellers judged the same)" if report.alpha is None else f"{report.alpha:.3f}"
+    lines = [f"Krippendorff's alpha, ordinal: {alpha}, over {len(report.labellers)} labellers and {prompts} prompts"]
+    if report.alpha_without_outliers is not None:
+        outliers = ", ".join(one.name for one in report.labellers if one.outlier)
+        lines[0] += f"; without {outliers}: {report.alpha_without_outliers:.3f}"
+    return lines + table(report)
+
+
+def example_lines(pairs: list[Pair], count: int = 3) -> list[str]:
+    lines = []
+    for number, pair in enumerate(pairs[:count], start=1):
+        label = "" if pair.label == 1.0 else f"  (label {pair.label:g})"
+        lines += ["", f"example {number}{label}"]
+        for name in ("prompt", "chosen", "rejected"):
+            text = getattr(pair, name)
+            # The end of a prompt says where the answer begins; the beginning of an answer says what was cut.
+            shown = text if len(text) <= 200 else ("..." + text[-200:] if name == "prompt" else text[:200] + "...")
+            lines.append(f"  {name:8} {shown!r}")
+    return lines
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Write `output` and beside it `.report.json`, and print the report; with `check` only print."""
+    require(cfg, "data", *([] if cfg.check else ["output"]))
+    result = prepare(cfg)
+    print("\n".join(report_lines(result)))
+    if cfg.check:
+        print("\n".join(example_lines(result.pairs)))
+    if not result.pairs:
+        raise UserError(f"{', '.join(cfg.data)}: no pair came of it")
+    if not cfg.check:
+        write_jsonl(cfg.output, map(pair_record, result.pairs))
+        path = Path(cfg.output).with_suffix(".report.json")
+        path.write_text(json.dumps(report_record(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"{cfg.output}: {len(result.pairs)} pairs; {path}")
+    return {"pairs": len(result.pairs)}
+
+
+def report_record(result: Result) -> dict[str, Any]:
+    read = result.read
+    files = [
+        {"path": str(findings.path), "format": kind, "records": count, "findings": findings.lines}
+        for findings, kind, count in zip(read.findings, read.formats, read.records, strict=True)
+    ]
+    report: dict[str, Any] = {"pairs": len(result.pairs), "files": files}
+    if result.agreement is not None:
+        votes = asdict(result.votes)
+        votes = {key: votes[key] for key in ("comparisons", "pairs", "ties", "disagreements", "failed_completions")}
+        report |= {"votes": votes, "agreement": result.agreement.record()}
+    return report

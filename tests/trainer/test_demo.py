@@ -13,7 +13,7 @@ from rlhf_trainer import demo_world as world
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_examples, read_pairs, read_prompts
-from rlhf_trainer.prefs import read_rankings
+from rlhf_trainer.rankings import read_rankings
 from rlhf_trainer.rewards import load_reward
 
 PROMPTS = world.make_prompts(random.Random(0))

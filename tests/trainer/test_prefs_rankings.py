@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_trainer.data import Pair
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.prefs import Ranked, Ranking, pairs_from_rankings, read_rankings
+from rlhf_trainer.rankings import Ranked, Ranking, pairs_from_rankings, read_rankings
 
 
 def ranked(*rankings, completions="abc"):
