@@ -35,6 +35,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "gae_packed",
                 "linear_logprobs",
                 "per_token_kl",
                 "selected_logprobs",
@@ -56,6 +57,7 @@ BACKENDS = (
         frozenset(
             {
                 "gae",
+                "gae_packed",
                 "linear_logprobs",
                 "per_token_kl",
                 "selected_logprobs",

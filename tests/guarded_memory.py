@@ -113,6 +113,40 @@ def check_gae(backend: str, side: str) -> int:
     return calls
 
 
+def check_gae_packed(backend: str, side: str) -> int:
+    calls = 0
+    lengths = [1, 0, 16, 33, 31, 2]
+    total = sum(lengths)
+    for dtype in (torch.float32, torch.bfloat16):
+        rewards, values = edge_cases.logits_of("normal", (2, total), dtype)
+        mask = edge_cases.MASKS["holes"](rewards.shape)
+        for offset_dtype in (torch.int32, torch.int64):
+            offsets = torch.tensor([0, *lengths]).cumsum(0).to(offset_dtype)
+            plain = (rewards, values, mask, torch.ones(len(lengths)), offsets)
+            fenced = [guarded(x, side) for x in plain]
+            for a, b in zip(*(_gae_packed(backend, *tensors) for tensors in (plain, fenced)), strict=True):
+                _same(a, b)
+            calls += 1
+            top = torch.iinfo(offset_dtype).max
+            for wrong in ([5, total], [0, total + 5], [0, -5, total], [9, 2, 1], [top, -top], [-top, top], [total] * 3):
+                offsets = guarded(torch.tensor(wrong, dtype=offset_dtype), side)
+                bootstrap = guarded(torch.ones(len(wrong) - 1), side)
+                try:
+                    _gae_packed(backend, *fenced[:3], bootstrap, offsets)
+                except ValueError:
+                    assert backend == "cpu"
+                else:
+                    assert backend == "triton"
+                calls += 1
+    return calls
+
+
+def _gae_packed(backend: str, rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, offsets: Tensor):
+    """The backend's own function, so that wrong offsets reach the kernel."""
+    module = dispatch.load(backend)
+    return module.gae_packed(rewards, values, mask, bootstrap, offsets, 0.9, 0.95, 0)
+
+
 def check_far(backend: str) -> int:
     """Rows more than 2**31 elements apart: 10 GB of addresses, of which only the rows themselves become memory."""
     if backend == "triton":
@@ -145,6 +179,10 @@ def check_far(backend: str) -> int:
     return 3
 
 
+def check_near(backend: str, side: str) -> int:
+    return check_logits(backend, side) + check_gae(backend, side) + check_gae_packed(backend, side)
+
+
 if __name__ == "__main__":
     name, where = sys.argv[1:]
-    print(check_far(name) if where == "far" else check_logits(name, where) + check_gae(name, where))
+    print(check_far(name) if where == "far" else check_near(name, where))

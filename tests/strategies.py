@@ -76,6 +76,35 @@ def gae_calls(draw: st.DrawFn) -> GaeCall:
     return GaeCall(rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts))
 
 
+class PackedCall(NamedTuple):
+    lengths: list[int]
+    rewards: Tensor
+    values: Tensor
+    mask: Tensor | None
+    bootstrap: Tensor | None
+    masked: str
+    gamma: float
+    lam: float
+    dtype: torch.dtype  # of the offsets
+
+
+@st.composite
+def packed_calls(draw: st.DrawFn) -> PackedCall:
+    near_block = st.sampled_from([k * BLOCK_T + d for k in (1, 2) for d in (-1, 0, 1)])
+    lengths = draw(st.lists(st.one_of(st.integers(0, 9), near_block), max_size=6))
+    total, dtype = sum(lengths), draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    rewards, values = (torch.randn(total, generator=generator).to(dtype) for _ in range(2))
+    share = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]))
+    mask = None if share is None else torch.rand(total, generator=generator) < share
+    rewards, values = edge_cases.hide(mask, rewards, values)
+    bootstrap = torch.randn(len(lengths), generator=generator) if draw(st.booleans()) else None
+    discounts = st.sampled_from([0.0, 0.5, 0.97, 1.0])
+    masked = draw(st.sampled_from(["skip", "stop", "zero"]))
+    offsets = draw(st.sampled_from([torch.int32, torch.int64]))
+    return PackedCall(lengths, rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts), offsets)
+
+
 class TokenCall(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor]
     mask: Tensor | None

@@ -34,6 +34,20 @@ def _gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
     return call
 
 
+def _packed_gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
+    """(rewards, values, mask) [B, T] -> advantages, returns of their beginnings, packed; a row's mask says how long."""
+
+    def call(rewards: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:
+        lengths = (mask.shape[1] - mask[:, :7].int().sum(1)).clamp(min=0)
+        inside = torch.arange(mask.shape[1]) < lengths[:, None]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(backend.device)
+        moved = (x[inside].to(backend.device) for x in (rewards, values, mask))
+        outputs = rk.gae(*moved, cu_seqlens=offsets)
+        return [torch.zeros(mask.shape).masked_scatter(inside, x.cpu()) for x in outputs]
+
+    return call
+
+
 def _assert_rows_do_not_depend_on_the_batch(call: Callable[..., list[Tensor]], rows: list[Tensor]) -> None:
     """rows: arguments whose first dimension is the batch."""
     count = len(rows[0])
@@ -66,6 +80,7 @@ def test_gae_rows(backend: Backend, small_blocks: None) -> None:
     rewards, values = (torch.randn(rows, 45, generator=generator) for _ in range(2))
     mask = torch.rand(rows, 45, generator=generator) > 0.3
     _assert_rows_do_not_depend_on_the_batch(_gae_op(backend), [rewards, values, mask])
+    _assert_rows_do_not_depend_on_the_batch(_packed_gae_op(backend), [rewards, values, mask])
 
 
 def test_token_rows() -> None:
@@ -78,8 +93,9 @@ def test_token_rows() -> None:
 def test_number_of_threads(V: int) -> None:
     """One long row is where a library splits the sum over threads."""
     logits, labels = edge_cases.logits_of("normal", (3, V), torch.float32), edge_cases.labels_for((3,), V)
-    rewards, values = edge_cases.logits_of("normal", (2, 64, 40), torch.float32)
-    mask = torch.ones_like(rewards, dtype=torch.bool)
+    # Large enough to be shared among threads: 32,768 positions are a task.
+    rewards, values = edge_cases.logits_of("normal", (2, 2048, 40), torch.float32)
+    scanned = rewards, values, edge_cases.MASKS["holes"](rewards.shape)
     before = torch.get_num_threads()
     for name in ("reference", "cpu"):
         if name == "cpu" and rk.dispatch.available()["cpu"]:
@@ -92,7 +108,8 @@ def test_number_of_threads(V: int) -> None:
                     device = Backend(name, "cpu")
                     one = _logits_op(device)(logits[:1], labels[:1], torch.ones(1))
                     all_rows = _logits_op(device)(logits, labels, torch.ones(3))
-                    results.append([*one, *all_rows, *_gae_op(device)(rewards, values, mask)])
+                    scans = [*_gae_op(device)(*scanned), *_packed_gae_op(device)(*scanned)]
+                    results.append([*one, *all_rows, *scans])
             finally:
                 torch.set_num_threads(before)
         for other in results[1:]:

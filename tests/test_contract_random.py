@@ -5,6 +5,7 @@ from __future__ import annotations
 import strategies
 import test_logits
 import test_scan
+import test_scan_packed
 import torch
 from conftest import Backend
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +33,12 @@ def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategie
 @given(call=strategies.gae_calls())
 def test_gae(backend: Backend, small_blocks: None, call: strategies.GaeCall) -> None:
     test_scan.check(backend, *call)
+
+
+@settings(SLICE, max_examples=50)
+@given(call=strategies.packed_calls())
+def test_gae_packed(backend: Backend, small_blocks: None, call: strategies.PackedCall) -> None:
+    test_scan_packed.check(backend, *call)
 
 
 def _assert_finite_and_masked(outputs: list[torch.Tensor], mask: torch.Tensor | None, *per_token: torch.Tensor) -> None:

@@ -41,6 +41,15 @@ OPS = {
         ("ntd", "vd", "v"),
     ),
     "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
+    "gae_packed": Op(
+        lambda mask, labels, s, r, v: rk.gae(
+            *(x.reshape(-1) for x in (r, v, mask)),
+            gamma=0.9 - s,
+            cu_seqlens=torch.arange(0, r.numel() + 1, r.shape[1], device=r.device),
+        ),
+        (),
+        ("nt", "nt"),
+    ),
     "per_token_kl": Op(lambda mask, labels, s, a, b: rk.per_token_kl(a + s, b, estimator="k3"), ("nt", "nt")),
     "shaped_rewards": Op(
         lambda mask, labels, s, a, b: rk.shaped_rewards(a, b, mask, kl_coef=0.1 + s, clip=1 + s), (), ("n", "nt")
@@ -69,6 +78,7 @@ OPS = {
 READS_LABELS = ("selected_logprobs", "linear_logprobs")  # under RLHF_KERNELS_CHECK=1
 WITH_KERNEL = (
     "gae",
+    "gae_packed",
     "linear_logprobs",
     "per_token_kl",
     "selected_logprobs",
@@ -153,7 +163,12 @@ def test_opcheck_gae(kernel_backend: Backend) -> None:
     mask, _, (rewards, values) = _arguments("gae", 3, 7, torch.float32, kernel_backend.device)
     discounts = torch.tensor([0.9, 0.95], dtype=torch.float64)
     for extra in ((mask, torch.ones(3, device=kernel_backend.device)), (None, None)):
-        torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, (rewards, values, *extra, *discounts, 0))
+        for plain in (False, True):
+            arguments = (rewards, values, *extra, None, *discounts, 0, plain)
+            torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, arguments)
+    offsets = torch.tensor([0, 4, 4, 21], dtype=torch.int32, device=kernel_backend.device)
+    flat = (rewards.flatten(), values.flatten(), mask.flatten(), None, offsets, *discounts, 0, False)
+    torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, flat)
 
 
 def test_opcheck_per_token_kl(kernel_backend: Backend) -> None:
@@ -177,8 +192,6 @@ def test_compiles_whole_and_once(backend: Backend, op: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(OPS[op].call, fullgraph=True, dynamic=True, backend="aot_eager")
     sizes = ((3, 5), (4, 9), (7, 6), (2, 17))
-    if backend.name == "reference" and op == "gae":
-        sizes = ((3, 5), (4, 5), (7, 5), (2, 5))  # the specification's loop over t is unrolled in a trace
     with torch._dynamo.config.patch(error_on_recompile=True):
         for s, (n, t) in zip((0.11, 0.23, 0.31, 0.05), sizes, strict=True):
             arguments = _arguments(op, n, t, torch.float32, backend.device)

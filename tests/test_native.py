@@ -13,6 +13,7 @@ import edge_cases
 import pytest
 import test_logits
 import test_scan
+import test_scan_packed
 import torch
 from conftest import Backend, require_backend
 from torch import Tensor
@@ -94,6 +95,9 @@ def test_accuracy_of_gae(isa: str, masked: str, dtype: torch.dtype) -> None:
         mask = torch.rand(batch, time, generator=generator) > 0.3
         bootstrap = torch.randn(batch, generator=generator)
         test_scan.check(CPU, *edge_cases.hide(mask, rewards, values), mask, bootstrap, masked)
+    lengths = torch.randint(0, 40, (50,), generator=generator).tolist()
+    rewards, values, bootstrap = (x.to(dtype) for x in test_scan_packed.packed_case(lengths))
+    test_scan_packed.check(CPU, lengths, rewards, values, None, bootstrap, masked)
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, threads: int) -> None:
@@ -109,6 +113,9 @@ def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, threads: int) -> 
     for n in (0, 100, 256):
         for a, b in zip(together, rk.gae(rewards[n], values[n]), strict=True):
             assert torch.equal(a[n], b)
+    packed = rk.gae(rewards.flatten(), values.flatten(), cu_seqlens=torch.arange(0, 257 * 300 + 1, 300))
+    for a, b in zip(together, packed, strict=True):
+        assert torch.equal(a.flatten(), b)
 
 
 def _row(logits: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,6 @@ def test_no_kernel_spills(compiled: list[dict]) -> None:
 
 def test_batch_length_and_scalars_share_one_compilation(compiled: list[dict]) -> None:
     repeated = [row for row in compiled if "repeated" in row]
-    assert len(repeated) == 2
+    assert len(repeated) == 3
     for row in repeated:
         assert set(row["versions"].values()) == {1}, row

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from rlhf_kernels.backends.triton import gae, selected_logprobs_bwd, selected_logprobs_fwd
+from rlhf_kernels.backends.triton import gae, gae_packed, selected_logprobs_bwd, selected_logprobs_fwd
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -69,6 +69,11 @@ def launch_gae(B: int, T: int, dtype: torch.dtype, full: bool, masked: int = 0, 
     gae(x, x, mask, bootstrap, gamma, 0.95, masked)
 
 
+def launch_gae_packed(S: int, total: int, offsets: torch.dtype, masked: int = 0) -> None:
+    x, mask = _empty(total), _empty(total, dtype=torch.bool)
+    gae_packed(x, x, mask, _empty(S), _empty(S + 1, dtype=offsets), 0.9, 0.95, masked)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, call of the launchers) over the options that change the code, and small, odd and large V."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,6 +85,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, masked in itertools.product((torch.float32, torch.bfloat16), range(3)):
         name = f"T=131072 {str(dtype)[6:]} mask {('skip', 'stop', 'zero')[masked]}"
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
+    for offsets in (torch.int32, torch.int64):
+        yield f"packed 131072 offsets {str(offsets)[6:]}", partial(launch_gae_packed, 4, 131072, offsets)
     yield "T=1000 float32", partial(launch_gae, 4, 1000, torch.float32, False)
 
 
@@ -95,6 +102,8 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
         for gamma in (1.0, 0.9):
             calls.append(partial(launch_gae, B, T, torch.float32, True, 0, gamma))
     yield "any batch, length and discount", calls
+    sizes = ((1, 1), (3, 17), (16, 16), (300, 131072))
+    yield "any packing", [partial(launch_gae_packed, S, total, torch.int32) for S, total in sizes]
 
 
 def _nvidia_usage(cubin: bytes) -> dict[str, int]:

@@ -3,31 +3,93 @@
 namespace rk {
 namespace {
 
+// -1 if the offsets run from 0 to total and never fall, else the first place where they do not.
+template <class Offset>
+int64_t first_bad_offset(const Offset* offsets, int64_t sequences, int64_t total) {
+  if (offsets[0] != 0) return 0;
+  for (int64_t s = 1; s <= sequences; ++s)
+    if (offsets[s] < offsets[s - 1] || offsets[s] > total) return s;
+  return offsets[sequences] == total ? -1 : sequences;
+}
+
+// The sequences that are not empty, longest first by powers of two, so that no long one is left to run alone
+// at the end. Returns how many there are.
+template <class Offset>
+int64_t longest_first(const Offset* offsets, int64_t sequences, int64_t* order) {
+  const auto rank = [&](int64_t s) {
+    const int64_t length = offsets[s + 1] - offsets[s];
+    return length ? __builtin_clzll(static_cast<uint64_t>(length)) : 64;
+  };
+  int64_t place[66] = {};  // where the next sequence of a rank goes
+  for (int64_t s = 0; s < sequences; ++s) ++place[rank(s) + 1];
+  for (int k = 1; k < 66; ++k) place[k] += place[k - 1];
+  const int64_t count = place[64];
+  for (int64_t s = 0; s < sequences; ++s)
+    if (rank(s) < 64) order[place[rank(s)]++] = s;
+  return count;
+}
+
 void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
              int64_t batch, int64_t time, int64_t stride_rewards, int64_t stride_values, int64_t stride_mask,
              double gamma, double lam, int holes, uintptr_t advantages, uintptr_t returns, int threads) {
-  Gae args = {pointer<void>(rewards),
-              pointer<void>(values),
-              pointer<uint8_t>(mask),
-              pointer<float>(bootstrap),
-              pointer<float>(advantages),
-              pointer<float>(returns),
-              stride_rewards,
-              stride_values,
-              stride_mask,
-              batch,
-              time,
-              static_cast<Dtype>(dtype),
-              static_cast<Holes>(holes),
-              static_cast<float>(gamma),
-              static_cast<float>(lam)};
+  Gae args = {};
+  args.rewards = pointer<void>(rewards);
+  args.values = pointer<void>(values);
+  args.mask = pointer<uint8_t>(mask);
+  args.bootstrap = pointer<float>(bootstrap);
+  args.advantages = pointer<float>(advantages);
+  args.returns = pointer<float>(returns);
+  args.stride_rewards = stride_rewards;
+  args.stride_values = stride_values;
+  args.stride_mask = stride_mask;
+  args.time = time;
+  args.dtype = static_cast<Dtype>(dtype);
+  args.holes = static_cast<Holes>(holes);
+  args.gamma = static_cast<float>(gamma);
+  args.lam = static_cast<float>(lam);
   // A multiple of the widest vector, one lane per row.
   const int64_t chunk = (rows_per_task(batch, time, threads) + 15) / 16 * 16;
   run<&Kernels::gae>(args, batch, chunk, threads);
 }
 
+// Returns the first place where the offsets are wrong, and then has computed nothing; -1 when all is done.
+// order: room for one number per sequence.
+int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
+                       int64_t total, uintptr_t offsets, int offset_bytes, int64_t sequences, double gamma,
+                       double lam, int holes, uintptr_t advantages, uintptr_t returns, uintptr_t order,
+                       int threads) {
+  Gae args = {};
+  args.rewards = pointer<void>(rewards);
+  args.values = pointer<void>(values);
+  args.mask = pointer<uint8_t>(mask);
+  args.bootstrap = pointer<float>(bootstrap);
+  args.advantages = pointer<float>(advantages);
+  args.returns = pointer<float>(returns);
+  args.dtype = static_cast<Dtype>(dtype);
+  args.holes = static_cast<Holes>(holes);
+  args.gamma = static_cast<float>(gamma);
+  args.lam = static_cast<float>(lam);
+  args.offsets = {pointer<void>(offsets), offset_bytes};
+  args.order = pointer<int64_t>(order);
+  const auto plan = [&](auto* bounds) {
+    const int64_t bad = first_bad_offset(bounds, sequences, total);
+    if (bad < 0) args.count = longest_first(bounds, sequences, pointer<int64_t>(order));
+    return bad;
+  };
+  const int64_t bad =
+      offset_bytes == 4 ? plan(pointer<const int32_t>(offsets)) : plan(pointer<const int64_t>(offsets));
+  if (bad >= 0) return bad;
+  // Two tasks a thread, for balance; more would leave too few sequences to fill a task's lanes.
+  args.tasks = threads > 1 ? std::clamp<int64_t>(total / kGrain, 1, 2 * int64_t{threads}) : 1;
+  run<&Kernels::gae>(args, args.tasks, 1, threads);
+  return -1;
+}
+
 }  // namespace
 
-void bind_scan(py::module_& m) { m.def("gae", &run_gae, NoGil()); }
+void bind_scan(py::module_& m) {
+  m.def("gae", &run_gae, NoGil());
+  m.def("gae_packed", &run_gae_packed, NoGil());
+}
 
 }  // namespace rk

@@ -45,6 +45,11 @@ inline int64_t label_of(const Labels& labels, int64_t row) {
                            : static_cast<const int64_t*>(labels.data)[row];
 }
 
+inline int64_t offset_of(const Offsets& offsets, int64_t sequence) {
+  return offsets.bytes == 4 ? static_cast<const int32_t*>(offsets.data)[sequence]
+                            : static_cast<const int64_t*>(offsets.data)[sequence];
+}
+
 struct Half {
   uint16_t bits;
 };

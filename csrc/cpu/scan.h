@@ -1,4 +1,4 @@
-// Arguments of gae.
+// Arguments of gae and ppo_advantages.
 #pragma once
 
 #include "types.h"
@@ -7,8 +7,10 @@ namespace rk {
 
 enum class Holes : int { kSkip = 0, kStop = 1, kZero = 2 };
 
+// Padded: sequence b is row b of `time` positions. Packed: it is positions [offset b, offset b + 1) of one
+// row.
 struct Gae {
-  const void* rewards;     // [B, T], rows stride_rewards apart
+  const void* rewards;     // [B, T], rows stride_rewards apart; or [total] contiguous, as all that follow
   const void* values;      // [B, T]
   const uint8_t* mask;     // [B, T], null = every position counts
   const float* bootstrap;  // [B], null = 0
@@ -17,12 +19,15 @@ struct Gae {
   int64_t stride_rewards;
   int64_t stride_values;
   int64_t stride_mask;
-  int64_t batch;
   int64_t time;
   Dtype dtype;
   Holes holes;
   float gamma;
   float lam;
+  Offsets offsets;       // null = padded
+  const int64_t* order;  // packed: [count], the sequences that are not empty, dealt to tasks like cards
+  int64_t count;
+  int64_t tasks;
 };
 
 }  // namespace rk

@@ -16,6 +16,12 @@ struct Rows {
   int64_t stride_inner;
 };
 
+// Bounds of packed sequences, as flash-attn spells them: [S + 1], from 0 to the total.
+struct Offsets {
+  const void* data;
+  int bytes;  // 4 or 8
+};
+
 struct Labels {
   const void* data;
   int bytes;  // 4 or 8

@@ -107,6 +107,32 @@ def runtime_scalar(value: float) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
+def offsets(op: str, name: str, x: object, like_name: str, device: torch.device) -> Tensor:
+    """An int32 or int64 vector on `device` with at least one element; its values are `offset_values`' business."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; it takes an int32 or int64 tensor [S + 1], or None")
+    if x.dtype not in INTS:
+        raise TypeError(f"{op}: {name} is {x.dtype}; it takes int32 or int64")
+    if x.dim() != 1 or x.shape[0] == 0:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}; it takes [S + 1]")
+    same_place(op, name, x, like_name, x.shape, device)
+    return x
+
+
+def offset_values(op: str, name: str, x: Tensor, total: int) -> None:
+    """Raise ValueError at the first offset that is not 0, falls, or is not `total` at the end (reads values)."""
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    bad[1:] = (x[1:] < x[:-1]) | (x[1:] > total)
+    bad[0] |= x[0] != 0
+    bad[-1] |= x[-1] != total
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{op}: {name} holds {int(x[place])} at {place}; it takes offsets that start at 0, never fall and end at "
+            f"{total}"
+        )
+
+
 def choice(op: str, name: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"{op}: {name} is {value!r}; it takes {', '.join(map(repr, options))}")

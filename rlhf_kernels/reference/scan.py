@@ -47,3 +47,29 @@ def gae(
             next_value = torch.where(counted, value, kept_value)
             running = torch.where(counted, scanned, kept_running)
     return advantages, returns
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lam: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    """rewards, values, mask [total], bootstrap [S] or None, cu_seqlens [S + 1] -> advantages, returns [total].
+
+    `gae` on the sequences padded to the longest, on the left: what the scan meets after a sequence's first token
+    changes nothing. Reads the longest length, on a GPU with a sync.
+    """
+    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    longest = int((ends - starts).max()) if starts.numel() else 0
+    place = ends - longest + torch.arange(longest, device=rewards.device)
+    inside = place >= starts
+    place = place.clamp(min=0)
+    padded_mask = None if mask is None else mask[place]
+    padded = gae(rewards[place], values[place], padded_mask, bootstrap, gamma, lam, masked)
+    advantages, returns = (x[inside] for x in padded)
+    return advantages, returns

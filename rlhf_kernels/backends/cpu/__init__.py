@@ -2,10 +2,18 @@
 
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
-from rlhf_kernels.backends.cpu.scan import gae
+from rlhf_kernels.backends.cpu.scan import gae, gae_packed
 from rlhf_kernels.backends.cpu.tokens import per_token_kl_bwd, per_token_kl_fwd
 
-__all__ = ["describe", "gae", "per_token_kl_bwd", "per_token_kl_fwd", "selected_logprobs_bwd", "selected_logprobs_fwd"]
+__all__ = [
+    "describe",
+    "gae",
+    "gae_packed",
+    "per_token_kl_bwd",
+    "per_token_kl_fwd",
+    "selected_logprobs_bwd",
+    "selected_logprobs_fwd",
+]
 
 
 def describe() -> str:

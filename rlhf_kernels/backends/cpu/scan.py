@@ -1,4 +1,4 @@
-"""gae on the native module (csrc/cpu/scan.cpp)."""
+"""gae, padded and packed, on the native module (csrc/cpu/scan.cpp)."""
 
 from __future__ import annotations
 
@@ -45,4 +45,49 @@ def gae(
         returns.data_ptr(),
         torch.get_num_threads(),
     )
+    return advantages, returns
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lam: float,
+    masked: int,
+) -> tuple[Tensor, Tensor]:
+    """rewards, values, mask [total], bootstrap [S], cu_seqlens [S + 1] -> advantages, returns [total] float32.
+
+    Raises ValueError where cu_seqlens does not run from 0 to total or falls. masked: 0 skip, 1 stop, 2 zero.
+    """
+    advantages = torch.empty(rewards.shape, dtype=torch.float32)
+    returns = torch.empty(rewards.shape, dtype=torch.float32)
+    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
+    mask, bootstrap = contiguous(mask), contiguous(bootstrap)
+    order = torch.empty(cu_seqlens.numel(), dtype=torch.int64)
+    bad = _native.gae_packed(
+        rewards.data_ptr(),
+        values.data_ptr(),
+        DTYPES[rewards.dtype],
+        address(mask),
+        address(bootstrap),
+        rewards.numel(),
+        cu_seqlens.data_ptr(),
+        cu_seqlens.element_size(),
+        cu_seqlens.numel() - 1,
+        gamma,
+        lam,
+        masked,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        order.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise ValueError(
+            f"gae: cu_seqlens holds {int(cu_seqlens[bad])} at {bad}; it takes offsets that start at 0, never fall and "
+            f"end at {rewards.numel()}"
+        )
     return advantages, returns

@@ -1,7 +1,14 @@
 """Triton kernels: NVIDIA and AMD GPUs, and any CPU through Triton's interpreter (TRITON_INTERPRET=1)."""
 
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
-from rlhf_kernels.backends.triton.scan import gae
+from rlhf_kernels.backends.triton.scan import gae, gae_packed
 from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd
 
-__all__ = ["gae", "per_token_kl_bwd", "per_token_kl_fwd", "selected_logprobs_bwd", "selected_logprobs_fwd"]
+__all__ = [
+    "gae",
+    "gae_packed",
+    "per_token_kl_bwd",
+    "per_token_kl_fwd",
+    "selected_logprobs_bwd",
+    "selected_logprobs_fwd",
+]

@@ -1,4 +1,9 @@
-"""Generalised advantage estimation: an associative scan over affine maps A -> a A + b, one row a program."""
+"""Generalised advantage estimation as one associative scan over affine maps, one sequence a program.
+
+What the future adds to a step, `u_{t+1} = gamma V_{t+1} + gamma lam A_{t+1}`, is all that a step needs of it:
+`A_t = r_t - V_t + u_{t+1}` and `u_t = gamma lam u_{t+1} + gamma V_t + gamma lam (r_t - V_t)`, from `gamma * bootstrap`.
+A hole is another such map: the identity ("skip"), 0 ("stop"), a step with reward and value 0 ("zero").
+"""
 
 from __future__ import annotations
 
@@ -18,13 +23,43 @@ SKIP, STOP, ZERO = (tl.constexpr(index) for index in range(3))  # as the op's MA
 
 @triton.jit
 def _compose(a_first, b_first, a_then, b_then):
-    """x -> a_then (a_first x + b_first) + b_then; a_then = 0 forgets what came first, NaN included."""
+    """u -> a_then (a_first u + b_first) + b_then; a_then = 0 forgets what came first, NaN included."""
     return a_then * a_first, tl.where(a_then == 0.0, b_then, a_then * b_first + b_then)
 
 
 @triton.jit
-def _latest(found_first, value_first, found_then, value_then):
-    return found_first | found_then, tl.where(found_then != 0, value_then, value_first)
+def future_of_chunk(future, reward, value, inside, counted, gamma, decay, MASKED: tl.constexpr):
+    """[BLOCK_T] u_{t+1} of a chunk, given `future`, what comes behind it, and the rest at t + 1, 0 if not counted."""
+    b = gamma * value + decay * (reward - value)
+    if MASKED == SKIP:
+        a = tl.where(counted, decay, 1.0)
+    elif MASKED == STOP:
+        a = tl.where(counted, decay, tl.where(inside, 0.0, 1.0))
+    else:
+        a = tl.where(inside, decay, 1.0)
+    a, b = tl.associative_scan((a, b), 0, _compose, reverse=True)
+    _, u = _compose(1.0, future, a, b)
+    return u
+
+
+@triton.jit
+def load_counted(mask_ptr, t, inside):
+    return inside if mask_ptr is None else tl.load(mask_ptr + t, mask=inside, other=0) != 0
+
+
+@triton.jit
+def load_float(ptr, t, counted):
+    return tl.load(ptr + t, mask=counted, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_offset(ptr, total):
+    return tl.minimum(tl.maximum(tl.load(ptr).to(tl.int64), 0), total)
+
+
+@triton.jit
+def first_lane(x, BLOCK_T: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BLOCK_T) == 0, x, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["stride_rewards", "stride_values", "T"])
@@ -33,6 +68,7 @@ def _gae_kernel(
     values_ptr,
     mask_ptr,
     bootstrap_ptr,
+    offsets_ptr,
     advantages_ptr,
     returns_ptr,
     gamma,
@@ -43,43 +79,36 @@ def _gae_kernel(
     MASKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    rewards_ptr += row * stride_rewards
-    values_ptr += row * stride_values
-    lanes = tl.arange(0, BLOCK_T)
-    beyond = 0.0 if bootstrap_ptr is None else tl.load(bootstrap_ptr + row)  # value after the chunk at hand
-    running = 0.0  # advantage after the chunk at hand
-    chunks = tl.cdiv(T, BLOCK_T)
+    sequence = tl.program_id(0).to(tl.int64)
+    if offsets_ptr is None:
+        rewards_ptr += sequence * stride_rewards
+        values_ptr += sequence * stride_values
+        begin = sequence * T
+        length = T.to(tl.int64)
+    else:  # T is the total; wrong offsets must not lead outside
+        begin = load_offset(offsets_ptr + sequence, T)
+        length = load_offset(offsets_ptr + sequence + 1, T) - begin
+        rewards_ptr += begin
+        values_ptr += begin
+    if mask_ptr is not None:
+        mask_ptr += begin
+    future = 0.0 if bootstrap_ptr is None else gamma * tl.load(bootstrap_ptr + sequence)
+    chunks = tl.cdiv(length, BLOCK_T)
     for chunk in range(chunks):
-        t = (chunks - 1 - chunk) * BLOCK_T + lanes
-        inside = t < T
-        counted = inside
-        followed = t + 1 < T  # by a counted position
-        if mask_ptr is not None:
-            counted = tl.load(mask_ptr + row * T + t, mask=inside, other=0) != 0
-            followed = tl.load(mask_ptr + row * T + t + 1, mask=followed, other=0) != 0
-        reward = tl.load(rewards_ptr + t, mask=counted, other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + t, mask=counted, other=0.0).to(tl.float32)
-        next_value = tl.load(values_ptr + t + 1, mask=followed, other=0.0).to(tl.float32)
-        if mask_ptr is not None and MASKED == SKIP:
-            found, next_value = tl.associative_scan((followed.to(tl.int32), next_value), 0, _latest, reverse=True)
-            next_value = tl.where(found != 0, next_value, beyond)
-            beyond = tl.sum(tl.where(lanes == 0, next_value, 0.0), 0)
-        else:
-            next_value = tl.where(t == T - 1, beyond, next_value)
-
-        delta = reward + gamma * next_value - value
-        if MASKED == ZERO:
-            a = tl.where(inside, decay, 1.0)
-            b = tl.where(inside, delta, 0.0)
-        else:
-            a = tl.where(counted, decay, tl.where(inside, 0.0, 1.0) if MASKED == STOP else 1.0)
-            b = tl.where(counted, delta, 0.0)
-        a, b = tl.associative_scan((a, b), 0, _compose, reverse=True)
-        _, advantage = _compose(1.0, running, a, b)
-        running = tl.sum(tl.where(lanes == 0, advantage, 0.0), 0)
-        tl.store(advantages_ptr + row * T + t, tl.where(counted, advantage, 0.0), mask=inside)
-        tl.store(returns_ptr + row * T + t, tl.where(counted, advantage + value, 0.0), mask=inside)
+        t = (chunks - 1 - chunk) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = t < length
+        follows = t + 1 < length
+        counted = load_counted(mask_ptr, t, inside)
+        counted_after = load_counted(mask_ptr, t + 1, follows)
+        reward = load_float(rewards_ptr, t, counted)
+        value = load_float(values_ptr, t, counted)
+        reward_after = load_float(rewards_ptr, t + 1, counted_after)
+        value_after = load_float(values_ptr, t + 1, counted_after)
+        u = future_of_chunk(future, reward_after, value_after, follows, counted_after, gamma, decay, MASKED)
+        future = first_lane(u, BLOCK_T)
+        advantage = reward - value + u
+        tl.store(advantages_ptr + begin + t, tl.where(counted, advantage, 0.0), mask=inside)
+        tl.store(returns_ptr + begin + t, tl.where(counted, advantage + value, 0.0), mask=inside)
 
 
 def gae(
@@ -98,13 +127,48 @@ def gae(
     """
     batch, time = rewards.shape
     rewards, values = (x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values))
-    advantages = torch.empty((batch, time), dtype=torch.float32, device=rewards.device)
+    strides = rewards.stride(0), values.stride(0)
+    return _launch(batch if time else 0, rewards, values, mask, bootstrap, None, gamma, lam, strides, time, masked)
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lam: float,
+    masked: int,
+) -> tuple[Tensor, Tensor]:
+    """rewards, values, mask [total], bootstrap [S] fp32, cu_seqlens [S + 1] -> advantages, returns [total] fp32."""
+    total, sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
+    return _launch(
+        sequences if total else 0, rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, (0, 0), total, masked
+    )
+
+
+def _launch(
+    programs: int,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    strides: tuple[int, int],
+    time: int,
+    masked: int,
+) -> tuple[Tensor, Tensor]:
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     launch(
         _gae_kernel,
-        batch if time else 0,
-        *(rewards, values, contiguous(mask), contiguous(bootstrap)),
-        *(advantages, returns, gamma, gamma * lam, rewards.stride(0), values.stride(0), time),
+        programs,
+        *(rewards, values, contiguous(mask), contiguous(bootstrap), cu_seqlens),
+        *(advantages, returns, gamma, gamma * lam, *strides, time),
         MASKED=masked,
         BLOCK_T=BLOCK_T,
         num_warps=NUM_WARPS,
