@@ -12,6 +12,8 @@ from rlhf_trainer.errors import UserError
 # the option that leading arguments without dashes belong to, and COMMANDS, further modules like it by a first word.
 STAGES = {
     "init": ("init", "train a tokenizer and make a small, randomly initialised model"),
+    "generate": ("generate", "several completions of every prompt from a model, to be ranked"),
+    "label": ("label", "a local page where people rank completions"),
     "prefs": ("prefs", "rankings, scores or pairs of many formats -> preference pairs; who agrees with whom"),
     "sft": ("sft", "fine-tune a model on prompts and completions"),
     "reward": ("reward", "train a reward model on preference pairs"),

@@ -122,7 +122,7 @@ def instructions(criterion: str) -> str:
                 "1. Read the prompt, then every completion to its end, before you rank any.",
                 "2. Give the best one rank 1, the next one rank 2, and so on.",
                 "3. Two completions that you cannot tell apart by this question get the same rank. Do not toss a coin.",
-                '4. Mark a completion "F" (fail) if it cannot be judged: empty, gibberish, beside the prompt. '
+                '4. Mark a completion "F" (fail) if it cannot be judged: empty, gibberish, off the subject. '
                 "A bad answer is not a failed one; rank it last.",
                 "5. If all are bad, rank them still: the least bad one first.",
             )

@@ -1,0 +1,168 @@
+"""`rlhf generate`: several completions of every prompt, sampled from a model, for people or a reward model to rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trainer.config import option, require, save_config, say
+from rlhf_trainer.data import read_jsonl, read_prompts
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
+from rlhf_trainer.rollout import encode_prompts, generate, stop_token_id
+
+SUMMARY = """Sample N completions of every prompt from a model into a JSON-lines file, to be ranked with `rlhf label`.
+
+A line is {"prompt", "completions": [...], "ended": [...]}; ended: whether the completion came to an end by itself.
+Every batch is on disk once sampled; after a crash --resume goes on and gives the same file, bit by bit on the CPU."""
+EXAMPLE = (
+    "rlhf generate --model runs/sft --prompts prompts.jsonl --output completions.jsonl --n 4\n"
+    "  rlhf label completions.jsonl --criterion helpful"
+)
+
+
+@dataclass
+class Config:
+    model: str = option("", "folder or hub name of the model that answers")
+    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    output: str = option("", "JSON-lines file to write; the options are kept beside it, in .config.yaml")
+    n: int = option(4, "completions per prompt")
+    max_prompts: int | None = option(None, "how many prompts of the file are used, from its beginning; default all")
+    max_new_tokens: int = option(128, "longest completion in tokens")
+    temperature: float = option(1.0, "sampling temperature; there is no top-k and no top-p")
+    stop_token: str | None = option(None, "a token that ends a completion as EOS does, such as a newline")
+    batch_size: int = option(32, "completions sampled at once")
+    seed: int = option(0, "seed of the sampling")
+    resume: bool = option(False, "go on where an interrupted run with the same options stopped")
+    device: str = option("auto", "auto, cpu or cuda")
+    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+
+def validate_options(cfg: Config) -> None:
+    require(cfg, "model", "prompts", "output")
+    for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if cfg.max_prompts is not None else [])):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if not cfg.temperature > 0:
+        raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
+
+
+def _config_path(cfg: Config) -> Path:
+    return Path(cfg.output).with_suffix(".config.yaml")
+
+
+def _same_options(cfg: Config) -> None:
+    """UserError unless the interrupted run was started with the same options."""
+    path = _config_path(cfg)
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        raise UserError(f"--resume: cannot read {path}, the options of the run that began {cfg.output}") from None
+    now = dataclasses.asdict(cfg)
+    changed = [key for key in now if key not in ("resume", "device", "output") and before.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(f"--resume: {cfg.output} was begun with --{key} {before.get(key)}, now it is {now[key]}")
+
+
+def finished(cfg: Config, prompts: Sequence[str], batch: int) -> int:
+    """Prompts that an interrupted run has finished, in whole batches; what it wrote beyond them is cut off."""
+    path = Path(cfg.output)
+    if not path.exists():
+        return 0
+    if not cfg.resume:
+        raise UserError(f"{path} exists; --resume goes on with it, or delete it")
+    _same_options(cfg)
+    whole = path.read_bytes().split(b"\n")[:-1]  # the last line has no end if writing it was interrupted
+    keep = len(whole) if len(whole) >= len(prompts) else len(whole) // batch * batch
+    with open(path, "r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in whole[:keep]))
+    for (number, record), prompt in zip(read_jsonl(path), prompts, strict=False):
+        if record.get("prompt") != prompt:
+            raise UserError(f"{path}:{number}: another prompt than prompt {number} of {cfg.prompts}")
+    if keep > len(prompts):
+        raise UserError(f"--resume: {path} has {keep} lines, more than the {len(prompts)} prompts")
+    return keep
+
+
+def sample_batches(
+    cfg: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    start: int,
+    batch: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of `batch` prompts at a time from prompt `start`; each batch has its own seed, so any can be first."""
+    device = next(model.parameters()).device
+    for first in range(start, len(prompts), batch):
+        generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + first)
+        some = prompts[first : first + batch]
+        rollout = generate(
+            model,
+            tokenizer,
+            [prompt for prompt in some for _ in range(cfg.n)],
+            max_new_tokens=cfg.max_new_tokens,
+            generator=generator,
+            temperature=cfg.temperature,
+            stop_token=cfg.stop_token,
+        )
+        ended = rollout.ended.tolist()
+        yield [
+            {"prompt": prompt, "completions": rollout.completions[at : at + cfg.n], "ended": ended[at : at + cfg.n]}
+            for at, prompt in zip(range(0, len(ended), cfg.n), some, strict=True)
+        ]
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Sample, appending a batch at a time; returns how many completions came, how many were distinct, and ended."""
+    validate_options(cfg)
+    tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
+    batch = max(1, cfg.batch_size // cfg.n)  # prompts whose completions are sampled together
+    start = finished(cfg, prompts, batch)
+    model: Any = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    model = model.to(resolve_device(cfg.device)).eval()
+    # What does not fit is said before anything is sampled.
+    encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
+    if cfg.stop_token is not None:
+        stop_token_id(tokenizer, cfg.stop_token)
+    path = Path(cfg.output)
+    save_config(cfg, path.parent, _config_path(cfg).name)
+    begun = time.monotonic()
+    with open(path, "a", encoding="utf-8") as file, _progress() as bar:
+        task = bar.add_task("generate", total=len(prompts), completed=start)
+        for records in sample_batches(cfg, model, tokenizer, prompts, start, batch):
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.advance(task, len(records))
+    seconds = time.monotonic() - begun
+    records = [record for _, record in read_jsonl(path)]
+    total = len(records) * cfg.n
+    distinct = sum(len(set(record["completions"])) for record in records)
+    ended = sum(sum(record["ended"]) for record in records)
+    say(
+        f"{path}: {len(records)} prompts x {cfg.n} completions, {distinct} distinct, {ended / total:.0%} ended by "
+        f"themselves; {len(prompts) - start} prompts in {seconds:.0f} s"
+    )
+    return {"prompts": len(records), "completions": total, "distinct": distinct, "ended": ended}
