@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.linear import linear_logprobs
+from rlhf_kernels.ops.linear_losses import linear_cross_entropy, linear_dpo_loss, linear_policy_loss
 from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
 from rlhf_kernels.ops.preference import dpo_loss, group_advantages, pairwise_loss
@@ -21,7 +22,10 @@ __all__ = [
     "gae",
     "group_advantages",
     "info",
+    "linear_cross_entropy",
+    "linear_dpo_loss",
     "linear_logprobs",
+    "linear_policy_loss",
     "pairwise_loss",
     "per_token_kl",
     "policy_loss",

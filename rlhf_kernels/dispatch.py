@@ -37,6 +37,7 @@ BACKENDS = (
                 "gae",
                 "gae_packed",
                 "linear_logprobs",
+                "linear_policy_loss",
                 "per_token_kl",
                 "selected_logprobs",
             }
@@ -59,6 +60,7 @@ BACKENDS = (
                 "gae",
                 "gae_packed",
                 "linear_logprobs",
+                "linear_policy_loss",
                 "per_token_kl",
                 "selected_logprobs",
             }

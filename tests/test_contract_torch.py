@@ -40,6 +40,34 @@ OPS = {
         ),
         ("ntd", "vd", "v"),
     ),
+    "linear_policy_loss": Op(
+        lambda mask, labels, s, hidden, weight, bias, old, a: rk.linear_policy_loss(
+            *(hidden, weight, labels, old, a, mask),
+            clip_low=0.1 + s,
+            dual_clip=2 + s,
+            entropy_coef=0.1 + s,
+            ref_logprobs=old,
+            kl_coef=0.2 + s,
+            bias=bias,
+            temperature=0.7 + s,
+            softcap=3 + s,
+        )[0],
+        ("ntd", "vd", "v"),
+        ("nt", "nt"),
+    ),
+    "linear_cross_entropy": Op(
+        lambda mask, labels, s, hidden, weight: rk.linear_cross_entropy(
+            hidden, weight, labels, mask, logit_scale=1 + s, aggregate="seq-mean-token-mean", denominator=2 + s
+        ),
+        ("ntd", "vd"),
+    ),
+    "linear_dpo_loss": Op(
+        lambda mask, labels, s, chosen, rejected, weight, a, b: rk.linear_dpo_loss(
+            *(chosen, rejected, weight, labels, labels, a, b, mask, None), beta=0.1 + s, temperature=0.7 + s
+        )[0],
+        ("ntd", "ntd", "vd"),
+        ("n", "n"),
+    ),
     "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
     "gae_packed": Op(
         lambda mask, labels, s, r, v: rk.gae(
@@ -75,11 +103,20 @@ OPS = {
     ),
     "pairwise_loss": Op(lambda mask, labels, s, a, b: rk.pairwise_loss(a, b, margin=0.1 + s, label=0.8), ("n", "n")),
 }
-READS_LABELS = ("selected_logprobs", "linear_logprobs")  # under RLHF_KERNELS_CHECK=1
+READS_LABELS = (
+    "linear_cross_entropy",
+    "linear_dpo_loss",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "selected_logprobs",
+)  # under RLHF_KERNELS_CHECK=1
 WITH_KERNEL = (
     "gae",
     "gae_packed",
+    "linear_cross_entropy",
+    "linear_dpo_loss",
     "linear_logprobs",
+    "linear_policy_loss",
     "per_token_kl",
     "selected_logprobs",
 )
@@ -157,6 +194,18 @@ def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) ->
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in forward[:-2]]
     for wanted in ((True, True, True), (False, True, False)):
         torch.library.opcheck(ops.linear_logprobs_backward.default, (g, g, *inputs, stats, entropy, 500, *wanted))
+
+
+@pytest.mark.parametrize("kind", ["policy k3", "nll"])
+def test_opcheck_linear_policy_loss(kernel_backend: Backend, kind: str) -> None:
+    mask, labels, tensors = _arguments("linear_logprobs", 2, 3, torch.float32, kernel_backend.device)
+    one, entropy = torch.ones((), dtype=torch.float64), kind != "nll"
+    per_row = _normal(5 if entropy else 1, 6).to(kernel_backend.device)
+    scalars = torch.tensor([0.2, 0.3, 2.0, 0.1, 0.1], dtype=torch.float64)
+    hidden, weight, bias = (x.detach() for x in tensors)
+    head = (hidden, weight, labels.flatten(), bias, mask.flatten(), one, None, 3 * one, one)
+    arguments = (*head, per_row, scalars, kind, entropy, 500, True, True, True)
+    torch.library.opcheck(torch.ops.rlhf_kernels.linear_policy_loss.default, arguments)
 
 
 def test_opcheck_gae(kernel_backend: Backend) -> None:
@@ -239,8 +288,9 @@ def test_autocast_of_the_linear_family(backend: Backend) -> None:
     narrow = [x.detach().bfloat16().requires_grad_() for x in tensors]
     expected = _with_gradients(call, 0.1, mask, labels, narrow)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
-        got = _with_gradients(call, 0.1, mask, labels, tensors)
-    for a, b in zip(got, expected, strict=True):
+        outputs = call(mask, labels, 0.1, *tensors)
+    grads = torch.autograd.grad(sum(y.sum() for y in outputs), tensors)
+    for a, b in zip((*outputs, *grads), expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b.float())
 

@@ -87,13 +87,8 @@ def linear_logprobs(
             RLHF_KERNELS_CHECK=1 makes it raise there too.
     """
     call = prepare(OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
-    if dispatch.kernel(OP, call.hidden) is None:
-        logprobs, entropy = reference.linear_logprobs(
-            *(call.hidden, call.weight, labels, call.bias, call.mask, call.divisor, softcap, logit_scale, with_entropy)
-        )
-        return logprobs if entropy is None else (logprobs, entropy)
-    logprobs, entropy, _ = _forward(*call.flat(), with_entropy, workspace)
-    return (logprobs.view(labels.shape), entropy.view(labels.shape)) if with_entropy else logprobs.view(labels.shape)
+    logprobs, entropy = logprobs_of(call, with_entropy, workspace)
+    return logprobs if entropy is None else (logprobs, entropy)
 
 
 class Call(NamedTuple):
@@ -166,6 +161,18 @@ def prepare(
     if isinstance(temperature, Tensor):
         temperature = 1.0
     return Call(hidden, weight, labels, bias, mask, temperature, row_temperature, softcap, logit_scale)
+
+
+def logprobs_of(call: Call, with_entropy: bool, workspace: int) -> tuple[Tensor, Tensor | None]:
+    """linear_logprobs of a checked call."""
+    shape = call.labels.shape
+    if dispatch.kernel(OP, call.hidden) is None:
+        return reference.linear_logprobs(
+            *(call.hidden, call.weight, call.labels, call.bias, call.mask, call.divisor),
+            *(call.softcap, call.logit_scale, with_entropy),
+        )
+    logprobs, entropy, _ = _forward(*call.flat(), with_entropy, workspace)
+    return logprobs.view(shape), entropy.view(shape) if with_entropy else None
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:

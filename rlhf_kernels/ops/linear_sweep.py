@@ -168,6 +168,24 @@ class Sweep:
             logits, rows.labels, None, self.head.temperature, rows.temperature, with_entropy
         )
 
+    def compacted(self, rows: Rows, kept: Tensor) -> Rows:
+        """The chunk's rows `kept` (ascending) alone, moved together inside the workspace."""
+        for to, row in enumerate(kept.tolist()):
+            for tile in (rows.logits, rows.slope):
+                if tile is not None and to != row:
+                    tile[to].copy_(tile[row])
+        places, count = rows.places, kept.numel()
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop, device=kept.device)
+        return Rows(
+            places[kept],
+            rows.hidden[kept],
+            rows.labels[kept],
+            None if rows.temperature is None else rows.temperature[kept],
+            rows.logits[:count],
+            None if rows.slope is None else rows.slope[:count],
+        )
+
     def gradient(
         self, rows: Rows, g: Tensor | None, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
     ) -> Tensor:

@@ -67,7 +67,7 @@ def policy_loss(
     if dual_clip is not None:
         validate.number(op, "dual_clip", dual_clip, above=1)
     validate.choice(op, "ratio", ratio, ("token", "sequence"))
-    _check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
+    check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
     dispatch.kernel(op, logprobs)
     return reference.policy_loss(
         *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
@@ -115,12 +115,12 @@ def value_loss(
         validate.like(op, "old_values", old_values, "values", values)
     validate.like(op, "returns", returns, "values", values)
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
-    _check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
+    check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
     dispatch.kernel(op, values)
     return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
 
 
-def _check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, needs_sequences: bool) -> None:
+def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, needs_sequences: bool) -> None:
     validate.choice(op, "aggregate", aggregate, AGGREGATES)
     if (needs_sequences or aggregate.startswith("seq-")) and x.dim() != 2:
         raise ValueError(f"{op}: the tensors have shape {list(x.shape)}; sequence-level options take [B, T]")

@@ -81,6 +81,21 @@ def dpo_loss(
         TypeError, ValueError: wrong dtype, shape, device or option; label smoothing with "ipo".
     """
     op = "dpo_loss"
+    check_dpo(op, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
+    dispatch.kernel(op, policy_chosen)
+    return reference.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
+
+
+def check_dpo(
+    op: str,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float,
+    kind: str,
+) -> None:
     validate.float_tensor(op, "policy_chosen", policy_chosen)
     for name, x in (("policy_rejected", policy_rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         validate.like(op, name, x, "policy_chosen", policy_chosen)
@@ -93,8 +108,6 @@ def dpo_loss(
     validate.choice(op, "kind", kind, ("sigmoid", "ipo"))
     if kind == "ipo" and label_smoothing != 0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; with kind='ipo' it must be 0")
-    dispatch.kernel(op, policy_chosen)
-    return reference.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
 
 
 def group_advantages(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.reference import logits as logits_family
-from rlhf_kernels.reference.common import upcast
+from rlhf_kernels.reference import losses
+from rlhf_kernels.reference.common import masked_mean, select, upcast
+from rlhf_kernels.reference.tokens import per_token_kl
 
 
 def head_logits(
@@ -21,7 +23,8 @@ def head_logits(
     hidden = upcast(hidden)
     if mask is not None:
         hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-    logits = hidden @ upcast(weight).T
+    with torch.autocast(hidden.device.type, enabled=False):  # the caller has cast what is to be cast
+        logits = hidden @ upcast(weight).T
     if bias is not None:
         logits = logits + upcast(bias)
     logits = logits * logit_scale
@@ -42,3 +45,27 @@ def linear_logprobs(
     """hidden [..., D]; labels, mask and temperature [...] -> logprobs and entropy [...]."""
     logits = head_logits(hidden, weight, bias, mask, softcap, logit_scale)
     return logits_family.selected_logprobs(logits, labels, mask, temperature, with_entropy)
+
+
+def regularised(
+    loss: Tensor,
+    stats: dict[str, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    mask: Tensor | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    mode: str,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss - entropy_coef * entropy + kl_coef * KL(pi || ref), both aggregated as the loss, and their means."""
+    if entropy is not None:
+        loss = loss - entropy_coef * losses.aggregate(entropy, mask, mode, denominator)
+        stats = {**stats, "entropy": masked_mean(mask, entropy.detach()).float()}
+    if ref_logprobs is not None:
+        kl = per_token_kl(select(mask, logprobs), select(mask, ref_logprobs.detach()), kl_estimator)
+        loss = loss + kl_coef * losses.aggregate(select(mask, kl), mask, mode, denominator)
+        stats = {**stats, "kl": masked_mean(mask, kl.detach()).float()}
+    return loss, stats

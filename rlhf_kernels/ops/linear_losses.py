@@ -1,0 +1,428 @@
+"""Losses straight from hidden states: linear_policy_loss, linear_cross_entropy, linear_dpo_loss.
+
+What a token's loss adds to the gradient is known as soon as its row's softmax is, so a chunk forms its gradients while
+its logits are at hand: three GEMMs in all, and a row whose gradient is zero takes part in the first alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import dispatch
+from rlhf_kernels.ops import linear, validate
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Gradients, Rows, Sweep
+from rlhf_kernels.ops.losses import Aggregate, check_aggregate
+from rlhf_kernels.ops.preference import check_dpo
+from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
+from rlhf_kernels.reference import linear as reference
+from rlhf_kernels.reference import losses as reference_losses
+from rlhf_kernels.reference import preference as reference_preference
+from rlhf_kernels.reference.common import EXPONENT_LIMIT, exp_minus_one_minus
+
+OP = "linear_policy_loss"
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio: Literal["token", "sequence"] = "token",
+    importance_weights: Tensor | None = None,
+    aggregate: Aggregate = "token-mean",
+    denominator: float | Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: Estimator = "k3",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    workspace: int = DEFAULT_WORKSPACE,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's policy loss from hidden states: head, logprob, clipped ratio, entropy bonus and KL term in one sweep.
+
+    Equals `policy_loss(logprobs, ...) - entropy_coef * mean entropy + kl_coef * mean per_token_kl(logprobs,
+    ref_logprobs)` with `logprobs, entropy = linear_logprobs(...)`, all three aggregated alike (`importance_weights`
+    weigh the first alone). Gradients of hidden, weight and bias are formed in the forward, with three GEMMs in all; on
+    CPU rows whose gradient is zero (clipped, advantage 0) take part in the first alone. `ratio="sequence"` needs every
+    logprob of a sequence first and takes a second sweep (four GEMMs).
+
+    Args:
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace: as in `linear_logprobs`.
+        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio, importance_weights, aggregate,
+            denominator: as in `policy_loss`, of labels' shape.
+        entropy_coef: weight of the entropy bonus, nats^-1; 0: no entropy is computed.
+        ref_logprobs: logprobs of the labels under the reference, for the KL term; None: no such term.
+        kl_coef, kl_estimator: weight and estimator of the KL term, see `per_token_kl`.
+
+    Returns:
+        (loss, stats): a float32 scalar, and `policy_loss`'s statistics, with `entropy` (mean over counted tokens) if
+        entropy_coef is not 0 and `kl` if ref_logprobs are given. An upstream gradient other than 1 multiplies gradients
+        that are already in the inputs' dtype.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `linear_logprobs` and `policy_loss`.
+    """
+    call = linear.prepare(OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+    mask = call.mask
+    _per_token(OP, labels, old_logprobs=old_logprobs, advantages=advantages)
+    _per_token(OP, labels, importance_weights=importance_weights, ref_logprobs=ref_logprobs)
+    validate.number(OP, "clip_low", clip_low, low=0)
+    validate.number(OP, "clip_high", clip_high, low=0)
+    if dual_clip is not None:
+        validate.number(OP, "dual_clip", dual_clip, above=1)
+    validate.choice(OP, "ratio", ratio, ("token", "sequence"))
+    validate.number(OP, "entropy_coef", entropy_coef)
+    validate.number(OP, "kl_coef", kl_coef)
+    validate.choice(OP, "kl_estimator", kl_estimator, ESTIMATORS)
+    check_aggregate(OP, aggregate, denominator, labels, needs_sequences=ratio == "sequence")
+
+    def from_logprobs(logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = reference_losses.policy_loss(
+            *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
+            *(dual_clip, ratio, importance_weights, aggregate, denominator),
+        )
+        return reference.regularised(
+            *(loss, stats, logprobs, entropy, ref_logprobs, mask),
+            *(entropy_coef, kl_coef, kl_estimator, aggregate, denominator),
+        )
+
+    if ratio == "sequence" or dispatch.kernel(OP, call.hidden) is None:
+        return from_logprobs(*linear.logprobs_of(call, entropy_coef != 0, workspace))
+
+    factor = token_weights(mask, labels, aggregate, denominator)
+    weights = factor if importance_weights is None else factor * importance_weights.detach().float()
+    per_row = [old_logprobs, advantages, weights, factor, factor if ref_logprobs is None else ref_logprobs]
+    scalars = (clip_low, clip_high, float("inf") if dual_clip is None else dual_clip, entropy_coef, kl_coef)
+    loss, logprobs, entropy = _swept(
+        call,
+        torch.stack([x.detach().float().reshape(-1) for x in per_row]),
+        torch.stack([validate.runtime_scalar(x) for x in scalars]),
+        "policy" if ref_logprobs is None else f"policy {kl_estimator}",
+        entropy_coef != 0,
+        workspace,
+    )
+    with torch.no_grad():
+        seen = entropy.view(labels.shape) if entropy_coef != 0 else None
+        stats = from_logprobs(logprobs.view(labels.shape), seen)[1]
+    return loss, stats
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    aggregate: Aggregate = "token-mean",
+    denominator: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    workspace: int = DEFAULT_WORKSPACE,
+) -> Tensor:
+    """Supervised loss from hidden states: minus the labels' logprobs, aggregated; gradients formed in the forward.
+
+    Equals `torch.nn.functional.cross_entropy(logits[mask], labels[mask])` with `linear_logprobs`'s logits, three GEMMs
+    in all.
+
+    Args:
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace: as in `linear_logprobs`.
+        mask, aggregate, denominator: as in `policy_loss`.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64), 0 if nothing counts.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `linear_logprobs`.
+    """
+    op = "linear_cross_entropy"
+    call = linear.prepare(op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+    check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
+    if dispatch.kernel(OP, call.hidden) is None:
+        logprobs, _ = linear.logprobs_of(call, False, workspace)
+        return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
+    factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
+    return _swept(call, factor, torch.zeros(0, dtype=torch.float64), "nll", False, workspace)[0]
+
+
+def linear_dpo_loss(
+    chosen_hidden: Tensor,
+    rejected_hidden: Tensor,
+    weight: Tensor,
+    chosen_labels: Tensor,
+    rejected_labels: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    length_normalised: bool = False,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    workspace: int = DEFAULT_WORKSPACE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimisation from hidden states: `dpo_loss` of the answers' summed `linear_logprobs`.
+
+    The two sides may differ in length. A token's gradient needs the sums of its pair, so the logits are made twice.
+
+    Args:
+        chosen_hidden, rejected_hidden: [M, T, D] and [M, T', D], the policy's hidden states.
+        weight, bias, temperature, softcap, logit_scale, workspace: the head, as in `linear_logprobs`.
+        chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
+        ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
+        chosen_mask, rejected_mask: true at the answer's tokens; others (the prompt) cost nothing.
+        beta, label_smoothing, kind: as in `dpo_loss`.
+        length_normalised: take means instead of sums over an answer's tokens (IPO as TRL has it, SimPO's reward).
+
+    Returns:
+        (loss, chosen_rewards, rejected_rewards), as `dpo_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `linear_logprobs` and `dpo_loss`.
+    """
+    sums = []
+    for side, hidden, labels, mask in (
+        ("chosen", chosen_hidden, chosen_labels, chosen_mask),
+        ("rejected", rejected_hidden, rejected_labels, rejected_mask),
+    ):
+        op = f"linear_dpo_loss ({side})"
+        call = linear.prepare(op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+        if labels.dim() != 2:
+            raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
+        logprobs, _ = linear.logprobs_of(call, False, workspace)
+        total = logprobs.sum(-1)
+        if length_normalised:
+            total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))
+        sums.append(total)
+    op = "linear_dpo_loss"
+    check_dpo(op, sums[0], sums[1], ref_chosen, ref_rejected, beta, label_smoothing, kind)
+    return reference_preference.dpo_loss(sums[0], sums[1], ref_chosen, ref_rejected, beta, label_smoothing, kind)
+
+
+def _per_token(op: str, labels: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None or name in ("old_logprobs", "advantages"):
+            tensor = validate.float_tensor(op, name, x)
+            validate.same_place(op, name, tensor, "labels", labels.shape, labels.device)
+
+
+def token_weights(mask: Tensor | None, labels: Tensor, mode: str, denominator: float | Tensor | None) -> Tensor:
+    """Of labels' shape, fp32: what a counted token's loss is multiplied by in the aggregate."""
+    ones = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
+    if mode == "token-sum":
+        return ones
+    if mode == "seq-mean-token-mean":
+        ones = ones / (labels.shape[1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1))
+    if denominator is None:
+        tokens = labels.numel() if mask is None else mask.sum()
+        count = tokens if mode == "token-mean" else labels.shape[0]
+        denominator = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return ones / denominator
+
+
+def _swept(
+    call: linear.Call, per_row: Tensor, scalars: Tensor, kind: str, with_entropy: bool, workspace: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, logprobs [N], entropy [N] or [0], the gradients of the loss formed for those inputs that want one."""
+    recorded = torch.is_grad_enabled()
+    leaves = (call.hidden, call.weight, call.bias)
+    wanted = [x is not None and x.requires_grad and recorded for x in leaves]
+    constants = call._replace(
+        hidden=call.hidden.detach(),
+        weight=call.weight.detach(),
+        bias=None if call.bias is None else call.bias.detach(),
+    )
+    loss, logprobs, entropy, *grads = _forward(
+        *constants.flat(), per_row, scalars, kind, with_entropy, workspace, *wanted
+    )
+    if any(wanted):
+        grads[0] = grads[0].view(call.hidden.shape) if wanted[0] else grads[0]
+        loss = _WithGradients.apply(loss, *grads, *leaves)
+    return loss, logprobs, entropy
+
+
+class _WithGradients(torch.autograd.Function):
+    """The loss, with the gradients of hidden, weight and bias that the forward has formed already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, dH: Tensor, dW: Tensor, db: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(dH, dW, db)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            _scaled(grad, grad_loss) if need else None
+            for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+        ]
+        return None, None, None, None, *scaled
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor; in the saved gradient's own memory where this backward is its last reader.
+
+    A second tensor of the weight's size would be more than the forward's whole workspace.
+    """
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        return grad * factor.to(grad.dtype)
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return grad
+    return grad.mul_(factor.to(grad.dtype))
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward now running was called with retain_graph=True; a torch that does not say so: yes."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
+
+
+@torch.library.custom_op("rlhf_kernels::linear_policy_loss", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor,
+    row_temperature: Tensor | None,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    per_row: Tensor,
+    scalars: Tensor,
+    kind: str,
+    with_entropy: bool,
+    workspace: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """per_row [k, N] and scalars as in `token_terms` -> loss [], logprobs [N], entropy [N] or [0], dH, dW, db."""
+    head = linear.head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
+    wanted = want_hidden, want_weight, want_bias
+    new = hidden.new_zeros
+    losses, logprobs = (new(labels.shape[0], dtype=torch.float32) for _ in range(2))
+    entropy = new(labels.shape[0] if with_entropy else 0, dtype=torch.float32)
+    sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=any(wanted))
+    gradients = Gradients(hidden, head, wanted, sweep.chunks > 1)
+    numbers = scalars.tolist()
+    for chunk in sweep:
+        found, found_entropy, stats = sweep.logprobs(chunk, with_entropy)
+        logprobs[chunk.places] = found
+        if with_entropy:
+            entropy[chunk.places] = found_entropy
+        terms = per_row[:, chunk.places]
+        losses[chunk.places], g, g_entropy = token_terms(found, found_entropy, terms, numbers, kind)
+        if any(wanted):
+            _add_gradient(sweep, gradients, chunk, g, g_entropy, stats, found_entropy)
+    return losses.sum(dtype=torch.float64).float(), logprobs, entropy, *gradients.finish()
+
+
+def _add_gradient(
+    sweep: Sweep, gradients: Gradients, chunk: Rows, g: Tensor, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
+) -> None:
+    if g.device.type == "cpu":  # elsewhere how many rows are left is not known without a sync
+        moved = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
+        kept = moved.nonzero().squeeze(-1)
+        if kept.numel() == 0:
+            return
+        if kept.numel() < 0.9 * g.numel():  # fewer are not worth the copies
+            chunk = sweep.compacted(chunk, kept)
+            g, stats = g[kept], stats[kept]
+            if g_entropy is not None:
+                g_entropy, entropy = g_entropy[kept], entropy[kept]
+    gradients.add(chunk, sweep.gradient(chunk, g, g_entropy, stats, entropy))
+
+
+def token_terms(
+    logprobs: Tensor, entropy: Tensor, per_row: Tensor, scalars: list[float], kind: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each row's part of the loss and its gradient by the row's logprob and entropy, [R] each.
+
+    kind "nll": per_row holds the row's weight. "policy": old logprob, advantage, weight of the clipped loss, weight of
+    the other terms, and a reference logprob if an estimator of the KL follows the word.
+    """
+    if kind == "nll":
+        return -per_row[0] * logprobs, -per_row[0], None
+    old, advantage, weight, weight_rest, ref = per_row
+    clip_low, clip_high, dual_clip, entropy_coef, kl_coef = scalars
+    log_ratio = logprobs - old
+    rho = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
+    unclipped, clipped = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
+    flat = clipped < unclipped
+    loss = -torch.where(flat, clipped, unclipped)
+    if dual_clip != float("inf"):
+        dual = (advantage < 0) & (loss > -dual_clip * advantage)
+        loss, flat = torch.where(dual, -dual_clip * advantage, loss), flat | dual
+    g = torch.where(flat | (log_ratio.abs() > EXPONENT_LIMIT), 0.0, -unclipped) * weight
+    loss = loss * weight
+    g_entropy = None
+    if entropy.numel() or entropy_coef != 0:
+        loss = loss - entropy_coef * weight_rest * entropy
+        g_entropy = -entropy_coef * weight_rest
+    if kind != "policy":
+        kl, slope = kl_and_slope(logprobs - ref, kind.removeprefix("policy "))
+        loss = loss + kl_coef * weight_rest * kl
+        g = g + kl_coef * weight_rest * slope
+    return loss, g, g_entropy
+
+
+def kl_and_slope(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """per_token_kl's estimator at d = logprobs - ref_logprobs, and its derivative."""
+    if estimator == "k1":
+        return d, torch.ones_like(d)
+    if estimator == "abs":
+        return d.abs(), d.sign()
+    if estimator == "k2":
+        return d * (d / 2), d
+    inside = d.abs() <= EXPONENT_LIMIT
+    return exp_minus_one_minus(-d), torch.where(inside, -torch.expm1(-d), 1.0)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    mask: Any,
+    temperature: Any,
+    row_temperature: Any,
+    softcap: Any,
+    logit_scale: Any,
+    per_row: Any,
+    scalars: Any,
+    kind: Any,
+    with_entropy: bool,
+    workspace: Any,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, ...]:
+    new, rows = hidden.new_empty, labels.shape[0]
+    return (
+        new((), dtype=torch.float32),
+        new(rows, dtype=torch.float32),
+        new(rows if with_entropy else 0, dtype=torch.float32),
+        *linear.empty_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias),
+    )
