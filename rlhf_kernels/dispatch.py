@@ -40,6 +40,8 @@ BACKENDS = (
                 "linear_policy_loss",
                 "per_token_kl",
                 "selected_logprobs",
+                "shaped_rewards",
+                "whiten",
             }
         ),
     ),
@@ -63,6 +65,8 @@ BACKENDS = (
                 "linear_policy_loss",
                 "per_token_kl",
                 "selected_logprobs",
+                "shaped_rewards",
+                "whiten",
             }
         ),
     ),

@@ -83,10 +83,41 @@ def test_gae_rows(backend: Backend, small_blocks: None) -> None:
     _assert_rows_do_not_depend_on_the_batch(_packed_gae_op(backend), [rewards, values, mask])
 
 
-def test_token_rows() -> None:
+def _token_rows_op(backend: Backend) -> Callable[..., list[Tensor]]:
+    """The ops of the token family whose rows know nothing of each other, with their gradients."""
+
+    def call(logprobs: Tensor, ref: Tensor, mask: Tensor, scores: Tensor) -> list[Tensor]:
+        leaves = [x.detach().to(backend.device).requires_grad_() for x in (logprobs, ref)]
+        kl = rk.per_token_kl(*leaves, estimator="k3")
+        grads = torch.autograd.grad(kl.square().sum(), leaves)
+        rewards = rk.shaped_rewards(scores.to(backend.device), kl, mask.to(backend.device), kl_coef=0.1, clip=0.5)
+        return [tensor.detach().cpu() for tensor in (kl, *grads, rewards)]
+
+    return call
+
+
+def test_token_rows(backend: Backend, small_blocks: None) -> None:
+    rows = 7 if backend.interpreted else 257
     generator = torch.Generator().manual_seed(6)
-    rows = [torch.randn(257, 45, generator=generator) for _ in range(2)]
-    _assert_rows_do_not_depend_on_the_batch(lambda a, b: [rk.per_token_kl(a, b, estimator="k3")], rows)
+    logprobs, ref = (torch.randn(rows, 45, generator=generator) for _ in range(2))
+    mask, scores = torch.rand(rows, 45, generator=generator) > 0.3, torch.randn(rows, generator=generator)
+    _assert_rows_do_not_depend_on_the_batch(_token_rows_op(backend), [logprobs, ref, mask, scores])
+
+
+def _whiten_op(backend: Backend) -> Callable[..., list[Tensor]]:
+    def call(x: Tensor, mask: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaf = x.detach().to(backend.device).requires_grad_()
+        white = rk.whiten(leaf, mask.to(backend.device))
+        return [white.detach().cpu(), torch.autograd.grad(white, leaf, upstream.to(backend.device))[0].cpu()]
+
+    return call
+
+
+def test_whiten_gives_the_same_bits_every_run(backend: Backend, small_blocks: None) -> None:
+    x, upstream = edge_cases.logits_of("wide", (2, 9, 37), torch.float32)
+    mask = edge_cases.MASKS["holes"](x.shape)
+    for a, b in zip(*(_whiten_op(backend)(x, mask, upstream) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("V", [1000, 131_072])
@@ -96,6 +127,7 @@ def test_number_of_threads(V: int) -> None:
     # Large enough to be shared among threads: 32,768 positions are a task.
     rewards, values = edge_cases.logits_of("normal", (2, 2048, 40), torch.float32)
     scanned = rewards, values, edge_cases.MASKS["holes"](rewards.shape)
+    x = edge_cases.logits_of("wide", (300, 500), torch.float32)  # more than a thread takes at a time
     before = torch.get_num_threads()
     for name in ("reference", "cpu"):
         if name == "cpu" and rk.dispatch.available()["cpu"]:
@@ -110,6 +142,9 @@ def test_number_of_threads(V: int) -> None:
                     all_rows = _logits_op(device)(logits, labels, torch.ones(3))
                     scans = [*_gae_op(device)(*scanned), *_packed_gae_op(device)(*scanned)]
                     results.append([*one, *all_rows, *scans])
+                    results[-1] += _token_rows_op(device)(x, x.flip(0), x > 29, x[:, 0])
+                    if name == "cpu":  # the reference sums with torch.sum, which splits by threads
+                        results[-1] += _whiten_op(device)(x, x > 29, x.flip(0))
             finally:
                 torch.set_num_threads(before)
         for other in results[1:]:

@@ -119,6 +119,8 @@ WITH_KERNEL = (
     "linear_policy_loss",
     "per_token_kl",
     "selected_logprobs",
+    "shaped_rewards",
+    "whiten",
 )
 
 
@@ -229,6 +231,33 @@ def test_opcheck_per_token_kl(kernel_backend: Backend) -> None:
     _, slope = (y.detach() for y in ops.per_token_kl(a, b, 2, True))
     for dtypes in ((torch.bfloat16, torch.float32), (None, torch.float16)):
         torch.library.opcheck(ops.per_token_kl_backward.default, (torch.ones_like(slope), slope, *dtypes))
+
+
+def test_opcheck_shaped_rewards(kernel_backend: Backend) -> None:
+    mask, _, (scores, kl) = _arguments("shaped_rewards", 3, 5, torch.bfloat16, kernel_backend.device)
+    scalars = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    torch.library.opcheck(torch.ops.rlhf_kernels.shaped_rewards.default, (scores, kl, mask, *scalars))
+
+
+def test_opcheck_whiten(kernel_backend: Backend) -> None:
+    ops = torch.ops.rlhf_kernels
+    holes, _, (x,) = _arguments("whiten", 3, 5, torch.bfloat16, kernel_backend.device)
+    eps = torch.tensor(1e-3, dtype=torch.float64)
+    for mask, shift_mean in ((holes, True), (None, False)):
+        torch.library.opcheck(ops.whiten_moments.default, (x.detach(), mask))
+        torch.library.opcheck(ops.whiten.default, (x, mask, None, eps, shift_mean))
+        white, moments = (y.detach() for y in ops.whiten(x, mask, None, eps, shift_mean))
+        torch.library.opcheck(ops.whiten.default, (x.detach(), mask, moments.expand(2, 3), eps, shift_mean))
+        torch.library.opcheck(ops.whiten_backward.default, (white, x.detach(), mask, moments, eps, shift_mean))
+
+
+@pytest.mark.parametrize("op", ["per_token_kl", "whiten"])
+def test_double_backward_of_a_token_op_says_that_it_is_missing(kernel_backend: Backend, op: str) -> None:
+    mask, labels, tensors = _arguments(op, 3, 5, torch.float32, kernel_backend.device)
+    y = OPS[op].call(mask, labels, 0.1, *tensors)
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{op}_backward.*no autograd formula"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

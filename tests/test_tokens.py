@@ -159,80 +159,202 @@ def test_kl_of_nothing(backend: Backend) -> None:
         assert torch.autograd.grad(kl.sum(), x)[0].shape == shape
 
 
+def check_rewards(backend: Backend, scores: Tensor, kl: Tensor, mask: Tensor, clip: float | None) -> None:
+    """Against the definition, token by token; kl may hold anything where the mask is false."""
+    moved = (x.to(backend.device) for x in (scores, kl, mask))
+    rewards = rk.shaped_rewards(*moved, kl_coef=0.3, clip=clip)
+    assert rewards.dtype == torch.float32
+    assert not rewards.requires_grad
+    expected = torch.zeros(kl.shape, dtype=torch.float64)
+    plain = torch.zeros(kl.shape)
+    for b in range(len(kl)):
+        places = mask[b].nonzero().flatten()
+        expected[b, places] = -0.3 * kl[b, places].double()
+        plain[b, places] = -0.3 * kl[b, places].float()
+        if len(places):
+            score = scores[b] if clip is None else scores[b].clamp(-clip, clip)
+            expected[b, places[-1]] += score.double()
+            plain[b, places[-1]] += score.float()
+    truth.assert_accurate(rewards, expected, truth.max_error(plain, expected))
+    assert (rewards.cpu()[~mask] == 0).all()
+
+
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("kind", [kind for kind in edge_cases.MASKS if kind != "none"])
-def test_shaped_rewards(kind: str, clip: float | None) -> None:
-    kl, scores = _normal(4, 9), 2 * _normal(4, seed=1)
-    mask = edge_cases.MASKS[kind](kl.shape)
+def test_shaped_rewards(backend: Backend, small_blocks: None, kind: str, clip: float | None) -> None:
+    for dtype, time in ((torch.float32, 9), (torch.bfloat16, 16), (torch.float16, 33)):
+        kl = _normal(4, time).to(dtype)
+        mask = edge_cases.MASKS[kind](kl.shape)
+        (hidden,) = edge_cases.hide(mask, kl)
+        check_rewards(backend, 2 * _normal(4, seed=1), hidden, mask, clip)
+
+
+def test_shaped_rewards_of_long_rows(kernel_backend: Backend) -> None:
+    """Chunks of 1024: sequences that end inside the first, at its edge, in a later one, or nowhere."""
+    kl, mask = _normal(6, 2500), torch.zeros(6, 2500, dtype=torch.bool)
+    for row, end in enumerate((1, 1023, 1024, 1025, 2500)):
+        mask[row, :end] = torch.arange(end) % 3 != 1
+        mask[row, end - 1] = True
     (hidden,) = edge_cases.hide(mask, kl)
-    rewards = rk.shaped_rewards(scores, hidden, mask, kl_coef=0.3, clip=clip)
-    for b in range(4):
-        places = [t for t in range(9) if mask[b, t]]
-        for t in range(9):
-            expected = -0.3 * float(kl[b, t]) if t in places else 0.0
-            if places and t == places[-1]:
-                score = float(scores[b])
-                expected += score if clip is None else min(max(score, -clip), clip)
-            assert rewards[b, t].item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
-            if t not in places:
-                assert rewards[b, t].item() == 0.0
+    check_rewards(kernel_backend, _normal(6, seed=1), hidden, mask, None)
 
 
-def test_a_score_of_nan_counts_only_where_its_sequence_does() -> None:
-    mask = torch.tensor([[True, False], [False, False]])
-    rewards = rk.shaped_rewards(torch.tensor([1.0, NAN]), torch.zeros(2, 2), mask, kl_coef=0.1)
-    assert rewards.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+def test_shaped_rewards_of_any_layout(backend: Backend, small_blocks: None) -> None:
+    kl, scores = _normal(6, 37), _normal(6, seed=1).to(torch.bfloat16)
+    mask = edge_cases.MASKS["holes"](kl.shape)
+    expected = rk.shaped_rewards(scores.to(backend.device), kl.to(backend.device), mask.to(backend.device), kl_coef=0.1)
+    for name, x in _layouts(kl.to(backend.device)).items():
+        if x.dim() == 2:
+            masks = [m for m in _layouts(mask.float().to(backend.device)).values() if m.shape == x.shape]
+            strided = scores.repeat_interleave(2)[::2].to(backend.device)
+            for other in masks:
+                assert torch.equal(rk.shaped_rewards(strided, x, other == 1, kl_coef=0.1), expected), name
 
 
-def test_shaped_rewards_of_nothing() -> None:
+def test_a_score_of_nan_counts_only_where_its_sequence_does(backend: Backend) -> None:
+    mask = torch.tensor([[True, False], [False, False], [True, True]], device=backend.device)
+    scores, kl = torch.tensor([1.0, NAN, NAN], device=backend.device), torch.zeros(3, 2, device=backend.device)
+    for clip in (None, 2.0):
+        rewards = rk.shaped_rewards(scores, kl, mask, kl_coef=0.1, clip=clip)
+        assert rewards[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+        assert rewards[2].isnan().tolist() == [False, True]
+
+
+def test_shaped_rewards_of_nothing(backend: Backend) -> None:
     for shape in ((0, 4), (3, 0)):
-        mask = torch.ones(shape, dtype=torch.bool)
-        assert rk.shaped_rewards(torch.ones(shape[0]), torch.ones(shape), mask, kl_coef=0.1).shape == shape
+        x = torch.ones(shape, device=backend.device)
+        scores = torch.ones(shape[0], device=backend.device)
+        assert rk.shaped_rewards(scores, x, x.bool(), kl_coef=0.1).shape == shape
+
+
+def check_whiten(backend: Backend, x: Tensor, mask: Tensor | None, shift_mean: bool, upstream: Tensor) -> None:
+    """Values and gradient against float64; x and upstream may hold anything where the mask is false."""
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+
+    def formula(kept: Tensor) -> Tensor:
+        white = (kept - kept.mean()) * (kept.var(correction=0) + 1e-8).rsqrt()
+        return white if shift_mean else white + kept.mean()
+
+    def values_and_gradient(dtype: torch.dtype) -> list[Tensor]:
+        leaf = x[counted].detach().requires_grad_()
+        wide = formula(leaf.to(dtype))
+        return [wide, *torch.autograd.grad(wide, leaf, upstream[counted].to(dtype))]
+
+    leaf = x.detach().to(backend.device).requires_grad_()
+    white = rk.whiten(leaf, None if mask is None else mask.to(backend.device), shift_mean=shift_mean)
+    (grad,) = torch.autograd.grad(white, leaf, upstream.to(backend.device))
+    assert white.dtype == torch.float32
+    assert grad.dtype == x.dtype
+    if not counted.all():
+        assert (white.cpu()[~counted] == 0).all()
+        assert (grad.cpu()[~counted] == 0).all()
+    if counted.any():
+        exact, plain = values_and_gradient(torch.float64), values_and_gradient(torch.float32)
+        # The gradient of float64 arithmetic, but of 16-bit leaves it would be rounded: taken to a leaf of its own.
+        wide = x[counted].double().requires_grad_()
+        exact[1] = torch.autograd.grad(formula(wide), wide, upstream[counted].double())[0]
+        for ours, expected, usual in zip((white, grad), exact, plain, strict=True):
+            tolerance = truth.max_error(usual, expected)
+            truth.assert_accurate(ours.cpu()[counted], expected, tolerance, truncates=_truncates(backend, ours.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("kind", edge_cases.MASKS)
-def test_whiten(kind: str, shift_mean: bool, dtype: torch.dtype) -> None:
-    x = (3 * _normal(5, 11) + 7).to(dtype)
+def test_whiten(backend: Backend, small_blocks: None, kind: str, shift_mean: bool, dtype: torch.dtype) -> None:
+    x, upstream = (3 * _normal(5, 21) + 7).to(dtype), _normal(5, 21, seed=1)
     mask = edge_cases.MASKS[kind](x.shape)
-    (hidden,) = edge_cases.hide(mask, x)
-    got = rk.whiten(hidden, mask, shift_mean=shift_mean)
-    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    assert (got[~counted] == 0).all()
-    kept = x[counted].double()
-    if kept.numel():
-        scale = (kept.var(correction=0) + 1e-8).rsqrt()
-        expected = (kept - kept.mean()) * scale + (0 if shift_mean else kept.mean())
-        wide = kept.to(got.dtype)
-        plain = (wide - wide.mean()) * (wide.var(correction=0) + 1e-8).rsqrt() + (0 if shift_mean else wide.mean())
-        truth.assert_accurate(got[counted], expected, truth.max_error(plain, expected))
+    check_whiten(backend, *edge_cases.hide(mask, x), mask, shift_mean, *edge_cases.hide(mask, upstream))
 
 
-def test_whiten_of_one_value_or_of_equal_ones_is_finite() -> None:
-    for x in (torch.tensor([5.0]), torch.full((3, 4), 1e4), torch.empty(0), torch.empty(0, 3)):
-        assert (rk.whiten(x) == 0).all()
-        assert torch.equal(rk.whiten(x, shift_mean=False), x)
+@pytest.mark.parametrize("shape", [(1, 1024), (3, 1025), (2, 2, 700), (5000,)])
+def test_whiten_of_many_chunks(kernel_backend: Backend, shape: tuple[int, ...]) -> None:
+    x, upstream = 3 * _normal(*shape) + 7, _normal(*shape, seed=1)
+    mask = edge_cases.MASKS["holes"](x.shape)
+    for some in (None, mask):
+        check_whiten(kernel_backend, x, some, True, upstream)
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4, 3e6])
+def test_whiten_where_the_mean_is_far_larger_than_the_spread(backend: Backend, mean: float) -> None:
+    """Sums of squares, and a mean rounded to float32, would lose every digit."""
+    x = mean + 1e-6 * abs(mean) * _normal(3, 700)
+    kept = x.double()
+    expected = (kept - kept.mean()) * (kept.var(correction=0) + 1e-8).rsqrt()
+    white = rk.whiten(x.to(backend.device))
+    truth.assert_accurate(white, expected, 0.0)
+    assert abs(white.double().mean().item()) < 1e-6
+
+
+def test_whiten_of_any_layout(backend: Backend, small_blocks: None) -> None:
+    """The layout of x, of the mask and of the gradient changes no bit."""
+    x, upstream = _normal(6, 37).to(backend.device), _normal(6, 37, seed=1).to(backend.device)
+    mask = edge_cases.MASKS["holes"](x.shape).to(backend.device)
+
+    def both(x: Tensor, mask: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        white = rk.whiten(leaf, mask)
+        return [white.detach().reshape(-1), torch.autograd.grad(white, leaf, upstream)[0].reshape(-1)]
+
+    expected = both(x, mask, upstream)
+    for name, other in _layouts(x).items():
+        for others in (mask, _layouts(mask.float())[name] == 1):
+            same = both(other, others.view(other.shape), _layouts(upstream)[name])
+            for a, b in zip(expected, same, strict=True):
+                if backend.name == "reference":  # sums in torch's order, which knows the layout
+                    torch.testing.assert_close(a, b)
+                else:
+                    assert torch.equal(a, b), name
+
+
+def test_whiten_of_one_value_or_of_equal_ones_is_finite(backend: Backend) -> None:
+    for x in (torch.tensor([5.0]), torch.full((3, 4), 1e4), torch.empty(0), torch.empty(0, 3), torch.tensor(2.0)):
+        leaf = x.to(backend.device).requires_grad_()
+        white = rk.whiten(leaf)
+        (grad,) = torch.autograd.grad(white.sum(), leaf)
+        assert (white == 0).all()
+        assert grad.isfinite().all()
+        assert torch.equal(rk.whiten(leaf, shift_mean=False).detach().cpu(), x)
+
+
+RANK = """
+import os, sys
+rank, folder = int(sys.argv[1]), sys.argv[2]
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, rlhf_kernels as rk
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+x = 1e4 + torch.arange(30.0).view(10, 3).sin()
+part = [slice(0, 3), slice(3, 10)][rank]
+group = torch.distributed.group.WORLD
+collectives = []
+gather = torch.distributed.all_gather
+torch.distributed.all_gather = lambda *a, **k: (collectives.append(a), gather(*a, **k))
+for backend in ("reference", "cpu", "triton"):
+    if rk.dispatch.available().get(backend):
+        continue
+    collectives.clear()
+    mask = torch.arange(30).view(10, 3) % 4 > 0
+    with rk.use_backend(backend):
+        for shift_mean in (True, False):
+            options = {"shift_mean": shift_mean, "process_group": group}
+            got = rk.whiten(x[part], mask[part], **options)
+            torch.testing.assert_close(got, rk.whiten(x, mask, shift_mean=shift_mean)[part], rtol=3e-7, atol=3e-7)
+            assert torch.equal(got, rk.whiten(x[part], mask[part], **options))
+        for uncounted in (slice(3, 10), slice(0, 10)):  # one rank's part, and all
+            mask[uncounted] = False
+            got = rk.whiten(x[part], mask[part], process_group=group)
+            torch.testing.assert_close(got, rk.whiten(x, mask)[part], rtol=3e-7, atol=3e-7)
+        assert (got == 0).all()
+    assert len(collectives) == 6  # one a call
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_whiten_over_ranks_equals_one_process(tmp_path: Path) -> None:
-    """Two processes with batches of different size, one of them with nothing counted, against the whole batch."""
-    program = """
-import sys, torch, rlhf_kernels as rk
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-x = torch.arange(30.0).view(10, 3).sin()
-mask = torch.arange(30).view(10, 3) % 4 > 0
-mask[7:] = False
-part = [slice(0, 2), slice(2, 7), slice(7, 10)][rank]
-for shift_mean in (True, False):
-    got = rk.whiten(x[part], mask[part], shift_mean=shift_mean, process_group=torch.distributed.group.WORLD)
-    torch.testing.assert_close(got, rk.whiten(x, mask, shift_mean=shift_mean)[part])
-torch.distributed.destroy_process_group()
-"""
-    command = [sys.executable, "-c", program]
+    """Two processes with batches of different size, also one with nothing counted, against the whole batch."""
+    command = [sys.executable, "-c", RANK]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(3)
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
     ]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)

@@ -81,7 +81,7 @@ inline const float* read(const Flat& x, int64_t begin, int count, Buffer& buffer
   return buffer.data;
 }
 
-// Likewise the mask, 0 in what was added; `all` is what an absent mask reads as.
+// Likewise the mask, 0 in what was added; an absent one reads as 1.
 inline const uint8_t* read(const FlatMask& mask, int64_t begin, int count, MaskBuffer& buffer) {
   if (!mask.data) {
     memset(buffer.data, 1, count);
@@ -121,7 +121,7 @@ class Sink {
 
   Sink(void* data, Dtype dtype, int64_t begin, int count, Buffer& buffer)
       : data_(data), dtype_(dtype), begin_(begin), count_(count) {
-    const bool direct = dtype == Dtype::kFloat32 && count % kLanes == 0;
+    const bool direct = data && dtype == Dtype::kFloat32 && count % kLanes == 0;
     floats = direct ? static_cast<float*>(data) + begin : buffer.data;
     flushed_ = direct;
   }

@@ -11,7 +11,12 @@
   X(logprobs_bwd, LogprobsBwd)       \
   X(gae, Gae)                        \
   X(per_token_kl_fwd, PerTokenKlFwd) \
-  X(per_token_kl_bwd, PerTokenKlBwd)
+  X(per_token_kl_bwd, PerTokenKlBwd) \
+  X(shaped_rewards, ShapedRewards)   \
+  X(whiten_moments, WhitenMoments)   \
+  X(whiten_apply, WhitenApply)       \
+  X(whiten_sums, WhitenSums)         \
+  X(whiten_bwd, WhitenBwd)
 
 namespace rk {
 

@@ -158,6 +158,15 @@ inline float max_lane(vf x, std::index_sequence<I...> lanes) {
     return max_lane<kHalf / 2>(x, lanes);
 }
 
+// In a fixed tree.
+inline float sum_lanes(vf x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {
   float c;

@@ -28,4 +28,55 @@ struct PerTokenKlBwd {
   int64_t size;
 };
 
+// Runs over rows.
+struct ShapedRewards {
+  Flat kl;              // [B, T]
+  const uint8_t* mask;  // [B, T], rows stride_mask apart
+  int64_t stride_mask;
+  const float* scores;  // [B]
+  float* rewards;       // [B, T] contiguous
+  int64_t time;
+  float kl_coef;
+  float clip;  // bound on |score|; infinite = none
+};
+
+// What is whitened, and by what; mean = high + low, because x - mean would lose the digits of a mean rounded
+// once.
+struct Whitening {
+  Flat x;
+  FlatMask mask;
+  int64_t size;
+  float high;
+  float low;
+  float scale;  // 1 / sqrt(variance + eps)
+};
+
+// Runs over chunks, and so do the rest.
+struct WhitenMoments {
+  Whitening in;      // without its mean and scale
+  double* partials;  // [chunks, 3]: count, mean, sum of squared distances to that mean
+};
+
+struct WhitenApply {
+  Whitening in;
+  float* y;        // [size]
+  bool keep_mean;  // add it again
+};
+
+struct WhitenSums {
+  Whitening in;
+  Flat grad;
+  double* partials;  // [chunks, 2]: sums of grad and of grad * y over what counts, y the whitened x
+};
+
+struct WhitenBwd {
+  Whitening in;
+  Flat grad;
+  void* grad_x;  // [size]
+  Dtype dtype;
+  bool keep_mean;
+  float mean_grad;    // over what counts
+  float mean_grad_y;  // of grad * y
+};
+
 }  // namespace rk

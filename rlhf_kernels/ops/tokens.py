@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -119,18 +120,32 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
-    op = "shaped_rewards"
-    validate.float_tensor(op, "kl", kl)
+    validate.float_tensor(REWARDS, "kl", kl)
     if kl.dim() != 2:
-        raise ValueError(f"{op}: kl has shape {list(kl.shape)}; it takes [B, T]")
-    validate.float_tensor(op, "scores", scores)
-    validate.same_place(op, "scores", scores, "kl", kl.shape[:1], kl.device)
-    mask = validate.required_mask(op, mask, "kl", kl.shape, kl.device)
-    validate.number(op, "kl_coef", kl_coef, low=0)
+        raise ValueError(f"{REWARDS}: kl has shape {list(kl.shape)}; it takes [B, T]")
+    validate.float_tensor(REWARDS, "scores", scores)
+    validate.same_place(REWARDS, "scores", scores, "kl", kl.shape[:1], kl.device)
+    mask = validate.required_mask(REWARDS, mask, "kl", kl.shape, kl.device)
+    validate.number(REWARDS, "kl_coef", kl_coef, low=0)
     if clip is not None:
-        validate.number(op, "clip", clip, above=0)
-    dispatch.kernel(op, kl)
-    return reference.shaped_rewards(scores.detach(), kl.detach(), mask, kl_coef, clip)
+        validate.number(REWARDS, "clip", clip, above=0)
+    scores, kl = scores.detach(), kl.detach()
+    if dispatch.kernel(REWARDS, _widest(kl, scores)) is None:
+        return reference.shaped_rewards(scores, kl, mask, kl_coef, clip)
+    bound = validate.runtime_scalar(math.inf if clip is None else clip)
+    return _shaped_rewards(scores, kl, mask, validate.runtime_scalar(kl_coef), bound)
+
+
+@torch.library.custom_op("rlhf_kernels::shaped_rewards", mutates_args=())
+def _shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: Tensor, clip: Tensor) -> Tensor:
+    """scores [B], kl, mask [B, T], kl_coef, clip [] -> rewards [B, T]; clip inf is none."""
+    backend = dispatch.load(dispatch.required(REWARDS, kl))
+    return backend.shaped_rewards(scores, kl, mask, kl_coef.item(), clip.item())
+
+
+@_shaped_rewards.register_fake
+def _(scores: Tensor, kl: Tensor, *rest: Any) -> Tensor:
+    return kl.new_empty(kl.shape, dtype=torch.float32)
 
 
 def whiten(
@@ -159,11 +174,69 @@ def whiten(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
-    op = "whiten"
-    validate.float_tensor(op, "x", x)
-    mask = validate.bool_mask(op, mask, "x", x.shape, x.device)
-    validate.number(op, "eps", eps, above=0)
+    validate.float_tensor(WHITEN, "x", x)
+    mask = validate.bool_mask(WHITEN, mask, "x", x.shape, x.device)
+    validate.number(WHITEN, "eps", eps, above=0)
     if process_group is not None and x.requires_grad:
-        raise ValueError(f"{op}: x requires grad; with process_group whiten is not differentiable, pass x.detach()")
-    dispatch.kernel(op, x)
-    return reference.whiten(x, mask, shift_mean, eps, process_group)
+        raise ValueError(f"{WHITEN}: x requires grad; with process_group whiten is not differentiable, pass x.detach()")
+    if dispatch.kernel(WHITEN, x) is None:
+        return reference.whiten(x, mask, shift_mean, eps, process_group)
+    parts = None
+    if process_group is not None:
+        parts = reference.gather_moments(_whiten_moments(x, mask), process_group)
+    return _whiten(x, mask, parts, validate.runtime_scalar(eps), shift_mean)[0]
+
+
+@torch.library.custom_op("rlhf_kernels::whiten_moments", mutates_args=())
+def _whiten_moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, mask [...] -> [3] float64: count, mean and sum of squared distances to it, of what counts."""
+    return dispatch.load(dispatch.required(WHITEN, x)).whiten_moments(x, mask)
+
+
+@_whiten_moments.register_fake
+def _(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.new_empty(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("rlhf_kernels::whiten", mutates_args=())
+def _whiten(
+    x: Tensor, mask: Tensor | None, parts: Tensor | None, eps: Tensor, shift_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """x, mask [...], eps [] -> x whitened [...], and the moments [3] used: x's, or those of `parts` [R, 3] merged."""
+    backend = dispatch.load(dispatch.required(WHITEN, x))
+    return backend.whiten_fwd(x, mask, parts, eps.item(), shift_mean)
+
+
+@_whiten.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("rlhf_kernels::whiten_backward", mutates_args=())
+def _whiten_backward(
+    grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, shift_mean: bool
+) -> Tensor:
+    backend = dispatch.load(dispatch.required(WHITEN, x))
+    return backend.whiten_bwd(grad, x, mask, moments, eps.item(), shift_mean)
+
+
+@_whiten_backward.register_fake
+def _(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _whiten_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mask, _, eps, shift_mean = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, mask, output[1], eps)
+    ctx.shift_mean = shift_mean
+
+
+def _whiten_autograd(ctx: Any, grad: Tensor | None, _grad_moments: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    return _whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None
+
+
+_whiten.register_autograd(_whiten_autograd, setup_context=_whiten_context)

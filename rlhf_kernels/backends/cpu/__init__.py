@@ -3,7 +3,14 @@
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.cpu.scan import gae, gae_packed
-from rlhf_kernels.backends.cpu.tokens import per_token_kl_bwd, per_token_kl_fwd
+from rlhf_kernels.backends.cpu.tokens import (
+    per_token_kl_bwd,
+    per_token_kl_fwd,
+    shaped_rewards,
+    whiten_bwd,
+    whiten_fwd,
+    whiten_moments,
+)
 
 __all__ = [
     "describe",
@@ -13,6 +20,10 @@ __all__ = [
     "per_token_kl_fwd",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",
+    "shaped_rewards",
+    "whiten_bwd",
+    "whiten_fwd",
+    "whiten_moments",
 ]
 
 

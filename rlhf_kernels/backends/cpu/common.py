@@ -27,7 +27,7 @@ def flat_rows(x: Tensor) -> tuple[Tensor, int, int]:
 
     Copied once: a last dimension that is not contiguous, and leading ones that are not one run of equal strides.
     """
-    if x.is_contiguous():
+    if x.is_contiguous() or x.numel() == 0:
         return x, x.numel(), x.numel()
     rows = last_contiguous(x).reshape(-1, x.shape[-1])
     return rows, rows.shape[1], rows.stride(0)

@@ -2,7 +2,8 @@
 
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.triton.scan import gae, gae_packed
-from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd
+from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd, shaped_rewards
+from rlhf_kernels.backends.triton.whiten import whiten_bwd, whiten_fwd, whiten_moments
 
 __all__ = [
     "gae",
@@ -11,4 +12,8 @@ __all__ = [
     "per_token_kl_fwd",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",
+    "shaped_rewards",
+    "whiten_bwd",
+    "whiten_fwd",
+    "whiten_moments",
 ]

@@ -54,6 +54,18 @@ def row_offset(row, inner, stride_outer, stride_inner, ALIGN: tl.constexpr):
     return tl.multiple_of(offset, ALIGN)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """[R, C] with a contiguous last dimension: a view where the strides allow it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@triton.jit
+def place(i, columns, stride, STRIDED: tl.constexpr):
+    """Where element `i` of the flattened rows lies."""
+    return (i // columns) * stride + i % columns if STRIDED else i
+
+
 @triton.jit
 def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
     """Fold a block of logits into the running softmax of its row.

@@ -1,4 +1,4 @@
-"""The token family: per_token_kl, elementwise, value and slope in one read."""
+"""per_token_kl, value and slope in one read; shaped_rewards, one row a program, from its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backends.triton.common import launch
+from rlhf_kernels.backends.triton.common import launch, place, rows_of
 
 # 1024 elements over 4 warps: 8 a thread, two 16-byte accesses in fp32.
 BLOCK = 1024
@@ -68,12 +68,8 @@ def _per_token_kl_fwd_kernel(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
-    at, ref_at = i, i
-    if STRIDED:
-        at = (i // columns) * stride + i % columns
-        ref_at = (i // columns) * ref_stride + i % columns
-    raw = tl.load(logprobs_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    raw -= tl.load(ref_ptr + ref_at, mask=inside, other=0.0).to(tl.float32)
+    raw = tl.load(logprobs_ptr + place(i, columns, stride, STRIDED), mask=inside, other=0.0).to(tl.float32)
+    raw -= tl.load(ref_ptr + place(i, columns, ref_stride, STRIDED), mask=inside, other=0.0).to(tl.float32)
     d = bounded(raw, LARGEST)
     if ESTIMATOR == K1:
         value, slope = d, tl.full([BLOCK], 1.0, tl.float32)
@@ -114,12 +110,6 @@ def _per_token_kl_bwd_kernel(
         tl.store(grad_ref_ptr + i, grad.to(grad_ref_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[R, C] with a contiguous last dimension: a view where the strides allow it, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def per_token_kl_fwd(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, with_slope: bool) -> tuple[Tensor, Tensor]:
     """logprobs, ref_logprobs [...] -> kl and slope [...] float32, slope [0] unless `with_slope`.
 
@@ -134,7 +124,7 @@ def per_token_kl_fwd(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, wit
     strided = not (logprobs.is_contiguous() and ref_logprobs.is_contiguous())
     strides = size, size, size
     if strided:
-        logprobs, ref_logprobs = _rows(logprobs), _rows(ref_logprobs)
+        logprobs, ref_logprobs = rows_of(logprobs), rows_of(ref_logprobs)
         strides = logprobs.shape[1], logprobs.stride(0), ref_logprobs.stride(0)
     launch(
         _per_token_kl_fwd_kernel,
@@ -165,3 +155,50 @@ def per_token_kl_bwd(
         num_warps=NUM_WARPS,
     )
     return grads[0], grads[1]
+
+
+@triton.jit(do_not_specialize=["T", "stride_kl"])
+def _shaped_rewards_kernel(
+    scores_ptr,
+    kl_ptr,
+    mask_ptr,
+    rewards_ptr,
+    kl_coef,
+    clip,
+    T,
+    stride_kl,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kl_ptr += row * stride_kl
+    mask_ptr += row * T
+    rewards_ptr += row * T
+    score = tl.load(scores_ptr + row).to(tl.float32)
+    score = bounded(score, clip)
+    waiting = 1  # for the last counted position
+    chunks = tl.cdiv(T, BLOCK)
+    for chunk in range(chunks):
+        t = (chunks - 1 - chunk) * BLOCK + tl.arange(0, BLOCK)
+        inside = t < T
+        counted = tl.load(mask_ptr + t, mask=inside, other=0) != 0
+        kl = tl.load(kl_ptr + t, mask=counted, other=0.0).to(tl.float32)
+        last = tl.max(tl.where(counted, t, -1), 0)
+        reward = tl.where(counted, -kl_coef * kl, 0.0)
+        reward = tl.where((t == last) & (waiting != 0), reward + score, reward)
+        waiting = tl.where(last >= 0, 0, waiting)
+        tl.store(rewards_ptr + t, tl.where(inside & counted, reward, 0.0), mask=inside)
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float) -> Tensor:
+    """scores [B], kl, mask [B, T] -> rewards [B, T] float32; rows may be strided. clip: bound on |score|, or inf."""
+    batch, time = kl.shape
+    kl = rows_of(kl) if kl.numel() else kl
+    rewards = kl.new_empty((batch, time), dtype=torch.float32)
+    launch(
+        _shaped_rewards_kernel,
+        batch if time else 0,
+        *(scores.contiguous(), kl, mask.contiguous(), rewards, kl_coef, clip, time, kl.stride(0)),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return rewards
