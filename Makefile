@@ -8,10 +8,11 @@ CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o
 # Where nvcc is, the CUDA module must have been built too.
 REQUIRE := cpu,triton$(if $(shell command -v nvcc),$(shell echo ,)cuda)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench lint format sanitize clean
 help:
 	@echo "make demo    align a tiny model end to end on the CPU (about 3 minutes), report in runs/demo"
 	@echo "make test    the whole test suite"
+	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   speed against eager, torch.compile and peers; table and JSON in bench/results"
 	@echo "make lint    ruff, mypy, clang-format     make format   let ruff and clang-format rewrite"
 
@@ -20,6 +21,19 @@ demo: $(VENV)/trainer.stamp
 
 test: $(VENV)/dev.stamp
 	RLHF_KERNELS_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest
+
+# A second copy of the package with an instrumented module; the editable install stays as it is.
+SANITIZED := $(abspath build/sanitized)
+SANITIZERS = $(foreach library,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(library).so))
+# What runs in this process on the native backend; a forked or compiling child would not be instrumented.
+INSTRUMENTED := (cpu or x86) and not (triton or reference or memory or dataloader or fork or compile or opcheck)
+sanitize: $(VENV)/dev.stamp
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r rlhf_kernels $(SANITIZED) && rm -f $(SANITIZED)/rlhf_kernels/*.so
+	PATH="$(abspath $(BIN)):$$PATH" && cmake -S . -B $(SANITIZED)/cmake -G Ninja -DRLHF_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DRLHF_NATIVE_DIR=$(SANITIZED)/rlhf_kernels \
+	  -DRLHF_NATIVE_NAME=_native.so && cmake --build $(SANITIZED)/cmake
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  $(BIN)/pytest -k "$(INSTRUMENTED)" tests --ignore=tests/trainer
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/compare.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,6 +24,12 @@ REQUIRED = set(filter(None, os.environ.get("RLHF_KERNELS_REQUIRE", "").split(","
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of what IEEE arithmetic does silently on a GPU: inf - inf, log(0), 0 / 0.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_report_header() -> str:
+    """Which build of the native module is tested: the installed one, or an instrumented one on PYTHONPATH."""
+    found = importlib.util.find_spec("rlhf_kernels._native")
+    return f"rlhf_kernels._native: {found.origin if found else 'not built'}"
 
 
 class Backend(NamedTuple):
