@@ -50,7 +50,12 @@ BACKENDS = (
         "cuda",
         "rlhf_kernels._cuda",
         "the CUDA module was not built: reinstall where nvcc is, without RLHF_KERNELS_NO_CUDA",
-        frozenset({"gae"}),
+        frozenset(
+            {
+                "gae",
+                "gae_packed",
+            }
+        ),
     ),
     Backend(
         "cpu",

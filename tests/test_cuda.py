@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -61,7 +62,8 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
 
         kernel(
             *(address(rewards), address(values), DTYPES[rewards.dtype], address(mask), address(bootstrap)),
-            *(address(offsets), *map(ctypes.c_int64, (rows, time, *strides))),
+            *(address(offsets), 0 if offsets is None else offsets.element_size()),
+            *map(ctypes.c_int64, (rows, time, *strides)),
             *(ctypes.c_double(gamma), ctypes.c_double(lam), MASKED.index(masked)),
             *(*map(address, outputs), ctypes.c_uint(first_thread)),
         )
@@ -117,8 +119,8 @@ def test_packed_sequences_are_the_padded_ones(scan: Scan) -> None:
     rewards, values = edge_cases.logits_of("normal", (2, int(offsets[-1])), torch.float32)
     mask = torch.arange(len(rewards)) % 5 != 3
     bootstrap = torch.arange(len(lengths)) / 3
-    for masked in MASKED:
-        got = scan(rewards, values, mask, bootstrap, masked, offsets=offsets)
+    for masked, width in itertools.product(MASKED, (torch.int32, torch.int64)):
+        got = scan(rewards, values, mask, bootstrap, masked, offsets=offsets.to(width))
         for n, length in enumerate(lengths):
             piece = slice(int(offsets[n]), int(offsets[n + 1]))
             row = [x[None, piece].clone() for x in (rewards, values, mask)]

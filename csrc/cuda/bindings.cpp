@@ -16,14 +16,15 @@ T* pointer(uintptr_t address) {
 }
 
 void gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
-         uintptr_t offsets, int64_t rows, int64_t time, int64_t stride_rewards, int64_t stride_values,
-         int64_t stride_mask, double gamma, double lam, int holes, uintptr_t advantages, uintptr_t returns,
-         uintptr_t stream) {
+         uintptr_t offsets, int offset_bytes, int64_t rows, int64_t time, int64_t stride_rewards,
+         int64_t stride_values, int64_t stride_mask, double gamma, double lam, int holes,
+         uintptr_t advantages, uintptr_t returns, uintptr_t stream) {
   const rk::cuda::Gae args = {pointer<void>(rewards),
                               pointer<void>(values),
                               pointer<uint8_t>(mask),
                               pointer<float>(bootstrap),
-                              pointer<int32_t>(offsets),
+                              pointer<void>(offsets),
+                              offset_bytes,
                               pointer<float>(advantages),
                               pointer<float>(returns),
                               stride_rewards,

@@ -78,8 +78,12 @@ struct Sequence {
   bool aligned_rewards, aligned_values, aligned_mask, aligned_outputs;
 };
 
-__device__ inline int64_t clamp_offset(int64_t offset, int64_t low, int64_t high) {
-  return offset < low ? low : offset > high ? high : offset;
+// Start of packed sequence `row`, within [low, total]: nobody on the host has looked at the offsets, and
+// wrong ones must not lead outside.
+__device__ inline int64_t offset_of(const Gae& args, int64_t row, int64_t low) {
+  const int64_t offset = args.offset_bytes == 4 ? static_cast<const int32_t*>(args.offsets)[row]
+                                                : static_cast<const int64_t*>(args.offsets)[row];
+  return offset < low ? low : offset > args.time ? args.time : offset;
 }
 
 template <class T, bool kMasked>
@@ -88,9 +92,9 @@ __device__ Sequence<T> sequence_of(const Gae& args, int64_t row) {
   int64_t in_rewards = row * args.stride_rewards, in_values = row * args.stride_values;
   int64_t in_mask = row * args.stride_mask, out = row * args.time;
   s.time = args.time;
-  if (args.offsets) {  // offsets that are wrong must not lead outside: nobody on the host has looked at them
-    const int64_t begin = clamp_offset(args.offsets[row], 0, args.time);
-    s.time = clamp_offset(args.offsets[row + 1], begin, args.time) - begin;
+  if (args.offsets) {
+    const int64_t begin = offset_of(args, row, 0);
+    s.time = offset_of(args, row + 1, begin) - begin;
     in_rewards = in_values = in_mask = out = begin;
   }
   s.rewards = static_cast<const T*>(args.rewards) + in_rewards;
@@ -163,8 +167,8 @@ __device__ inline Affine warp_suffix(Affine map, int lane) {
 // memory.
 template <int kThreads>
 __device__ void fill_uncovered(const Gae& args, int64_t row) {
-  const int64_t first = row == 0 ? clamp_offset(args.offsets[0], 0, args.time) : 0;
-  const int64_t last = row == args.rows - 1 ? clamp_offset(args.offsets[args.rows], 0, args.time) : args.time;
+  const int64_t first = row == 0 ? offset_of(args, 0, 0) : 0;
+  const int64_t last = row == args.rows - 1 ? offset_of(args, args.rows, 0) : args.time;
   for (int64_t t = threadIdx.x; t < first; t += kThreads) args.advantages[t] = args.returns[t] = NAN;
   for (int64_t t = last + threadIdx.x; t < args.time; t += kThreads)
     args.advantages[t] = args.returns[t] = NAN;

@@ -14,7 +14,8 @@ struct Gae {
   const void* values;      // the same
   const uint8_t* mask;     // the same, null = every position counts
   const float* bootstrap;  // [B], null = 0
-  const int32_t* offsets;  // [B + 1] starts of packed sequences, null = padded rows
+  const void* offsets;     // [B + 1] starts of packed sequences, null = padded rows
+  int offset_bytes;        // 4 or 8
   float* advantages;       // [B, T] contiguous; packed: [total]
   float* returns;          // the same
   int64_t stride_rewards;

@@ -28,7 +28,7 @@ void run_holes(const Gae& args, int holes, unsigned first) {
 }  // namespace
 
 extern "C" void gae(const void* rewards, const void* values, int dtype, const uint8_t* mask,
-                    const float* bootstrap, const int32_t* offsets, int64_t rows, int64_t time,
+                    const float* bootstrap, const void* offsets, int offset_bytes, int64_t rows, int64_t time,
                     int64_t stride_rewards, int64_t stride_values, int64_t stride_mask, double gamma,
                     double lam, int holes, float* advantages, float* returns, unsigned first_thread) {
   const Gae args = {rewards,
@@ -36,6 +36,7 @@ extern "C" void gae(const void* rewards, const void* values, int dtype, const ui
                     mask,
                     bootstrap,
                     offsets,
+                    offset_bytes,
                     advantages,
                     returns,
                     stride_rewards,

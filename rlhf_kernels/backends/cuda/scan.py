@@ -30,6 +30,26 @@ def gae(
     return _launch(rewards, values, mask, bootstrap, None, batch, time, strides, gamma, lam, masked)
 
 
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lam: float,
+    masked: int,
+) -> tuple[Tensor, Tensor]:
+    """rewards, values, mask [total], bootstrap [S] fp32, cu_seqlens [S + 1] -> advantages, returns [total] fp32.
+
+    Offsets are clamped to [0, total]; what wrong ones leave out at either end is NaN.
+    """
+    total, sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    return _launch(rewards, values, mask, bootstrap, cu_seqlens, sequences, total, (0, 0, 0), gamma, lam, masked)
+
+
 def _launch(
     rewards: Tensor,
     values: Tensor,
@@ -52,7 +72,7 @@ def _launch(
         _cuda.gae(
             *(rewards.data_ptr(), values.data_ptr(), _DTYPES[rewards.dtype]),
             *(_address(mask), _address(bootstrap), _address(offsets)),
-            *(rows, time, *strides, gamma, lam, masked),
+            *(0 if offsets is None else offsets.element_size(), rows, time, *strides, gamma, lam, masked),
             *(advantages.data_ptr(), returns.data_ptr(), torch.cuda.current_stream().cuda_stream),
         )
     return advantages, returns
