@@ -53,12 +53,6 @@ def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -
     A completion's value is its place in the labeller's ranking, or its score where scores were given. None if nobody
     overlaps or all values are equal. 1 is perfect agreement, 0 that of chance.
     """
-    try:
-        import krippendorff
-    except ImportError:
-        raise UserError(
-            "Krippendorff's alpha needs `pip install krippendorff`, part of rlhf-kernels[trainer]"
-        ) from None
     units: list[list[float]] = []
     for record in records:
         kept = [ranking for ranking in record.rankings if ranking.labeller not in without]
@@ -75,6 +69,12 @@ def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -
     domain, codes = np.unique([value for unit in units for value in unit], return_inverse=True)
     if len(domain) < 2:
         return None
+    try:
+        import krippendorff
+    except ImportError:
+        raise UserError(
+            "Krippendorff's alpha needs `pip install krippendorff`, part of rlhf-kernels[trainer]"
+        ) from None
     counts = np.zeros((len(units), len(domain)))
     np.add.at(counts, (np.repeat(np.arange(len(units)), [len(unit) for unit in units]), codes), 1)
     return float(krippendorff.alpha(value_counts=counts, value_domain=domain, level_of_measurement="ordinal"))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rlhf_trainer.data import text_field
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.formats import NAMES, Format, Item, Options, Record, plain_name, turn
 from rlhf_trainer.rankings import Rank, Ranked, Ranking
@@ -58,12 +59,24 @@ def _split(fields: Record, named: Sequence[str], where: str, options: Options) -
         asked = {_field_named(value, rest) for value in named}
         if named and None not in asked and len(asked) > 1:
             rest = [key for key in rest if key in asked]
+        elif len(rest) > 2:
+            rest = _numbered(rest)
     one_list = len(rest) == 1 and isinstance(fields[rest[0]], list)
     completions = _items(fields[rest[0]], where) if one_list else {key: fields[key] for key in rest}
     if len(completions) < 2:
         only = ", ".join(completions) or "none"
         raise UserError(f"{where}: fewer than two completions ({only}); --columns completions=A,B names them")
     return fields[prompt], completions
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Those that differ in a last number or letter only (answer1, answer2), if there is one such group; else all."""
+    stems = [re.fullmatch(r"(.+?)(?:[-_ ]?[0-9]+|[-_ ][A-Za-z])", name) for name in names]
+    groups: dict[str, list[str]] = {}
+    for name, stem in zip(names, stems, strict=True):
+        groups.setdefault(stem[1] if stem else "", []).append(name)
+    several = [group for stem, group in groups.items() if stem and len(group) > 1]
+    return several[0] if len(several) == 1 else list(names)
 
 
 def _items(items: list[Any], where: str) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def _ranked(
     prompt: Any, completions: Mapping[str, Any], rankings: Iterable[Ranking], where: str, line: int, options: Options
 ) -> Iterator[Item]:
     """One Ranked with its texts written out, if anyone ranked it; the same labeller's last ranking counts."""
-    own = {ranking.labeller: ranking for ranking in rankings}
+    own = {text_field({"labeller": r.labeller}, "labeller", where): r for r in rankings}
     turns = [turn(prompt, completion, where, options) for completion in completions.values()]
     yield Ranked(turns[0][0], tuple(text for _, text in turns), tuple(own.values()), line=line)
 

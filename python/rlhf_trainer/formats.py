@@ -218,7 +218,7 @@ def _score(record: Record, where: str, line: int, options: Options) -> Iterable[
     if prompt is None and isinstance(record["completion"], str):
         raise UserError(f"{where}: no column 'prompt'; the columns are {', '.join(record)}")
     prompt, completion = turn(prompt, record["completion"], where, options)
-    labeller = str(record.get("labeller", "unnamed"))
+    labeller = text_field({"labeller": str(record.get("labeller", "unnamed"))}, "labeller", where)
     yield Score(prompt, completion, labeller, score_value(record["score"], where), line)
 
 

@@ -128,9 +128,16 @@ def clean(records: Iterable[Ranked], findings: Findings) -> Iterator[Ranked]:
             findings.note("empty completion, dropped", record.line)
             record = _subset(record, kept)
         if len(set(record.completions)) < len(record.completions):
-            findings.note("the same completion twice, not compared", record.line)
-        if len(record.completions) >= 2:
-            yield record
+            findings.mention("the same completion twice, not compared", record.line)
+            if any(
+                len(set(zip(record.completions, r.ranks, strict=True))) > len(set(record.completions))
+                for r in record.rankings
+            ):
+                findings.note("different ranks for the same completion", record.line)
+        if len(set(record.completions)) < 2:
+            findings.mention("one completion, nothing to compare", record.line)
+            continue
+        yield record
 
 
 def _subset(record: Ranked, indices: Sequence[int]) -> Ranked:

@@ -64,7 +64,10 @@ def read_preferences(
     ranked += [(record, scores[0][1]) for record in ranked_by_prompt(scores)]
     found.ranked = merge((record, findings) for one, findings in ranked for record in clean([one], findings))
     if not found.pairs and not found.ranked:
-        raise UserError(f"{', '.join(paths)}: no preference in it")
+        oddities = [
+            findings.summary(count, "records") for findings, count in zip(found.findings, found.records, strict=True)
+        ]
+        raise UserError(f"no preference in {'; '.join(oddities)}")
     return found
 
 
@@ -81,10 +84,18 @@ def _items(
         items = list(_parse(kind, record, f"{name}:{line}", line, options))
         if not items:
             findings.mention("not labelled yet, skipped", line)
+        if any(isinstance(item, Pair) and _repeats_prompt(item) for item in items):
+            findings.mention("both answers begin with the prompt (twice there?)", line)
         count += 1
         yield from items
     found.formats.append(kind.name)
     found.records.append(count)
+
+
+def _repeats_prompt(pair: Pair) -> bool:
+    """Whether the prompt stands again in both answers, as in data sets whose answers are whole conversations."""
+    prompt = pair.prompt.strip()
+    return len(prompt) > 8 and all(side.lstrip().startswith(prompt) for side in (pair.chosen, pair.rejected))
 
 
 def _parse(kind: Format, record: Record, where: str, line: int, options: Options) -> Iterable[Item]:
@@ -135,6 +146,8 @@ def _json_array(path: str) -> Iterator[tuple[int, Record]]:
         line += text.count("\n", counted, place)
         counted = place
         if text[place : place + 1] == "]":
+            if text[place + 1 :].strip():
+                raise UserError(f"{path}:{line}: not JSON: there is more after the end of the array")
             return
         try:
             record, place = decoder.raw_decode(text, place)

@@ -283,11 +283,13 @@ def test_label_studio_open_cancelled_and_unclear(tmp_path):
     found = read_preferences([write(tmp_path / "l.json", open_task, cancelled, done, array=True)])
     assert [ranking.labeller for record, _ in found.ranked for ranking in record.rankings] == ["7"]
     assert found.findings[0]["not labelled yet, skipped"] == 2
-    data = {"prompt": "p", "source": "web", "answer1": "a", "answer2": "b"}
+    data = {"prompt": "p", "meta:id": "z", "answer1": "a", "answer2": "b"}
+    assert read(write(tmp_path / "l.json", studio(result, data), array=True))[2][0].completions == ("a", "b")
+    data = {"prompt": "p", "source": "web", "answer": "a", "other": "b"}
     path = write(tmp_path / "l.json", studio(result, data), array=True)
     with pytest.raises(UserError, match=r"l\.json:2: .*--columns completions=A,B"):
         read(path)
-    options = Options(columns={"completions": "answer1,answer2"})
+    options = Options(columns={"completions": "answer,other"})
     assert read(path, options=options)[2][0].completions == ("a", "b")
 
 
@@ -359,6 +361,7 @@ def test_a_name_goes_to_the_datasets_library(monkeypatch):
         ("[1]", "f.json:1: expected a JSON object, got int"),
         ("[", "f.json:1: not JSON"),
         ("[]", "f.json: no record in it"),
+        ('[{"prompt": "p", "chosen": "a", "rejected": "b"}\n] x', "f.json:2: not JSON: there is more after"),
         ("{]", "f.json:1: not JSON"),
         ('{"chosen": "x", "rejected": "y"}', "f.json:1: no field 'prompt', and 'chosen' and 'rejected' share"),
         ('{"prompt": "p", "completion": "a", "label": "maybe"}', "f.json:1: 'maybe' is neither a number nor a thumb"),
@@ -385,8 +388,32 @@ def test_odd_rankings_are_counted_or_an_error(tmp_path):
         "empty completion, dropped": [2, 4],
         "the same completion twice, not compared": [2],
         "empty prompt": [3],
+        "one completion, nothing to compare": [4],
     }
     assert [record.completions for record, _ in found.ranked] == [("a", "b"), ("a", "a", "b"), ("a", "b")]
     assert found.ranked[1][0].rankings == (Ranking("x", (1, 1, 3)),)
     with pytest.raises(UserError, match=r"r\.jsonl:2: empty completion, dropped \(an error because of --strict\)"):
         read_preferences([path], strict=True)
+
+
+def test_repeated_completions_are_an_oddity_only_if_ranked_apart(tmp_path):
+    same = {**RANKED, "completions": ["a", "a", "b"], "rankings": [{"labeller": "x", "ranks": [1, 1, 2]}]}
+    path = write(tmp_path / "r.jsonl", same)
+    found = read_preferences([path], strict=True)
+    assert found.findings[0].lines == {"the same completion twice, not compared": [1]}
+    apart = {**same, "rankings": [{"labeller": "x", "ranks": [1, 2, 2]}]}
+    with pytest.raises(UserError, match=r"r\.jsonl:1: different ranks for the same completion \(an error"):
+        read_preferences([write(tmp_path / "r.jsonl", apart)], strict=True)
+
+
+def test_nothing_to_compare_says_why(tmp_path):
+    path = write(tmp_path / "k.jsonl", *({"prompt": f"p{i}", "completion": "a", "label": True} for i in range(2)))
+    with pytest.raises(UserError, match=r"no preference in .*: 2 records; 2 x one completion, nothing to compare"):
+        read(path)
+
+
+def test_a_prompt_that_stands_in_the_answers_too_is_mentioned(tmp_path):
+    record = {"prompt": "What is red?", "chosen": "What is red? A cherry.", "rejected": "What is red? A sky."}
+    found = read_preferences([write(tmp_path / "p.jsonl", record, {**record, "chosen": "A cherry."})], strict=True)
+    assert found.findings[0].lines == {"both answers begin with the prompt (twice there?)": [1]}
+    assert len(found.pairs) == 2
