@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.info import info
+from rlhf_kernels.ops.full_kl import full_kl
 from rlhf_kernels.ops.linear import linear_logprobs
 from rlhf_kernels.ops.linear_losses import linear_cross_entropy, linear_dpo_loss, linear_policy_loss
 from rlhf_kernels.ops.logits import selected_logprobs
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # run from a source tree that nobody installed
 
 __all__ = [
     "dpo_loss",
+    "full_kl",
     "gae",
     "group_advantages",
     "info",

@@ -64,6 +64,7 @@ BACKENDS = (
         "the native module was not built: reinstall with a C++17 compiler and without RLHF_KERNELS_NO_NATIVE",
         frozenset(
             {
+                "full_kl",
                 "gae",
                 "gae_packed",
                 "linear_logprobs",

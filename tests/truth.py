@@ -51,18 +51,27 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(x, info.eps), exponent - 1)
 
 
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V], temperature [N] -> d and log_s, log p = d - log_s, and the divisor; float64.
+
+    NaN in rows that are no distribution.
+    """
+    x = logits.detach().double().cpu()
+    spoilt = x.isnan().any(-1) | (x == math.inf).any(-1) | (x == NEG_INF).all(-1)
+    x = x.masked_fill(spoilt.unsqueeze(-1), math.nan)
+    divisor = torch.as_tensor(temperature, dtype=torch.float64).cpu().expand(x.shape[:-1]).unsqueeze(-1)
+    top, place = x.max(-1, keepdim=True)
+    d = (x - top) / divisor
+    # log1p over all but the largest: beside 1, float64 too would lose a rest of 1e-17.
+    return d, d.exp().scatter(-1, place, 0.0).sum(-1, keepdim=True).log1p(), divisor
+
+
 def selected_logprobs(
     logits: Tensor, labels: Tensor, temperature: float | Tensor, grad_logprobs: Tensor, grad_entropy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [N, V], the rest [N] -> logprobs, entropy [N], and their gradient [N, V] for the given upstream ones."""
-    x = logits.detach().double().cpu()
-    spoilt = x.isnan().any(-1) | (x == math.inf).any(-1) | (x == NEG_INF).all(-1)
-    x = x.masked_fill(spoilt.unsqueeze(-1), math.nan)
-    divisor = torch.as_tensor(temperature, dtype=torch.float64).cpu().expand(labels.shape).unsqueeze(-1)
-    top, place = x.max(-1, keepdim=True)
-    d = (x - top) / divisor
-    # log1p over all but the largest: beside 1, float64 too would lose a rest of 1e-17.
-    log_p = d - d.exp().scatter(-1, place, 0.0).sum(-1, keepdim=True).log1p()
+    d, log_s, divisor = _log_softmax(logits, temperature)
+    log_p = d - log_s
     p = log_p.exp()
     logprobs = log_p.gather(-1, labels.cpu().long().unsqueeze(-1)).squeeze(-1)
     surprise = torch.where(p == 0, 0.0, p * log_p)
@@ -105,6 +114,73 @@ def plain_logprobs_errors(
             outputs = formulation(leaf.float() / divisor, labels.long().unsqueeze(-1))
             (grad,) = torch.autograd.grad(outputs, leaf, upstream)
             found = [max_error(*pair) for pair in zip((*outputs, grad), exact, strict=True)]
+            errors[i] = torch.maximum(errors[i], torch.tensor(found, dtype=torch.float64))
+    return errors.amin(0).tolist()
+
+
+def full_kl(
+    logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, direction: str, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """logits, ref_logits [N, V], the rest [N] -> divergence [N] and its gradient [N, V] for the given upstream one.
+
+    An infinite reverse KL has no gradient: NaN.
+    """
+    (d, log_s, divisor), (d_ref, log_s_ref, _) = (_log_softmax(x, temperature) for x in (logits, ref_logits))
+    spoilt = (log_s + log_s_ref).isnan().squeeze(-1)
+    log_p, log_q = d - log_s, d_ref - log_s_ref
+    p, q = log_p.exp(), log_q.exp()
+    if direction == "jsd":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        half = (d - d_ref - (log_s - log_s_ref)) / 2  # log(p / m) = h - log cosh h, whose series keeps what is tiny
+        log_cosh = half**2 / 2 - half**4 / 12
+        close = half.abs() < 1e-4
+        log_p_m = torch.where(p == 0, 0.0, torch.where(close, half - log_cosh, log_p - log_m))
+        log_q_m = torch.where(q == 0, 0.0, torch.where(close, -half - log_cosh, log_q - log_m))
+        of_p = (p * log_p_m).sum(-1, keepdim=True)
+        kl = 0.5 * (of_p.squeeze(-1) + (q * log_q_m).sum(-1))
+        by_logits = 0.5 * p * (log_p_m - of_p)
+    else:
+        # d's apart from log_s's: logits of 1e-40 would be lost beside them.
+        sign, first = (1, p) if direction == "reverse" else (-1, q)
+        impossible = (d if direction == "reverse" else d_ref) == NEG_INF
+        log_ratio = torch.where(impossible, 0.0, sign * (d - d_ref - (log_s - log_s_ref)))
+        # Infinite also where float64 rounds the first one's chance to 0.
+        terms = torch.where(log_ratio == math.inf, math.inf, first * log_ratio)
+        kl = terms.sum(-1)
+        by_logits = p - q
+        if direction == "reverse":
+            by_logits = p * (log_ratio - kl.unsqueeze(-1))
+            by_logits = torch.where(kl.isinf().unsqueeze(-1), math.nan, by_logits)
+    by_logits = torch.where(spoilt.unsqueeze(-1), math.nan, by_logits)
+    return torch.where(spoilt, math.nan, kl), grad.detach().double().cpu().unsqueeze(-1) * by_logits / divisor
+
+
+def _plain_kl(log_p: Tensor, log_q: Tensor, direction: str) -> Tensor:
+    if direction == "forward":
+        return _plain_kl(log_q, log_p, "reverse")
+    p, q = log_p.exp(), log_q.exp()
+    if direction == "reverse":
+        return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+    log_p, log_q = log_p.clamp(min=-1e4), log_q.clamp(min=-1e4)  # -inf on both sides would have the gradient NaN
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1)
+
+
+def plain_kl_errors(
+    logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, direction: str, grad: Tensor
+) -> list[float]:
+    """Errors of the divergence and of its gradient, as plain_logprobs_errors finds them."""
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    errors = torch.zeros(2, 2, dtype=torch.float64)
+    draws = 24 if logits.numel() < 2_000 else 5 if logits.numel() < 100_000 else 1
+    for step in range(draws):
+        x, y = ((row.detach() * (1 - step / 64)).to(row.dtype) for row in (logits, ref_logits))
+        exact = full_kl(x, y, temperature, direction, grad)
+        for i, normalise in enumerate((lambda z: z.log_softmax(-1), lambda z: z - z.logsumexp(-1, keepdim=True))):
+            leaf = x.clone().requires_grad_()
+            kl = _plain_kl(normalise(leaf.float() / divisor), normalise(y.float() / divisor), direction)
+            (by_logits,) = torch.autograd.grad(kl, leaf, grad)
+            found = [max_error(*pair) for pair in zip((kl, by_logits), exact, strict=True)]
             errors[i] = torch.maximum(errors[i], torch.tensor(found, dtype=torch.float64))
     return errors.amin(0).tolist()
 

@@ -1,12 +1,15 @@
 // Every kernel there is, and the table of one ISA's copies of them.
 #pragma once
 
+#include "full_kl.h"
 #include "logits.h"
 #include "scan.h"
 #include "tokens.h"
 
 // X(kernel, arguments): a kernel is one line here, a definition in its family's .cpp, a function in bind/.
 #define RK_KERNELS(X)                \
+  X(full_kl_fwd, FullKlFwd)          \
+  X(full_kl_bwd, FullKlBwd)          \
   X(logprobs_fwd, LogprobsFwd)       \
   X(logprobs_bwd, LogprobsBwd)       \
   X(gae, Gae)                        \

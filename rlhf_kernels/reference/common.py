@@ -62,6 +62,14 @@ def row_sum(x: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
+def spread(x: Tensor, size: int) -> Tensor:
+    """[...] -> [..., size], each element `size` times, by doubling: so that its gradient's sum is as row_sum's."""
+    x = x.unsqueeze(-1)
+    while x.shape[-1] < size:
+        x = torch.cat([x, x[..., : size - x.shape[-1]]], dim=-1)
+    return x
+
+
 def select(mask: Tensor | None, x: Tensor, other: float = 0.0) -> Tensor:
     """`x` where counted, `other` elsewhere. Selects, never multiplies: NaN at a masked place stays out."""
     return x if mask is None else torch.where(mask, x, other)

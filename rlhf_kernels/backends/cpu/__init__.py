@@ -1,6 +1,7 @@
 """The native CPU kernels (csrc/cpu): allocates outputs and passes addresses, sizes and strides."""
 
 from rlhf_kernels import _native
+from rlhf_kernels.backends.cpu.full_kl import full_kl_bwd, full_kl_fwd
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.cpu.scan import gae, gae_packed
 from rlhf_kernels.backends.cpu.tokens import (
@@ -14,6 +15,8 @@ from rlhf_kernels.backends.cpu.tokens import (
 
 __all__ = [
     "describe",
+    "full_kl_bwd",
+    "full_kl_fwd",
     "gae",
     "gae_packed",
     "per_token_kl_bwd",
