@@ -34,6 +34,7 @@ BACKENDS = (
         "triton is not installed: pip install triton",
         frozenset(
             {
+                "full_kl",
                 "gae",
                 "gae_packed",
                 "linear_logprobs",

@@ -67,12 +67,11 @@ def place(i, columns, stride, STRIDED: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
-    """Fold a block of logits into the running softmax of its row.
+def softmax_fold(x, m, s, scale):
+    """Fold a block of logits into m and s of its row, as online_softmax_step has them.
 
-    x: [BLOCK] fp32, -inf in padded columns. m: scalar, maximum so far, -inf before the first block.
-    s: [BLOCK], lane sums of e = exp((x - m) / T). w: [BLOCK], lane sums of e * (x - m). scale: log2(e) / T.
-    Lanes are summed once, after the last block. NaN reaches s, although the maximum may drop it.
+    Returns also the block's d = x - m and e = exp(d / T) at the new maximum, and for sums over earlier blocks how far
+    the maximum rose (negative or -inf) and the factor that brings e to the new one.
     """
     m_new = tl.maximum(m, tl.max(x, 0))
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf minus -inf is NaN
@@ -80,10 +79,22 @@ def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
     e = tl.exp2(d * scale)
     shift = m - pivot
     rescale = tl.exp2(shift * scale)
+    return m_new, s * rescale + e, d, e, shift, rescale
+
+
+@triton.jit
+def online_softmax_step(x, m, s, w, scale, WITH_ENTROPY: tl.constexpr):
+    """Fold a block of logits into the running softmax of its row.
+
+    x: [BLOCK] fp32, -inf in padded columns. m: scalar, maximum so far, -inf before the first block.
+    s: [BLOCK], lane sums of e = exp((x - m) / T). w: [BLOCK], lane sums of e * (x - m). scale: log2(e) / T.
+    Lanes are summed once, after the last block. NaN reaches s, although the maximum may drop it.
+    """
+    m_new, s_new, d, e, shift, rescale = softmax_fold(x, m, s, scale)
     if WITH_ENTROPY:
         # Select, because weight 0 times distance -inf is NaN: at x = -inf, and where m was -inf.
         w = tl.where(rescale == 0.0, 0.0, rescale * (w + s * shift)) + tl.where(e == 0.0, 0.0, e * d)
-    return m_new, s * rescale + e, w
+    return m_new, s_new, w
 
 
 @triton.jit
