@@ -44,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("advise_huge_pages", &advise_huge_pages, rk::NoGil());
   rk::bind_full_kl(m);
   rk::bind_logits(m);
+  rk::bind_losses(m);
   rk::bind_scan(m);
   rk::bind_tokens(m);
 }

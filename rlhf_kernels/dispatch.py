@@ -71,8 +71,10 @@ BACKENDS = (
                 "linear_logprobs",
                 "linear_policy_loss",
                 "per_token_kl",
+                "policy_loss",
                 "selected_logprobs",
                 "shaped_rewards",
+                "value_loss",
                 "whiten",
             }
         ),

@@ -3,6 +3,7 @@
 
 #include "full_kl.h"
 #include "logits.h"
+#include "losses.h"
 #include "scan.h"
 #include "tokens.h"
 
@@ -12,6 +13,8 @@
   X(full_kl_bwd, FullKlBwd)          \
   X(logprobs_fwd, LogprobsFwd)       \
   X(logprobs_bwd, LogprobsBwd)       \
+  X(policy_loss, PolicyLoss)         \
+  X(value_loss, ValueLoss)           \
   X(gae, Gae)                        \
   X(per_token_kl_fwd, PerTokenKlFwd) \
   X(per_token_kl_bwd, PerTokenKlBwd) \

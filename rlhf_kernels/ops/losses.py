@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
+from rlhf_kernels.ops.registration import register
 from rlhf_kernels.reference import losses as reference
 
 Aggregate = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
+POLICY_STATS = ("approx_kl", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean", "ratio_max")
+VALUE_STATS = ("clip_fraction", "explained_variance")
 AGGREGATES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
 
@@ -68,11 +74,21 @@ def policy_loss(
         validate.number(op, "dual_clip", dual_clip, above=1)
     validate.choice(op, "ratio", ratio, ("token", "sequence"))
     check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
-    dispatch.kernel(op, logprobs)
-    return reference.policy_loss(
-        *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
-        *(dual_clip, ratio, importance_weights, aggregate, denominator),
+    inputs = logprobs, old_logprobs, advantages, importance_weights
+    if dispatch.kernel(op, _widest(inputs)) is None:
+        return reference.policy_loss(
+            *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
+            *(dual_clip, ratio, importance_weights, aggregate, denominator),
+        )
+    scalars = 1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip
+    loss, stats, _ = _policy_loss_op(
+        *map(_rows, (logprobs, old_logprobs, advantages, mask, importance_weights)),
+        *_scalars(*scalars, aggregate=aggregate, denominator=denominator, batch=logprobs),
+        ratio == "sequence",
+        aggregate == "seq-mean-token-mean",
+        logprobs.requires_grad and torch.is_grad_enabled(),
     )
+    return loss, dict(zip(POLICY_STATS, stats.unbind(), strict=False))
 
 
 def value_loss(
@@ -116,8 +132,15 @@ def value_loss(
     validate.like(op, "returns", returns, "values", values)
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
     check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
-    dispatch.kernel(op, values)
-    return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
+    if dispatch.kernel(op, _widest((values, old_values, returns))) is None:
+        return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
+    loss, stats, _ = _value_loss_op(
+        *map(_rows, (values, old_values, returns, mask)),
+        *_scalars(math.inf if clip is None else clip, aggregate=aggregate, denominator=denominator, batch=values),
+        aggregate == "seq-mean-token-mean",
+        values.requires_grad and torch.is_grad_enabled(),
+    )
+    return loss, dict(zip(VALUE_STATS, stats.unbind(), strict=False))
 
 
 def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, needs_sequences: bool) -> None:
@@ -132,3 +155,105 @@ def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, 
         validate.same_place(op, "denominator", denominator, "aggregate", (), x.device)
     elif denominator is not None:
         validate.number(op, "denominator", denominator, above=0)
+
+
+def _widest(tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """The one whose dtype decides: a float64 tensor if there is any, which kernels do not take, else the first."""
+    return next((x for x in tensors if x is not None and x.dtype == torch.float64), tensors[0])  # type: ignore[return-value]
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """[..., T] as [R, T]."""
+    if x is None or x.dim() == 2:
+        return x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def _scalars(
+    *values: float, aggregate: str, denominator: float | Tensor | None, batch: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """For a registered op: `values` and the denominator as float64 (NaN = count the tokens), and a denominator given
+    as a tensor, which may be on a GPU and then is not read here."""
+    known, given = math.nan, None
+    if isinstance(denominator, Tensor):
+        given = denominator
+    elif denominator is not None:
+        known = denominator
+    elif aggregate != "token-mean":
+        known = 1.0 if aggregate == "token-sum" else max(batch.shape[0], 1)
+    if torch.compiler.is_compiling():
+        return torch.stack([validate.runtime_scalar(value) for value in (*values, known)]), given
+    return torch.tensor((*values, known), dtype=torch.float64), given
+
+
+def _policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    scalars: Tensor,
+    denominator: Tensor | None,
+    sequence: bool,
+    row_means: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors [R, T], scalars: bounds of the ratio, dual_clip, denominator -> loss [], stats [7] (the last is the
+    denominator), gradient times the denominator [R, T] or [0]; float32."""
+    low, high, dual_clip, known = scalars.tolist()
+    return dispatch.load(dispatch.required("policy_loss", logprobs)).policy_loss(
+        *(logprobs, old_logprobs, advantages, mask, weights, low, high, dual_clip),
+        *(known if denominator is None else denominator, sequence, row_means, with_grad),
+    )
+
+
+def _value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    scalars: Tensor,
+    denominator: Tensor | None,
+    row_means: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As _policy_loss; scalars: clip, denominator; stats [3]."""
+    clip, known = scalars.tolist()
+    return dispatch.load(dispatch.required("value_loss", values)).value_loss(
+        *(values, old_values, returns, mask, clip),
+        *(known if denominator is None else denominator, row_means, with_grad),
+    )
+
+
+def _fake(stats: int, x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    new = x.new_empty
+    return (
+        new((), dtype=torch.float32),
+        new(stats, dtype=torch.float32),
+        new(x.shape if with_grad else (0,), dtype=torch.float32),
+    )
+
+
+class _Loss(torch.autograd.Function):
+    """loss's gradient is what the forward left, times upstream / denominator; double backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, stats, grad = op(x, *rest)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats, grad)
+        ctx.save_for_backward(grad, stats)
+        ctx.dtype = x.dtype
+        return loss, stats, grad
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[None, Tensor | None, None]:
+        if upstream is None:
+            return None, None, None
+        grad, stats = ctx.saved_tensors
+        return None, (grad * (upstream / stats[-1])).to(ctx.dtype), None
+
+
+_policy_loss_op = register(_policy_loss, lambda logprobs, *rest: _fake(7, logprobs, rest[-1]), _Loss)
+_value_loss_op = register(_value_loss, lambda values, *rest: _fake(3, values, rest[-1]), _Loss)

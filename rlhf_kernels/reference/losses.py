@@ -17,6 +17,8 @@ def aggregate(per_token: Tensor, mask: Tensor | None, mode: str, denominator: fl
         total = per_token.sum()
     if mode == "token-sum":
         return total
+    if isinstance(denominator, Tensor):
+        return total / denominator.detach()
     if denominator is None:
         denominator = count(mask, per_token).clamp(min=1) if mode == "token-mean" else max(per_token.shape[0], 1)
     return total / denominator
@@ -86,7 +88,8 @@ def value_loss(
     is_clipped = torch.zeros_like(value, dtype=torch.bool)
     if clip is not None and old_values is not None:
         old = select(mask, upcast(old_values.detach()))
-        squared_clipped = (old + clamp(value - old, -clip, clip) - target).square()
+        # Not old + clamp(value - old): that rounds where nothing is clipped, and one in ten would count as clipped.
+        squared_clipped = (torch.clamp(value, old - clip, old + clip) - target).square()
         is_clipped = squared_clipped > squared
         squared = torch.where(is_clipped, squared_clipped, squared)
     loss = aggregate(select(mask, 0.5 * squared), mask, mode, denominator)

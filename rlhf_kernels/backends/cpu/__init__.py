@@ -3,6 +3,7 @@
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.full_kl import full_kl_bwd, full_kl_fwd
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
+from rlhf_kernels.backends.cpu.losses import policy_loss, value_loss
 from rlhf_kernels.backends.cpu.scan import gae, gae_packed
 from rlhf_kernels.backends.cpu.tokens import (
     per_token_kl_bwd,
@@ -21,9 +22,11 @@ __all__ = [
     "gae_packed",
     "per_token_kl_bwd",
     "per_token_kl_fwd",
+    "policy_loss",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",
     "shaped_rewards",
+    "value_loss",
     "whiten_bwd",
     "whiten_fwd",
     "whiten_moments",

@@ -1,0 +1,52 @@
+// Arguments of policy_loss and value_loss. A unit of work is `tile` elements of one row; each leaves one row
+// of partial results, which bind/losses.cpp merges in order.
+#pragma once
+
+#include "types.h"
+
+namespace rk {
+
+// Rows of a [R, T] tensor whose last dimension is contiguous.
+struct Matrix {
+  const void* data;  // null = absent
+  Dtype dtype;
+  int64_t stride;
+};
+
+struct Tiles {
+  int64_t time;         // T
+  int64_t tile;         // elements of a unit, T where whole sequences matter
+  const uint8_t* mask;  // [R, T], null = everything counts
+  int64_t stride_mask;
+  float* grad;  // [R, T] contiguous, null = not asked for
+};
+
+// Over the counted elements of one unit.
+struct PolicyPartial {
+  double loss, count, kl, low, high, dual, ratio, ratio_max;
+};
+
+struct PolicyLoss {
+  Matrix logprobs, old_logprobs, advantages, weights;
+  Tiles tiles;
+  float low, high;  // bounds of the ratio
+  float dual_clip;  // infinite = no bound
+  bool sequence;    // one ratio for the whole row
+  bool row_means;   // each row's losses count divided by its length
+  PolicyPartial* partials;
+};
+
+// d = v - R.
+struct ValuePartial {
+  double loss, count, clipped, mean_return, m2_return, mean_d, m2_d;
+};
+
+struct ValueLoss {
+  Matrix values, old_values, returns;
+  Tiles tiles;
+  float clip;  // infinite where old_values is absent
+  bool row_means;
+  ValuePartial* partials;
+};
+
+}  // namespace rk
