@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -29,6 +30,7 @@ EXAMPLE = (
 POSITIONAL = "data"
 LIMIT = 1 << 20  # bytes of a form; a hundred ranks take a few thousand
 LOCAL = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("", "0.0.0.0")
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{'localhost' if self.host in LOCAL else self.host}:{self.server_port}/"
+        name = "localhost" if self.host in LOCAL else self.host
+        return f"http://{socket.gethostname() if name in EVERYWHERE else name}:{self.server_port}/"
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ class Config:
     fails: Literal["lose", "remove"] = option(
         "lose", 'completions marked "F": lose to every ranked one, or remove those that most labellers marked'
     )
+    without: list[str] = option([], "labellers whose rankings and scores are left out")
     strict: bool = option(
         False, "an empty prompt or completion, chosen equal to rejected, a duplicate or a contradiction is an error"
     )
@@ -90,11 +91,25 @@ def prepare(cfg: Config) -> Result:
     if cfg.format not in ("auto", *FORMATS):
         raise UserError(f"--format {cfg.format}: not one of auto, {', '.join(FORMATS)}")
     read = read_preferences(cfg.data, format=cfg.format, split=cfg.split, options=read_options(cfg), strict=cfg.strict)
+    kept = [(_leave_out(record, cfg.without), where) for record, where in read.ranked]
+    _check_names(cfg.without, read)
     votes = Votes()
-    voted = ((pair, where) for record, where in read.ranked for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
+    voted = ((pair, where) for record, where in kept for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
     pairs = check_pairs([*read.pairs, *voted])
-    ranked = [record for record, _ in read.ranked]
+    ranked = [record for record, _ in kept if record.rankings]
     return Result(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked)
+
+
+def _leave_out(record: Ranked, names: list[str]) -> Ranked:
+    return replace(record, rankings=tuple(ranking for ranking in record.rankings if ranking.labeller not in names))
+
+
+def _check_names(names: list[str], read: Preferences) -> None:
+    labellers = {ranking.labeller for record, _ in read.ranked for ranking in record.rankings}
+    unknown = next((name for name in names if name not in labellers), None)
+    if unknown is not None:
+        known = ", ".join(sorted(labellers)[:20]) or "none"
+        raise UserError(f"--without {unknown}: no such labeller; they are {known}")
 
 
 def pair_record(pair: Pair) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _parse(kind: Format, record: Record, where: str, line: int, options: Options
         return list(kind.parse(record, where, line, options))
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         # A record that is not built as its format says, in a place that no check names.
-        raise UserError(f"{where}: not a {kind.name} record: {type(error).__name__} {error}") from None
+        raise UserError(f"{where}: not built as format {kind.name} is: {type(error).__name__} {error}") from None
 
 
 def recognise(record: Record, where: str, options: Options) -> Format:

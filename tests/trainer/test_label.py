@@ -370,3 +370,10 @@ def test_a_store_for_the_same_tasks_twice(tmp_path):
     assert store.next_task("x") is None
     assert store.next_task("y") == 0
     store.close()
+
+
+def test_open_to_the_network_by_its_name(serve):
+    browser = serve(host="0.0.0.0")
+    browser.start("x")
+    assert browser.request("GET", "/", Host="lab.example:1")[0].status == 200
+    assert browser.request("GET", "/", Host="lab.example:1", Origin="http://evil.example")[0].status == 403

@@ -370,7 +370,7 @@ def test_a_name_goes_to_the_datasets_library(monkeypatch):
         ('{"prompt": "p", "completions": ["a", "b"], "scores": [1]}', "f.json:1: 1 scores for 2 completions"),
         ('{"data": {"prompt": "p"}, "annotations": [{"result": [1]}]}', "f.json:1: fewer than two completions"),
         ('{"data": {"prompt": "p", "a": "x", "b": "y"}, "annotations": [{"result": [1]}]}',
-         "f.json:1: not a labelstudio record: AttributeError"),
+         "f.json:1: not built as format labelstudio is: AttributeError"),
     ],
 )  # fmt: skip
 def test_malformed_files_name_the_line(tmp_path, text, reason):

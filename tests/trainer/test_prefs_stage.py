@@ -52,6 +52,19 @@ def test_options_of_the_vote(tmp_path):
     ]
 
 
+def test_labellers_can_be_left_out(tmp_path, capsys):
+    path = rankings(tmp_path / "r.jsonl")
+    assert main(["prefs", path, "--without", "eve", "--output", str(tmp_path / "p.jsonl")]) == 0
+    assert "eve" not in capsys.readouterr().out
+    pairs, _ = read_pairs(tmp_path / "p.jsonl")
+    # ann and bob differ on b and c only; with eve there was a majority
+    assert pairs[:5] == [Pair("p0", *sides) for sides in ("ab", "ac", "ad", "bd", "cd")]
+    assert main(["prefs", path, "--without", "Eve", "--check"]) == 2
+    assert "--without Eve: no such labeller; they are ann, bob, eve" in capsys.readouterr().err
+    assert main(["prefs", path, "--without", "ann", "bob", "eve", "--check"]) == 2
+    assert "no pair came of it" in capsys.readouterr().err
+
+
 def test_check_shows_three_examples_and_writes_nothing(tmp_path, capsys):
     path = rankings(tmp_path / "r.jsonl")
     before = set(tmp_path.iterdir())
