@@ -20,18 +20,11 @@ constexpr float kExponentLimit = 20.0f;
 typedef double vd __attribute__((vector_size(2 * kBytes)));
 typedef uint8_t vb_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-// x[i] + x[i ^ half], then the same for half of half.
-template <int kHalf, class V, size_t... I>
-inline auto sum_lanes(V x, std::index_sequence<I...> lanes) {
-  x += RK_SHUFFLE(x, x, int(I ^ kHalf)...);
-  if constexpr (kHalf == 1)
-    return x[0];
-  else
-    return sum_lanes<kHalf / 2>(x, lanes);
+inline int sum_lanes(vi x) {
+  int sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
 }
-
-inline float sum_lanes(vf x) { return sum_lanes<kLanes / 2>(x, std::make_index_sequence<kLanes>()); }
-inline int sum_lanes(vi x) { return sum_lanes<kLanes / 2>(x, std::make_index_sequence<kLanes>()); }
 
 inline double sum_lanes(vd x) {
   double sum = 0;
