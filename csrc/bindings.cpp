@@ -43,6 +43,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &rk::set_isa);
   m.def("advise_huge_pages", &advise_huge_pages, rk::NoGil());
   rk::bind_full_kl(m);
+  rk::bind_linear(m);
   rk::bind_logits(m);
   rk::bind_losses(m);
   rk::bind_scan(m);

@@ -22,7 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from rlhf_kernels.backends.triton import gae, gae_packed, selected_logprobs_bwd, selected_logprobs_fwd
+from rlhf_kernels.backends.triton import (
+    gae,
+    gae_packed,
+    linear_fold,
+    linear_gradient,
+    selected_logprobs_bwd,
+    selected_logprobs_fwd,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,6 +70,15 @@ def launch_logits(outer: int, inner: int, V: int, dtype: torch.dtype, full: bool
     selected_logprobs_bwd(*grads, x, labels, mask, temperature, row_temperature, *saved, False)
 
 
+def launch_linear(rows: int, width: int, dtype: torch.dtype, full: bool, scalar: float = 0.7, first: int = 8) -> None:
+    """Both epilogues of a tile; `full` turns on bias, softcap, temperature per row, entropy and 64-bit labels."""
+    tile, labels = _empty(rows, width, dtype=dtype), _empty(rows, dtype=torch.int64 if full else torch.int32)
+    bias, row_temperature = (_empty(width), _empty(rows)) if full else (None, None)
+    head = (tile, first, bias, 30.0 if full else 0.0, scalar, labels, scalar, row_temperature)
+    linear_fold(*head, _empty(rows, 4, dtype=torch.float64), full)
+    linear_gradient(*head, _empty(rows, 4))
+
+
 def launch_gae(B: int, T: int, dtype: torch.dtype, full: bool, masked: int = 0, gamma: float = 0.9) -> None:
     x = _empty(B, T, dtype=dtype)
     mask, bootstrap = (_empty(B, T, dtype=torch.bool), _empty(B)) if full else (None, None)
@@ -82,6 +98,9 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(launch_logits, 4, 8, V, dtype, full)
     for V in (1, 1000):
         yield f"V={V} float32 all options", partial(launch_logits, 4, 8, V, torch.float32, True)
+    for width, dtype, full in itertools.product((8192, 1105), dtypes, (False, True)):
+        name = f"tile of {width} {str(dtype)[6:]}{' all options' if full else ''}"
+        yield name, partial(launch_linear, 32, width, dtype, full)
     for dtype, masked in itertools.product((torch.float32, torch.bfloat16), range(3)):
         name = f"T=131072 {str(dtype)[6:]} mask {('skip', 'stop', 'zero')[masked]}"
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
@@ -97,6 +116,10 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
         for temperature in (1.0, 0.7):
             calls.append(partial(launch_logits, outer, inner, 50257, torch.bfloat16, False, temperature))
     yield "V=50257, any batch and temperature", calls
+    calls = []
+    for rows, width, first in ((1, 8192, 0), (16, 5008, 16), (37, 6000, 90000)):
+        calls.append(partial(launch_linear, rows, width, torch.bfloat16, True, 0.1 * rows, first))
+    yield "a tile anywhere", calls
     calls = []
     for B, T in ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072)):
         for gamma in (1.0, 0.9):

@@ -46,6 +46,7 @@ void run(const Args& args, int64_t rows, int64_t chunk, int threads) {
 
 // Each adds one family's functions to the module.
 void bind_full_kl(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_logits(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_scan(py::module_& m);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "full_kl.h"
+#include "linear.h"
 #include "logits.h"
 #include "losses.h"
 #include "scan.h"
@@ -11,6 +12,8 @@
 #define RK_KERNELS(X)                \
   X(full_kl_fwd, FullKlFwd)          \
   X(full_kl_bwd, FullKlBwd)          \
+  X(linear_fold, LinearFold)         \
+  X(linear_gradient, LinearGradient) \
   X(logprobs_fwd, LogprobsFwd)       \
   X(logprobs_bwd, LogprobsBwd)       \
   X(policy_loss, PolicyLoss)         \

@@ -236,11 +236,11 @@ def _forward(
     head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
     count = labels.shape[0]
     new = hidden.new_zeros
-    logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float32)
+    logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
     entropy = new(count if with_entropy else 0, dtype=torch.float32)
-    sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=False)
+    sweep = Sweep(OP, hidden, head, labels, mask, workspace)
     for chunk in sweep:
-        chunk_logprobs, chunk_entropy, chunk_stats = sweep.logprobs(chunk, with_entropy)
+        chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(chunk, with_entropy)
         logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
         if with_entropy:
             entropy[chunk.places] = chunk_entropy
@@ -266,7 +266,7 @@ def _(
     return (
         new(count, dtype=torch.float32),
         new(count if with_entropy else 0, dtype=torch.float32),
-        new((count, 2), dtype=torch.float32),
+        new((count, 2), dtype=torch.float64),
     )
 
 
@@ -292,12 +292,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [O, I, D], weight and bias; zero elements for one that is not wanted."""
     head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
-    sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=True)
-    gradients = Gradients(hidden, head, (want_hidden, want_weight, want_bias), sweep.chunks > 1)
+    wanted = want_hidden, want_weight, want_bias
+    sweep = Sweep(OP, hidden, head, labels, mask, workspace, wanted=wanted)
+    gradients = Gradients(sweep, hidden, wanted)
     for chunk in sweep:
         g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
-        gradients.add(chunk, sweep.gradient(chunk, g, g_entropy, stats[chunk.places], chunk_entropy))
+        gradients.add(chunk, sweep.coefficients(chunk, g, g_entropy, stats[chunk.places], chunk_entropy))
     return gradients.finish()
 
 

@@ -323,11 +323,11 @@ def _forward(
     new = hidden.new_zeros
     losses, logprobs = (new(labels.shape[0], dtype=torch.float32) for _ in range(2))
     entropy = new(labels.shape[0] if with_entropy else 0, dtype=torch.float32)
-    sweep = Sweep(OP, hidden, head, labels, mask, workspace, capped=any(wanted))
-    gradients = Gradients(hidden, head, wanted, sweep.chunks > 1)
+    sweep = Sweep(OP, hidden, head, labels, mask, workspace, keep=any(wanted), wanted=wanted)
+    gradients = Gradients(sweep, hidden, wanted)
     numbers = scalars.tolist()
     for chunk in sweep:
-        found, found_entropy, stats = sweep.logprobs(chunk, with_entropy)
+        found, found_entropy, stats = sweep.softmax(chunk, with_entropy)
         logprobs[chunk.places] = found
         if with_entropy:
             entropy[chunk.places] = found_entropy
@@ -351,7 +351,7 @@ def _add_gradient(
             g, stats = g[kept], stats[kept]
             if g_entropy is not None:
                 g_entropy, entropy = g_entropy[kept], entropy[kept]
-    gradients.add(chunk, sweep.gradient(chunk, g, g_entropy, stats, entropy))
+    gradients.add(chunk, sweep.coefficients(chunk, g, g_entropy, stats, entropy))
 
 
 def token_terms(

@@ -1,8 +1,9 @@
-"""The sweep over a head's rows: chunks whose logits fit a fixed workspace, each a GEMM by torch and our row kernels.
+"""The sweep over a head's rows: tiles of logits that fit a fixed workspace, each a GEMM by torch and our epilogue.
 
-A chunk holds every column of its rows, so that a row's softmax is whole before its gradient is formed, and dH of a row
-is one GEMM. Peak memory beyond inputs and gradients is the workspace, and for a 16-bit weight whose gradient several
-chunks add to, an fp32 accumulator of its shape.
+Rows go by chunks, a chunk's vocabulary by tiles. A tile is a few megabytes, so that the epilogue finds it in the cache.
+Two plans share the code:
+- recomputed: one tile of memory; the backward makes the logits again. Chunks are tall, so that dW is mostly one GEMM.
+- kept: a chunk's logits stay until its gradient is formed, when that is known in the forward: one GEMM less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes
+# A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
+# 1024 x 1024 .. 1024 x 50257 on two AVX-512 cores, fp32 and bf16.
+TILE_BYTES = 16 << 20
+BLOCK = 1024  # columns: tiles are whole blocks of the epilogue
+TALLEST = 4096  # rows of a recomputed chunk
 
 
 class Head(NamedTuple):
@@ -34,62 +40,217 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One chunk: its rows of the call, their hidden states, labels and temperatures, and their capped logits."""
+    """One chunk: its rows of the call, their hidden states, labels and temperatures, and their kept products."""
 
     places: Tensor | slice  # into [N]
     hidden: Tensor  # [R, D]
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
-    logits: Tensor  # [R, V], in the workspace
-    slope: Tensor | None  # [R, V], d logits / d (hidden @ weight.T); None without a softcap: 1
+    products: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
+
+
+class Sweep:
+    """One pass over the counted rows of hidden [O, I, D] under a head; with `gradients`, it ends in theirs."""
+
+    def __init__(
+        self,
+        op: str,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        mask: Tensor | None,
+        workspace: int,
+        *,
+        keep: bool = False,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        """keep: the plan of the two above. wanted: whether dH, dW and db are."""
+        self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
+        self.head, self._labels = head, labels.contiguous()
+        self._bias = None if head.bias is None else head.bias.float().contiguous()
+        self._hidden = hidden.flatten(0, 1) if hidden.is_contiguous() else hidden
+        # The one host sync on a GPU: how many rows count decides how many chunks there are.
+        self._counted = None if mask is None else mask.nonzero().squeeze(-1)
+        if self._counted is not None and self._counted.numel() == labels.numel():
+            self._counted = None
+        self.count = labels.numel() if self._counted is None else self._counted.numel()
+        self._keep = keep
+        self._plan(workspace, wanted[1])
+        width = head.weight.shape[0] if keep else self._width
+        self._tile = self.backend.allocate((min(self._rows, self.count) * width,), hidden.dtype, hidden.device)
+
+    def _plan(self, workspace: int, wants_weight: bool) -> None:
+        """Rows of a chunk, columns of a tile."""
+        vocab, width = self.head.weight.shape
+        size = self._hidden.element_size()
+        if self._keep:
+            per_row = (vocab + width) * size
+            limit = max(1, workspace // per_row)
+            accumulator = 4 * vocab * width if wants_weight and size == 2 else 0
+            if self.count * per_row <= workspace + accumulator:
+                limit = max(limit, self.count)  # the memory of the sum over chunks buys that there is one chunk
+            chunks = -(-self.count // limit)
+            if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
+                chunks -= 1
+        else:
+            per_row = (size + 4) * width  # gathered hidden states, and dH before it is rounded
+            limit = min(TALLEST, max(1, workspace // (2 * per_row)))
+            chunks = -(-self.count // limit)
+        self.chunks = chunks
+        even = -(-self.count // max(1, chunks))
+        self._rows = max(1, -(-even // 16) * 16 if chunks > 1 and even >= 64 else even)  # the GEMM's register tiles
+        room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
+        columns = max(64, room // (size * self._rows))
+        self._width = min(vocab, columns // BLOCK * BLOCK if columns >= BLOCK else columns)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for start in range(0, self.count, self._rows):
+            stop = min(start + self._rows, self.count)
+            places = slice(start, stop) if self._counted is None else self._counted[start:stop]
+            hidden = self._gather(places, start, stop)
+            temperature = self.head.row_temperature
+            vocab = self.head.weight.shape[0]
+            yield Rows(
+                places,
+                hidden,
+                self._labels[places],
+                None if temperature is None else temperature[places].contiguous(),
+                self._tile[: (stop - start) * vocab].view(-1, vocab) if self._keep else None,
+            )
+
+    def _gather(self, places: Tensor | slice, start: int, stop: int) -> Tensor:
+        if self._hidden.dim() == 2:
+            return self._hidden[places]
+        rows = torch.arange(start, stop, device=self._hidden.device) if isinstance(places, slice) else places
+        inner = self._hidden.shape[1]
+        return self._hidden[rows // inner, rows % inner]
+
+    def parts(self) -> Iterator[slice]:
+        """The vocabulary, tile by tile."""
+        vocab = self.head.weight.shape[0]
+        for start in range(0, vocab, self._width):
+            yield slice(start, min(start + self._width, vocab))
+
+    def _products(self, rows: Rows, part: slice) -> Tensor:
+        """hidden @ weight.T for a tile of columns, fresh."""
+        count = rows.hidden.shape[0]
+        if rows.products is not None:
+            tile = rows.products[:, part]
+        else:
+            tile = self._tile[: count * (part.stop - part.start)].view(count, -1)
+        return torch.mm(rows.hidden, self.head.weight[part].T, out=tile)
+
+    def _epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
+        """What both epilogues take besides the tile."""
+        head = self.head
+        bias = None if self._bias is None else self._bias[part]
+        softcap = 0.0 if head.softcap is None else head.softcap
+        return part.start, bias, softcap, head.logit_scale, rows.labels, head.temperature, rows.temperature
+
+    def softmax(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """logprobs [R], entropy [R] or [0] float32, and stats [R, 2] float64: maximum, log sum exp((z - max) / T)."""
+        state = rows.hidden.new_zeros((rows.hidden.shape[0], 4), dtype=torch.float64)
+        state[:, 0], state[:, 3] = float("-inf"), float("nan")  # no label seen: NaN
+        for part in self.parts():
+            tile = self._products(rows, part)
+            self.backend.linear_fold(tile, *self._epilogue(rows, part), state, with_entropy)
+        m, s, w, label = state.unbind(1)
+        temperature = self._temperature(rows)
+        # Only -inf: no distribution. (+inf and NaN have made s NaN already.)
+        log_s = torch.where((m == float("-inf")) | label.isnan(), float("nan"), s.log())
+        # Difference first: m / T + log(s) would lose the digits of log(s) at logits of 1e4.
+        logprobs = ((label - m) / temperature - log_s).float()
+        entropy = (log_s - w / (temperature * s)).float() if with_entropy else logprobs[:0]
+        return logprobs, entropy, torch.stack([m, log_s], 1)
+
+    def coefficients(
+        self, rows: Rows, g: Tensor | None, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
+    ) -> Tensor:
+        """[R, 4] float32 of the gradient's epilogue, for upstream gradients of logprobs and entropy [R].
+
+        d logprob_label / dz_j = (onehot - p) / T; dH / dz_j = -p (log p + H) / T, log p = (z - m) / T - log_s.
+        """
+        m, log_s = stats.unbind(1)
+        temperature = self._temperature(rows)
+        g, h = (torch.zeros_like(m) if x is None else x.double() for x in (g, g_entropy))
+        scale = torch.exp(-log_s) / temperature
+        mean = 0.0 if g_entropy is None else entropy - log_s
+        a, b, c = -scale * (g + h * mean), -scale * h / temperature, g / temperature
+        still = (g == 0) & (h == 0)
+        return torch.stack([*(torch.where(still, 0.0, x) for x in (a, b, c)), m], 1).float()
+
+    def _temperature(self, rows: Rows) -> float | Tensor:
+        return self.head.temperature if rows.temperature is None else rows.temperature.double()
+
+    def gradient_tiles(self, rows: Rows, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept."""
+        for part in self.parts():
+            tile = self._products(rows, part) if rows.products is None else rows.products[:, part]
+            self.backend.linear_gradient(tile, *self._epilogue(rows, part), coefficients)
+            yield part, tile
+
+    def compacted(self, rows: Rows, kept: Tensor) -> Rows:
+        """The chunk's rows `kept` (ascending) alone, their products moved together inside the workspace."""
+        if rows.products is not None:
+            for to, row in enumerate(kept.tolist()):
+                if to != row:
+                    rows.products[to].copy_(rows.products[row])
+        places = rows.places
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop, device=kept.device)
+        return Rows(
+            places[kept],
+            rows.hidden[kept],
+            rows.labels[kept],
+            None if rows.temperature is None else rows.temperature[kept],
+            None if rows.products is None else rows.products[: kept.numel()],
+        )
 
 
 class Gradients:
-    """dH, dW and db of the inputs that want one, summed over chunks; a zero-element tensor stands for none.
+    """dH, dW and db of the inputs that want one, summed over tiles and chunks; zero elements stand for none.
 
-    A 16-bit dW is accumulated in fp32 once a second chunk adds to it.
+    A sum of several 16-bit GEMMs is accumulated in fp32 and rounded once.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool], several: bool) -> None:
+    def __init__(self, sweep: Sweep, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> None:
+        head, allocate = sweep.head, sweep.backend.allocate
         weight, bias = head.weight, head.bias
+        self._sweep, self._wanted, self._untouched = sweep, wanted, True
         self.hidden = torch.zeros(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self.weight = torch.empty(weight.shape if wanted[1] else 0, dtype=weight.dtype, device=weight.device)
+        self.weight = allocate(tuple(weight.shape) if wanted[1] else (0,), weight.dtype, weight.device)
         self.bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
-        self._head, self._wanted, self._untouched = head, wanted, True
         self._sum = self.weight
-        if wanted[1] and several and weight.dtype != torch.float32:
-            self._sum = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        if wanted[1] and sweep.chunks > 1 and weight.dtype != torch.float32:
+            self._sum = allocate(tuple(weight.shape), torch.float32, weight.device)
         self._bias_dtype = weight.dtype if bias is None else bias.dtype
 
-    def add(self, rows: Rows, grad: Tensor) -> None:
-        """grad [R, V]: the gradient of the chunk's products hidden @ weight.T."""
+    def add(self, rows: Rows, coefficients: Tensor) -> None:
+        """A chunk's share."""
+        weight = self._sweep.head.weight
+        whole = rows.products  # dH in one GEMM
+        sum_hidden = None
+        if self._wanted[0] and whole is None:
+            sum_hidden = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=weight.device)
+        for part, grad in self._sweep.gradient_tiles(rows, coefficients):
+            if sum_hidden is not None:
+                _accumulate(sum_hidden, grad, weight[part])
+            if self._wanted[1] and self._untouched and self._sum is self.weight:
+                torch.mm(grad.T, rows.hidden, out=self._sum[part])
+            elif self._wanted[1]:
+                _accumulate(self._sum[part], grad.T, rows.hidden, fresh=self._untouched)
+            if self._wanted[2]:
+                self.bias[part] += grad.sum(0, dtype=torch.float32)
         if self._wanted[0]:
             flat = self.hidden.flatten(0, 1)
-            if isinstance(rows.places, slice):
-                torch.mm(grad, self._head.weight, out=flat[rows.places])
+            if whole is None:
+                assert sum_hidden is not None
+                flat[rows.places] = sum_hidden.to(flat.dtype)
+            elif isinstance(rows.places, slice):
+                torch.mm(whole, weight, out=flat[rows.places])
             else:
-                flat[rows.places] = torch.mm(grad, self._head.weight)
-        if self._wanted[1]:
-            self._add_weight(grad, rows.hidden)
-        if self._wanted[2]:
-            self.bias += grad.sum(0, dtype=torch.float32)
+                flat[rows.places] = torch.mm(whole, weight)
         self._untouched = False
-
-    def _add_weight(self, grad: Tensor, hidden: Tensor) -> None:
-        if self._untouched and self._sum is self.weight:
-            torch.mm(grad.T, hidden, out=self._sum)
-        elif self._sum.dtype == grad.dtype:
-            self._sum.addmm_(grad.T, hidden)
-        else:
-            # By slices of the vocabulary, so that the 16-bit product stays small.
-            width = max(1, (4 << 20) // (2 * hidden.shape[1]))
-            for start in range(0, grad.shape[1], width):
-                part = slice(start, start + width)
-                product = torch.mm(grad[:, part].T, hidden)
-                if self._untouched:
-                    self._sum[part].copy_(product)
-                else:
-                    self._sum[part].add_(product)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._untouched:
@@ -99,99 +260,11 @@ class Gradients:
         return self.hidden, self.weight, self.bias.to(self._bias_dtype)
 
 
-class Sweep:
-    """One pass over the counted rows of hidden [O, I, D] under a head."""
-
-    def __init__(
-        self, op: str, hidden: Tensor, head: Head, labels: Tensor, mask: Tensor | None, workspace: int, capped: bool
-    ) -> None:
-        """capped: the chunks' slopes are wanted too (a gradient under a softcap)."""
-        self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
-        self.head, self._labels = head, labels
-        self._hidden = hidden.flatten(0, 1) if hidden.is_contiguous() else hidden
-        # The one host sync on a GPU: how many rows count decides how many chunks there are.
-        self._counted = None if mask is None else mask.nonzero().squeeze(-1)
-        if self._counted is not None and self._counted.numel() == labels.numel():
-            self._counted = None
-        self.count = labels.numel() if self._counted is None else self._counted.numel()
-        vocab = head.weight.shape[0]
-        self._slopes = capped and head.softcap is not None
-        per_row = vocab * hidden.element_size() * (2 if self._slopes else 1) + hidden.shape[-1] * hidden.element_size()
-        limit = max(1, workspace // per_row)
-        self.chunks = -(-self.count // limit)
-        even = -(-self.count // max(1, self.chunks))
-        self._rows = max(1, min(limit, -(-even // 16) * 16))  # whole register tiles of the GEMM
-        self._tile = torch.empty(
-            (2 if self._slopes else 1) * min(self._rows, self.count) * vocab, dtype=hidden.dtype, device=hidden.device
-        )
-
-    def __iter__(self) -> Iterator[Rows]:
-        for start in range(0, self.count, self._rows):
-            stop = min(start + self._rows, self.count)
-            index = slice(start, stop) if self._counted is None else self._counted[start:stop]
-            hidden = self._gather(index, start, stop)
-            logits, slope = self._logits(hidden)
-            temperature = self.head.row_temperature
-            yield Rows(
-                index, hidden, self._labels[index], None if temperature is None else temperature[index], logits, slope
-            )
-
-    def _gather(self, index: Tensor | slice, start: int, stop: int) -> Tensor:
-        if self._hidden.dim() == 2:
-            return self._hidden[index]
-        rows = torch.arange(start, stop, device=self._hidden.device) if isinstance(index, slice) else index
-        inner = self._hidden.shape[1]
-        return self._hidden[rows // inner, rows % inner]
-
-    def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        head, count = self.head, hidden.shape[0]
-        tiles = self._tile[: (2 if self._slopes else 1) * count * head.weight.shape[0]].view(
-            -1, count, head.weight.shape[0]
-        )
-        logits = tiles[0]
-        if head.bias is None:
-            torch.mm(hidden, head.weight.T, out=logits)
-        else:
-            torch.addmm(head.bias, hidden, head.weight.T, out=logits)
-        if head.softcap is None:
-            return logits, None
-        logits.mul_(head.logit_scale / head.softcap).tanh_()
-        slope = None
-        if self._slopes:  # of softcap * tanh(x * scale / softcap)
-            slope = torch.mul(logits, logits, out=tiles[1]).neg_().add_(1).mul_(head.logit_scale)
-        return logits.mul_(head.softcap), slope
-
-    def logprobs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """logprobs [R], entropy [R] or [0], (max, log sum) [R, 2] of a chunk."""
-        logits = rows.logits.unsqueeze(0)
-        return self.backend.selected_logprobs_fwd(
-            logits, rows.labels, None, self.head.temperature, rows.temperature, with_entropy
-        )
-
-    def compacted(self, rows: Rows, kept: Tensor) -> Rows:
-        """The chunk's rows `kept` (ascending) alone, moved together inside the workspace."""
-        for to, row in enumerate(kept.tolist()):
-            for tile in (rows.logits, rows.slope):
-                if tile is not None and to != row:
-                    tile[to].copy_(tile[row])
-        places, count = rows.places, kept.numel()
-        if isinstance(places, slice):
-            places = torch.arange(places.start, places.stop, device=kept.device)
-        return Rows(
-            places[kept],
-            rows.hidden[kept],
-            rows.labels[kept],
-            None if rows.temperature is None else rows.temperature[kept],
-            rows.logits[:count],
-            None if rows.slope is None else rows.slope[:count],
-        )
-
-    def gradient(
-        self, rows: Rows, g: Tensor | None, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
-    ) -> Tensor:
-        """Turns the chunk's logits into the gradient of hidden @ weight.T, in place; g, g_entropy [R] are upstream."""
-        logits = rows.logits.unsqueeze(0)
-        self.backend.selected_logprobs_bwd(
-            *(g, g_entropy, logits, rows.labels, None, self.head.temperature, rows.temperature, stats, entropy, True)
-        )
-        return rows.logits if rows.slope is None else rows.logits.mul_(rows.slope)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """total += a @ b, or = where it is fresh; total float32, a and b of one dtype."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
+    elif fresh:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))

@@ -2,6 +2,7 @@
 
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.full_kl import full_kl_bwd, full_kl_fwd
+from rlhf_kernels.backends.cpu.linear import allocate, linear_fold, linear_gradient
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.cpu.losses import policy_loss, value_loss
 from rlhf_kernels.backends.cpu.scan import gae, gae_packed
@@ -15,11 +16,14 @@ from rlhf_kernels.backends.cpu.tokens import (
 )
 
 __all__ = [
+    "allocate",
     "describe",
     "full_kl_bwd",
     "full_kl_fwd",
     "gae",
     "gae_packed",
+    "linear_fold",
+    "linear_gradient",
     "per_token_kl_bwd",
     "per_token_kl_fwd",
     "policy_loss",

@@ -1,0 +1,47 @@
+#include "bind.h"
+
+namespace rk {
+namespace {
+
+HeadTile head_tile(uintptr_t data, int dtype, int64_t stride, int64_t width, int64_t first, uintptr_t bias,
+                   double softcap, double scale, uintptr_t labels, int label_bytes, double temperature,
+                   uintptr_t row_temperature) {
+  return {pointer<void>(data),
+          static_cast<Dtype>(dtype),
+          stride,
+          width,
+          first,
+          pointer<float>(bias),
+          static_cast<float>(softcap),
+          static_cast<float>(scale),
+          {pointer<void>(labels), label_bytes},
+          pointer<float>(row_temperature),
+          temperature};
+}
+
+void linear_fold(uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width, int64_t first,
+                 uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
+                 double temperature, uintptr_t row_temperature, uintptr_t state, bool entropy, int threads) {
+  const LinearFold args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
+                                     label_bytes, temperature, row_temperature),
+                           pointer<double>(state), entropy};
+  run<&Kernels::linear_fold>(args, rows, rows_per_task(rows, width, threads), threads);
+}
+
+void linear_gradient(uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width, int64_t first,
+                     uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
+                     double temperature, uintptr_t row_temperature, uintptr_t coefficients, int threads) {
+  const LinearGradient args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
+                                         label_bytes, temperature, row_temperature),
+                               pointer<float>(coefficients)};
+  run<&Kernels::linear_gradient>(args, rows, rows_per_task(rows, width, threads), threads);
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  m.def("linear_fold", &linear_fold, NoGil());
+  m.def("linear_gradient", &linear_gradient, NoGil());
+}
+
+}  // namespace rk

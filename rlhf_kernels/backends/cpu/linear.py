@@ -1,0 +1,78 @@
+"""The linear family's epilogues on the native module (csrc/cpu/linear.cpp), and memory for the sweep to fill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import _native
+from rlhf_kernels.backends.cpu.common import DTYPES, address, empty
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, on huge pages where large: the workspace is fresh in each call, and so are its page faults."""
+    return empty(shape, dtype)
+
+
+def linear_fold(
+    tile: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float,
+    logit_scale: float,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    state: Tensor,
+    with_entropy: bool,
+) -> None:
+    """Takes tile [R, W], the products' columns from `first` on, into state [R, 4] float64.
+
+    bias: [W] float32. softcap: 0 for none. state: max m, sum(e), sum(e * (z - m)), the label's logit.
+    """
+    arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
+    _native.linear_fold(*arguments, state.data_ptr(), with_entropy, torch.get_num_threads())
+
+
+def linear_gradient(
+    tile: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float,
+    logit_scale: float,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    coefficients: Tensor,
+) -> None:
+    """Replaces tile by its gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx; coefficients [R, 4]: a, b, c, m."""
+    arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
+    _native.linear_gradient(*arguments, coefficients.data_ptr(), torch.get_num_threads())
+
+
+def _tile(
+    tile: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float,
+    logit_scale: float,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+) -> tuple[int | float, ...]:
+    """The arguments that both kernels start with. Every tensor is contiguous but for the tile's rows."""
+    return (
+        tile.data_ptr(),
+        DTYPES[tile.dtype],
+        tile.shape[0],
+        tile.stride(0),
+        tile.shape[1],
+        first,
+        address(bias),
+        softcap,
+        logit_scale,
+        labels.data_ptr(),
+        labels.element_size(),
+        temperature,
+        address(row_temperature),
+    )
