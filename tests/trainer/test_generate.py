@@ -46,6 +46,13 @@ def test_the_seed_decides(call):
     assert first == again != other
 
 
+def test_the_same_prompt_in_another_batch_is_sampled_afresh(call, tmp_path):
+    (tmp_path / "same.txt").write_text("one day\n" * 4)
+    _, path = call("c.jsonl", "--prompts", str(tmp_path / "same.txt"))
+    first, _, third, _ = path.read_text().splitlines()
+    assert first != third
+
+
 @pytest.mark.parametrize("lines", [0, 1, 3, 4, 5])
 def test_resumed_file_is_that_of_an_uninterrupted_run(call, capsys, lines):
     _, whole = call("whole.jsonl")

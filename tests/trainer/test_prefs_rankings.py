@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from rlhf_trainer.data import Pair
+from rlhf_trainer.data import Findings, Pair
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.rankings import Ranked, Ranking, pairs_from_rankings, read_rankings
+from rlhf_trainer.rankings import Ranked, Ranking, merge, pairs_from_rankings, read_rankings
 
 
 def ranked(*rankings, completions="abc"):
@@ -69,6 +69,8 @@ def test_fail_marks_remove():
     found, votes = preferences(ranked(["F", 1, 2], ["F", 1, 2], [1, 2, 3]), fails="remove")
     assert found == {("b", "c", 1.0)}
     assert votes.failed_completions == 1
+    # marked by half, not by most: still compared by those who ranked it
+    assert ("a", "b", 1.0) in preferences(ranked(["F", 2, 3], [1, 2, 3]), fails="remove")[0]
     # marked by a minority: those who ranked it decide
     assert ("a", "b", 1.0) in preferences(ranked(["F", 1, 2], [1, 2, 3], [1, 2, 3]), fails="remove")[0]
 
@@ -115,3 +117,14 @@ def test_malformed_rankings_name_file_and_line(tmp_path, changes, reason):
     path.write_text(line() + line(**changes))
     with pytest.raises(UserError, match=rf"r\.jsonl:2: .*{reason}"):
         read_rankings(path)
+
+
+def test_merging_puts_ranks_where_their_completions_stand(tmp_path):
+    findings = Findings(tmp_path, strict=False)
+    one = Ranked("p", ("c", "a", "b", "a"), (Ranking("x", (1, 2, 3, 4)),))
+    two = Ranked("p", ("b", "a", "a", "c"), (Ranking("y", (10, 20, 30, 40)),))
+    other = Ranked("p", ("b", "a", "c"), (Ranking("y", (1, 2, 3)),))
+    merged = [record for record, _ in merge((record, findings) for record in (one, two, other))]
+    rankings = (Ranking("x", (1, 2, 3, 4)), Ranking("y", (40, 20, 10, 30)))
+    assert merged == [Ranked("p", ("c", "a", "b", "a"), rankings), other]
+    assert not findings.lines

@@ -417,3 +417,10 @@ def test_a_prompt_that_stands_in_the_answers_too_is_mentioned(tmp_path):
     found = read_preferences([write(tmp_path / "p.jsonl", record, {**record, "chosen": "A cherry."})], strict=True)
     assert found.findings[0].lines == {"both answers begin with the prompt (twice there?)": [1]}
     assert len(found.pairs) == 2
+
+
+def test_records_of_an_array_know_the_line_on_which_they_begin(tmp_path):
+    path = tmp_path / "a.json"
+    records = [json.dumps({**PROMPTED, "prompt": f"p{i}"}, indent=1) for i in range(4)]
+    path.write_text("\n[" + ",\n".join(records[:2]) + " , " + ",\n\n".join(records[2:]) + "\n]\n")
+    assert [pair.line for pair in read(path)[1]] == [2, 7, 11, 17]
