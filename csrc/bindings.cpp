@@ -46,6 +46,7 @@ PYBIND11_MODULE(_native, m) {
   rk::bind_linear(m);
   rk::bind_logits(m);
   rk::bind_losses(m);
+  rk::bind_sampling(m);
   rk::bind_scan(m);
   rk::bind_tokens(m);
 }

@@ -78,9 +78,9 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton blocks so small that little inputs span several, which the interpreter can afford."""
     if dispatch.available()["triton"] is None:
-        from rlhf_kernels.backends.triton import full_kl, linear, logits, scan, tokens, whiten
+        from rlhf_kernels.backends.triton import full_kl, linear, logits, sampling, scan, tokens, whiten
 
-        for module in (full_kl, logits):
+        for module in (full_kl, logits, sampling):
             monkeypatch.setattr(module, "blocks", lambda V: (128, 1))
         monkeypatch.setattr(linear, "_blocks", lambda W: (128, 1))
         monkeypatch.setattr(scan, "BLOCK_T", 16)

@@ -27,6 +27,7 @@ from rlhf_kernels.backends.triton import (
     gae_packed,
     linear_fold,
     linear_gradient,
+    sample_tokens,
     selected_logprobs_bwd,
     selected_logprobs_fwd,
 )
@@ -90,6 +91,22 @@ def launch_gae_packed(S: int, total: int, offsets: torch.dtype, masked: int = 0)
     gae_packed(x, x, mask, _empty(S), _empty(S + 1, dtype=offsets), 0.9, 0.95, masked)
 
 
+def launch_sampling(
+    outer: int,
+    inner: int,
+    V: int,
+    dtype: torch.dtype,
+    full: bool,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    temperature: float = 0.7,
+) -> None:
+    N = outer * inner
+    mask, row_temperature = (_empty(N, dtype=torch.bool), _empty(N)) if full else (None, None)
+    uniform = _empty(N, dtype=torch.float64)
+    sample_tokens(_empty(outer, inner, V, dtype=dtype), uniform, mask, temperature, row_temperature, top_k, top_p)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, call of the launchers) over the options that change the code, and small, odd and large V."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,6 +118,11 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for width, dtype, full in itertools.product((8192, 1105), dtypes, (False, True)):
         name = f"tile of {width} {str(dtype)[6:]}{' all options' if full else ''}"
         yield name, partial(launch_linear, 32, width, dtype, full)
+    for V, dtype in itertools.product((50257, 128256), dtypes):
+        yield f"V={V} {str(dtype)[6:]}", partial(launch_sampling, 4, 8, V, dtype, False)
+        yield f"V={V} {str(dtype)[6:]} top-k, top-p", partial(launch_sampling, 4, 8, V, dtype, True, 50, 0.9)
+    for V, top_k, top_p in ((1, 1, 0.9), (1000, 50, 1.0), (1000, 0, 0.9)):
+        yield f"V={V} float32 {top_k} {top_p}", partial(launch_sampling, 4, 8, V, torch.float32, True, top_k, top_p)
     for dtype, masked in itertools.product((torch.float32, torch.bfloat16), range(3)):
         name = f"T=131072 {str(dtype)[6:]} mask {('skip', 'stop', 'zero')[masked]}"
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
@@ -120,6 +142,11 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
     for rows, width, first in ((1, 8192, 0), (16, 5008, 16), (37, 6000, 90000)):
         calls.append(partial(launch_linear, rows, width, torch.bfloat16, True, 0.1 * rows, first))
     yield "a tile anywhere", calls
+    calls = []
+    for outer, inner in ((1, 1), (1, 3), (16, 16), (7, 4096)):
+        for top_k, top_p in ((1, 0.9), (16, 0.5), (50, 0.25)):
+            calls.append(partial(launch_sampling, outer, inner, 50257, torch.bfloat16, False, top_k, top_p, top_p))
+    yield "V=50257, any batch, temperature, top-k and top-p", calls
     calls = []
     for B, T in ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072)):
         for gamma in (1.0, 0.9):

@@ -289,3 +289,29 @@ def group_advantages(scores: Tensor, groups: Tensor, kind: str, eps: float) -> T
             deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in [score, *others]) / len(others))
             advantages.append((score - mean) / (deviation + eps))
     return torch.tensor(advantages, dtype=torch.float64)
+
+
+def sampling_distribution(
+    logits: Tensor, temperature: Tensor, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """logits [N, V], temperature [N] float64 -> probabilities after the filters [N, V] float64, rows without any [N].
+
+    One row and one token at a time, from the largest logit down: a set of tied logits is kept or dropped as one.
+    """
+    x = logits.double().cpu()
+    spoilt = x.isnan().any(-1) | (x == math.inf).any(-1) | (x == NEG_INF).all(-1)
+    top = x.amax(-1, keepdim=True)
+    weights = ((x - top) / temperature.unsqueeze(-1)).exp()
+    # The kernels weigh in fp32 and drop what is below its range.
+    weights = torch.where(weights < 1e-38, 0.0, weights).masked_fill(spoilt.unsqueeze(-1), 0.0)
+    for row in (~spoilt).nonzero().flatten().tolist():
+        if top_k is None and top_p is None:
+            break
+        values, order = x[row].sort(descending=True)
+        if top_k is not None:
+            weights[row][x[row] < values[min(top_k, len(values)) - 1]] = 0.0
+        if top_p is not None and top_p < 1:
+            reached = weights[row][order].cumsum(0) >= top_p * weights[row].sum()
+            last = int(reached.nonzero()[0]) if reached.any() else len(values) - 1
+            weights[row][x[row] < values[last]] = 0.0
+    return weights / weights.sum(-1, keepdim=True), spoilt

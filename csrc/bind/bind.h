@@ -49,6 +49,7 @@ void bind_full_kl(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_logits(py::module_& m);
 void bind_losses(py::module_& m);
+void bind_sampling(py::module_& m);
 void bind_scan(py::module_& m);
 void bind_tokens(py::module_& m);
 

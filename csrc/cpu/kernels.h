@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "logits.h"
 #include "losses.h"
+#include "sampling.h"
 #include "scan.h"
 #include "tokens.h"
 
@@ -18,6 +19,7 @@
   X(logprobs_bwd, LogprobsBwd)       \
   X(policy_loss, PolicyLoss)         \
   X(value_loss, ValueLoss)           \
+  X(sample_tokens, SampleTokens)     \
   X(gae, Gae)                        \
   X(per_token_kl_fwd, PerTokenKlFwd) \
   X(per_token_kl_bwd, PerTokenKlBwd) \
