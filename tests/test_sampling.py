@@ -81,7 +81,7 @@ def test_every_kind_of_value(
         pytest.skip("as bfloat16, at the interpreter's price")
     if backend.interpreted and dtype == torch.bfloat16 and value_class == "denormal":
         pytest.skip("the interpreter reads bfloat16 denormals as 0")
-    rows, V = (2, 130) if backend.interpreted else (6, 1500)
+    rows, V = (1, 130) if backend.interpreted else (6, 1500)
     logits = edge_cases.logits_of(value_class, (rows, V), dtype)
     check(backend, logits, _uniform(rows), temperature=0.7, top_k=top_k, top_p=top_p)
 
@@ -177,6 +177,8 @@ def _kept(backend: Backend, row: Tensor, options: dict[str, object]) -> set[int]
 def test_the_kept_tokens_are_those_of_transformers(
     backend: Backend, small_blocks: None, options: dict[str, object], dtype: torch.dtype
 ) -> None:
+    if backend.interpreted and dtype == torch.float32:
+        pytest.skip("twice the passes over the row of bfloat16, at the interpreter's price")
     row = (1.5 * torch.linspace(-1, 1, 12)).to(dtype)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
     scores = row.float()[None] / 0.9
     if "top_k" in options:
