@@ -1,6 +1,7 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only forward|backward|gae|openmp] [--rounds 15] [--quiet 0.05] [--out bench/results/cpu.json]
+python bench/compare.py [--only forward|backward|gae|ppo|openmp] [--rounds 15] [--quiet 0.05]
+    [--out bench/results/cpu.json]
 """
 
 from __future__ import annotations
@@ -91,6 +92,66 @@ def gae(rounds: int, quiet: float) -> Comparison:
     return result
 
 
+def gae_packed(rounds: int, quiet: float) -> Comparison:
+    """The same number of positions as rows, as equal sequences, and as many positions again in ragged ones."""
+    rewards, values, _ = peers.gae_case()
+    flat_rewards, flat_values = rewards.flatten(), values.flatten()
+    even = torch.arange(0, rewards.numel() + 1, peers.TIME)
+    ragged_rewards, ragged_values, offsets = peers.ragged_case()
+    lengths = offsets.diff()
+    half = rewards[:, : peers.TIME // 2].contiguous(), values[:, : peers.TIME // 2].contiguous()
+
+    def padded() -> object:
+        """What it takes without packed sequences: scatter, scan rows of the longest, gather."""
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        rows = (torch.zeros(inside.shape).masked_scatter(inside, x) for x in (ragged_rewards, ragged_values))
+        return [x[inside] for x in rk.gae(*rows, inside)]
+
+    contenders = {
+        "padded": Contender(lambda: rk.gae(rewards, values)),
+        "packed, equal lengths": Contender(lambda: rk.gae(flat_rewards, flat_values, cu_seqlens=even)),
+        "padded, half as long": Contender(lambda: rk.gae(*half)),
+        "packed, heavy tail": Contender(lambda: rk.gae(ragged_rewards, ragged_values, cu_seqlens=offsets)),
+        "heavy tail, padded and back": Contender(padded),
+    }
+    result = compare(contenders, rounds, calls=5, quiet=quiet)
+    tokens = ragged_rewards.numel() / half[0].numel()
+    result.ratios = {
+        "of padded, equal lengths": result.median("packed, equal lengths") / result.median("padded"),
+        "of padded, heavy tail, per token": result.median("packed, heavy tail")
+        / result.median("padded, half as long")
+        / tokens,
+        "faster than padding a heavy tail": result.median("heavy tail, padded and back")
+        / result.median("packed, heavy tail"),
+    }
+    return result
+
+
+def ppo_advantages(batch: int, rounds: int, quiet: float) -> Comparison:
+    case = peers.rollout_case(batch)
+    options = {"gamma": peers.GAMMA, "lam": peers.LAM}
+
+    def single_ops() -> object:
+        logprobs, ref_logprobs, scores, values, mask = case
+        kl = torch.where(mask, rk.per_token_kl(logprobs, ref_logprobs), 0.0)
+        rewards = rk.shaped_rewards(scores, kl, mask, kl_coef=peers.KL_COEF)
+        advantages, returns = rk.gae(rewards, values, mask, **options)
+        return rk.whiten(advantages, mask), returns, kl
+
+    contenders = {
+        "eager, as TRL writes it": Contender(lambda: peers.trl_advantages(*case)),
+        "our single ops": Contender(single_ops),
+        OURS: Contender(lambda: rk.ppo_advantages(*case, kl_coef=peers.KL_COEF, **options)),
+    }
+    result = compare(contenders, rounds, calls=5, quiet=quiet)
+    result.ratios = {
+        f"faster than {name}": timing.median / result.median(OURS)
+        for name, timing in result.timings.items()
+        if name != OURS
+    }
+    return result
+
+
 def openmp(rounds: int, quiet: float) -> Comparison:
     """Does a torch op, or ours, run slower when the two alternate than when each follows itself?"""
     logits, labels = peers.logits_case(torch.float32)
@@ -130,7 +191,7 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["forward", "backward", "gae", "openmp"])
+    parser.add_argument("--only", choices=["forward", "backward", "gae", "ppo", "openmp"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
@@ -150,6 +211,10 @@ def main() -> None:
         title = f"selected_logprobs forward + backward {name} {shape}"
         cases.append(("backward", title, lambda dtype=dtype: backward(dtype, *repeat)))
     cases.append(("gae", f"gae fp32 [{peers.BATCH}, {peers.TIME}] with mask", lambda: gae(*repeat)))
+    cases.append(("gae", f"gae fp32, {peers.BATCH * peers.TIME} positions packed", lambda: gae_packed(*repeat)))
+    for batch in (64, peers.BATCH):
+        title = f"ppo_advantages fp32 [{batch}, {peers.TIME}]"
+        cases.append(("ppo", title, lambda batch=batch: ppo_advantages(batch, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
         if options.only in (None, kind):

@@ -10,7 +10,7 @@ from torch import Tensor
 # The size of the tables: 512 tokens over the vocabulary of Llama 3; 512 sequences of 1024 steps.
 ROWS, VOCAB = 512, 128256
 BATCH, TIME = 512, 1024
-GAMMA, LAM = 0.99, 0.95
+GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 
 
 def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,6 +55,29 @@ def gae_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     return stacked * keep, (stacked + values) * keep
 
 
+def trl_advantages(
+    logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, values: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T], scores [B] -> advantages, returns, kl as TRL's PPOTrainer has it: masked fills, loop, masked_whiten."""
+    hidden = ~mask
+    kl = (logprobs - ref_logprobs).masked_fill(hidden, 0)
+    values = values.masked_fill(hidden, 0)
+    rewards = -KL_COEF * kl
+    last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
+    rewards[torch.arange(len(scores)), last] += scores
+    running, advantages = 0, []
+    for t in reversed(range(mask.shape[1])):
+        next_value = values[:, t + 1] if t < mask.shape[1] - 1 else 0.0
+        running = rewards[:, t] + GAMMA * next_value - values[:, t] + GAMMA * LAM * running
+        advantages.append(running)
+    stacked = torch.stack(advantages[::-1], 1)
+    returns = stacked + values
+    mean = (stacked * mask).sum() / mask.sum()
+    variance = ((stacked - mean) ** 2 * mask).sum() / mask.sum()
+    white = (stacked - mean) * torch.rsqrt(variance + 1e-8)
+    return white.masked_fill(hidden, 0), returns.masked_fill(hidden, 0), kl
+
+
 def torchrl_gae(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """torchrl's vectorised estimator, which knows no mask: only its time is compared where there is one."""
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
@@ -80,3 +103,21 @@ def gae_case() -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.randint(TIME // 2, TIME + 1, (BATCH, 1), generator=generator)
     mask = (torch.rand(BATCH, TIME, generator=generator) > 0.1) & (torch.arange(TIME) < lengths)
     return rewards, values, mask
+
+
+def ragged_case() -> tuple[Tensor, Tensor, Tensor]:
+    """rewards, values [total] of BATCH sequences of TIME / 2 positions in the mean and a heavy tail, cu_seqlens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randn(BATCH, generator=generator).exp()
+    lengths = (lengths / lengths.sum() * BATCH * TIME / 2).long()
+    rewards, values = (torch.randn(int(lengths.sum()), generator=generator) for _ in range(2))
+    return rewards, values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def rollout_case(batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs [batch, TIME], scores [batch], values, mask (right padding) [batch, TIME]."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, drift, values = (torch.randn(batch, TIME, generator=generator) for _ in range(3))
+    lengths = torch.randint(TIME // 2, TIME + 1, (batch, 1), generator=generator)
+    scores = torch.randn(batch, generator=generator)
+    return logprobs, logprobs - 0.1 * drift, scores, values, torch.arange(TIME) < lengths

@@ -11,7 +11,7 @@ from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
 from rlhf_kernels.ops.preference import dpo_loss, group_advantages, pairwise_loss
 from rlhf_kernels.ops.sampling import sample_tokens
-from rlhf_kernels.ops.scan import gae
+from rlhf_kernels.ops.scan import gae, ppo_advantages
 from rlhf_kernels.ops.tokens import per_token_kl, shaped_rewards, whiten
 
 try:
@@ -32,6 +32,7 @@ __all__ = [
     "pairwise_loss",
     "per_token_kl",
     "policy_loss",
+    "ppo_advantages",
     "sample_tokens",
     "selected_logprobs",
     "shaped_rewards",

@@ -176,11 +176,35 @@ def check_far(backend: str) -> int:
     with rk.use_backend(backend):
         for a, b in zip(rk.gae(rewards, rewards), rk.gae(near[:, :20], near[:, :20]), strict=True):
             _same(a, b)
-    return 3
+        close = (near[:, :20], near[:, 1:21], near[:, 0], near[:, 2:22], near[:, :20] > 0)
+        apart = [flat.as_strided((3, 20), (stride - 200, 1), 100 * n).copy_(close[n]) for n in (0, 1, 3)]
+        for a, b in zip(
+            rk.ppo_advantages(*close, kl_coef=0.1),
+            rk.ppo_advantages(*apart[:2], close[2], apart[2], close[4], kl_coef=0.1),
+            strict=True,
+        ):
+            _same(a, b)
+    return 4
+
+
+def check_ppo_advantages(backend: str, side: str) -> int:
+    calls = 0
+    for time in (1, 16, 31, 33):
+        for dtype in (torch.float32, torch.bfloat16):
+            logprobs, ref_logprobs, values = edge_cases.logits_of("normal", (3, 2, time), dtype)
+            plain = (logprobs, ref_logprobs, torch.ones(2), values, edge_cases.MASKS["holes"](values.shape))
+            fenced = [guarded(x, side) for x in plain]
+            with rk.use_backend(backend):
+                results = [rk.ppo_advantages(*tensors, kl_coef=0.1) for tensors in (plain, fenced)]
+            for a, b in zip(*results, strict=True):
+                _same(a, b)
+            calls += 1
+    return calls
 
 
 def check_near(backend: str, side: str) -> int:
-    return check_logits(backend, side) + check_gae(backend, side) + check_gae_packed(backend, side)
+    checks = (check_logits, check_gae, check_gae_packed, check_ppo_advantages)
+    return sum(check(backend, side) for check in checks)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,31 @@ def packed_calls(draw: st.DrawFn) -> PackedCall:
     return PackedCall(lengths, rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts), offsets)
 
 
+class RolloutCall(NamedTuple):
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # logprobs, ref_logprobs, scores, values
+    mask: Tensor
+    kl_coef: float
+    gamma: float
+    lam: float
+    whiten: bool
+
+
+@st.composite
+def rollout_calls(draw: st.DrawFn) -> RolloutCall:
+    near_block = st.sampled_from([k * BLOCK_T + d for k in (1, 2) for d in (-1, 0, 1)])
+    # At least three rows: the whitening of one or two numbers magnifies any rounding.
+    batch, time = draw(st.integers(3, 12)), draw(st.one_of(st.integers(4, 8), near_block))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    dtype, scale = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1.0, 1e-3, 1e3]))
+    rows = ((scale * torch.randn(batch, time, generator=generator)).to(dtype) for _ in range(3))
+    mask = torch.rand(batch, time, generator=generator) < draw(st.sampled_from([0.5, 0.9, 1.0]))
+    logprobs, ref_logprobs, values = edge_cases.hide(mask, *rows)
+    scores = scale * torch.randn(batch, generator=generator)
+    discounts = st.sampled_from([0.0, 0.5, 0.97, 1.0])
+    coefficients = draw(st.sampled_from([0.0, 0.05, 1.0])), draw(discounts), draw(discounts)
+    return RolloutCall((logprobs, ref_logprobs, scores, values), mask, *coefficients, draw(st.booleans()))
+
+
 class TokenCall(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor]
     mask: Tensor | None

@@ -34,6 +34,14 @@ def _gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
     return call
 
 
+def _ppo_advantages_op(backend: Backend, whiten: bool) -> Callable[..., list[Tensor]]:
+    def call(rewards: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:
+        moved = (x.to(backend.device) for x in (rewards, -rewards, values[:, 0], values, mask))
+        return [tensor.cpu() for tensor in rk.ppo_advantages(*moved, kl_coef=0.1, whiten=whiten)]
+
+    return call
+
+
 def _packed_gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
     """(rewards, values, mask) [B, T] -> advantages, returns of their beginnings, packed; a row's mask says how long."""
 
@@ -81,6 +89,9 @@ def test_gae_rows(backend: Backend, small_blocks: None) -> None:
     mask = torch.rand(rows, 45, generator=generator) > 0.3
     _assert_rows_do_not_depend_on_the_batch(_gae_op(backend), [rewards, values, mask])
     _assert_rows_do_not_depend_on_the_batch(_packed_gae_op(backend), [rewards, values, mask])
+    _assert_rows_do_not_depend_on_the_batch(_ppo_advantages_op(backend, whiten=False), [rewards, values, mask])
+    whitened = [_ppo_advantages_op(backend, whiten=True)(rewards, values, mask) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*whitened, strict=True))
 
 
 def _token_rows_op(backend: Backend) -> Callable[..., list[Tensor]]:
@@ -141,6 +152,8 @@ def test_number_of_threads(V: int) -> None:
                     one = _logits_op(device)(logits[:1], labels[:1], torch.ones(1))
                     all_rows = _logits_op(device)(logits, labels, torch.ones(3))
                     scans = [*_gae_op(device)(*scanned), *_packed_gae_op(device)(*scanned)]
+                    if name == "cpu":  # the reference's whitening sums as torch does, which depends on the threads
+                        scans += _ppo_advantages_op(device, whiten=True)(*scanned)
                     results.append([*one, *all_rows, *scans])
                     results[-1] += _token_rows_op(device)(x, x.flip(0), x > 29, x[:, 0])
                     if name == "cpu":  # the reference sums with torch.sum, which splits by threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import strategies
 import test_logits
+import test_ppo_advantages as rollouts
 import test_scan
 import test_scan_packed
 import torch
@@ -39,6 +40,12 @@ def test_gae(backend: Backend, small_blocks: None, call: strategies.GaeCall) -> 
 @given(call=strategies.packed_calls())
 def test_gae_packed(backend: Backend, small_blocks: None, call: strategies.PackedCall) -> None:
     test_scan_packed.check(backend, *call)
+
+
+@settings(SLICE, max_examples=50)
+@given(call=strategies.rollout_calls())
+def test_ppo_advantages(backend: Backend, small_blocks: None, call: strategies.RolloutCall) -> None:
+    rollouts.check(backend, call.tensors, *call[1:])
 
 
 def _assert_finite_and_masked(outputs: list[torch.Tensor], mask: torch.Tensor | None, *per_token: torch.Tensor) -> None:

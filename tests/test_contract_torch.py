@@ -78,6 +78,13 @@ OPS = {
         (),
         ("nt", "nt"),
     ),
+    "ppo_advantages": Op(
+        lambda mask, labels, s, lp, ref, r, v: rk.ppo_advantages(
+            *(lp, ref, r, v, mask), kl_coef=s, gamma=1 - s, lam=0.5 + s
+        ),
+        (),
+        ("nt", "nt", "n", "nt"),
+    ),
     "per_token_kl": Op(lambda mask, labels, s, a, b: rk.per_token_kl(a + s, b, estimator="k3"), ("nt", "nt")),
     "shaped_rewards": Op(
         lambda mask, labels, s, a, b: rk.shaped_rewards(a, b, mask, kl_coef=0.1 + s, clip=1 + s), (), ("n", "nt")
@@ -118,6 +125,7 @@ WITH_KERNEL = (
     "linear_logprobs",
     "linear_policy_loss",
     "per_token_kl",
+    "ppo_advantages",
     "selected_logprobs",
     "shaped_rewards",
     "whiten",
@@ -220,6 +228,14 @@ def test_opcheck_gae(kernel_backend: Backend) -> None:
     offsets = torch.tensor([0, 4, 4, 21], dtype=torch.int32, device=kernel_backend.device)
     flat = (rewards.flatten(), values.flatten(), mask.flatten(), None, offsets, *discounts, 0, False)
     torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, flat)
+
+
+def test_opcheck_ppo_advantages(kernel_backend: Backend) -> None:
+    mask, _, tensors = _arguments("ppo_advantages", 3, 7, torch.float32, kernel_backend.device)
+    scalars = torch.tensor([0.1, 0.9, 0.95], dtype=torch.float64)
+    for eps, plain in ((1e-8, False), (None, False), (1e-8, True)):
+        arguments = (*tensors, mask, *scalars, eps, plain)
+        torch.library.opcheck(torch.ops.rlhf_kernels.ppo_advantages.default, arguments)
 
 
 def test_opcheck_per_token_kl(kernel_backend: Backend) -> None:

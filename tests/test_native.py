@@ -12,6 +12,7 @@ from pathlib import Path
 import edge_cases
 import pytest
 import test_logits
+import test_ppo_advantages
 import test_scan
 import test_scan_packed
 import torch
@@ -98,6 +99,14 @@ def test_accuracy_of_gae(isa: str, masked: str, dtype: torch.dtype) -> None:
     lengths = torch.randint(0, 40, (50,), generator=generator).tolist()
     rewards, values, bootstrap = (x.to(dtype) for x in test_scan_packed.packed_case(lengths))
     test_scan_packed.check(CPU, lengths, rewards, values, None, bootstrap, masked)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_ppo_advantages(isa: str, dtype: torch.dtype) -> None:
+    for batch, time in ((7, 3), (9, 8), (17, 41)):
+        mask = test_ppo_advantages.mask_of("holes", batch, time)
+        for whiten in (False, True):
+            test_ppo_advantages.check(CPU, test_ppo_advantages.rollout(batch, time, dtype=dtype), mask, whiten=whiten)
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, threads: int) -> None:

@@ -27,6 +27,7 @@ from rlhf_kernels.backends.triton import (
     gae_packed,
     linear_fold,
     linear_gradient,
+    ppo_advantages,
     sample_tokens,
     selected_logprobs_bwd,
     selected_logprobs_fwd,
@@ -107,6 +108,11 @@ def launch_sampling(
     sample_tokens(_empty(outer, inner, V, dtype=dtype), uniform, mask, temperature, row_temperature, top_k, top_p)
 
 
+def launch_ppo_advantages(B: int, T: int, dtype: torch.dtype, whiten: bool = True, kl_coef: float = 0.1) -> None:
+    x, mask = _empty(B, T, dtype=dtype), _empty(B, T, dtype=torch.bool)
+    ppo_advantages(x, x, _empty(B), x, mask, kl_coef, 0.9, 0.95, 1e-8 if whiten else None)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, call of the launchers) over the options that change the code, and small, odd and large V."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -128,6 +134,9 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
     for offsets in (torch.int32, torch.int64):
         yield f"packed 131072 offsets {str(offsets)[6:]}", partial(launch_gae_packed, 4, 131072, offsets)
+    for dtype, whiten in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        name = f"T=131072 {str(dtype)[6:]}{' whitened' if whiten else ''}"
+        yield name, partial(launch_ppo_advantages, 4, 131072, dtype, whiten)
     yield "T=1000 float32", partial(launch_gae, 4, 1000, torch.float32, False)
 
 
@@ -152,6 +161,9 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
         for gamma in (1.0, 0.9):
             calls.append(partial(launch_gae, B, T, torch.float32, True, 0, gamma))
     yield "any batch, length and discount", calls
+    sizes = ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072))
+    calls = [partial(launch_ppo_advantages, B, T, torch.float32, kl_coef=0.1 * T) for B, T in sizes]
+    yield "any batch and length of a rollout", calls
     sizes = ((1, 1), (3, 17), (16, 16), (300, 131072))
     yield "any packing", [partial(launch_gae_packed, S, total, torch.int32) for S, total in sizes]
 

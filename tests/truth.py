@@ -315,3 +315,32 @@ def sampling_distribution(
             last = int(reached.nonzero()[0]) if reached.any() else len(values) - 1
             weights[row][x[row] < values[last]] = 0.0
     return weights / weights.sum(-1, keepdim=True), spoilt
+
+
+def ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whitened: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T], scores [B] -> advantages, returns, kl in float64, token by token."""
+    kl = torch.zeros(mask.shape, dtype=torch.float64)
+    rewards = torch.zeros(mask.shape, dtype=torch.float64)
+    for b, row in enumerate(mask.tolist()):
+        counted = [t for t, keep in enumerate(row) if keep]
+        for t in counted:
+            kl[b, t] = float(logprobs[b, t]) - float(ref_logprobs[b, t])
+            rewards[b, t] = -kl_coef * kl[b, t]
+        if counted:
+            rewards[b, counted[-1]] += float(scores[b])
+    advantages, returns = gae(rewards, values, mask, None, gamma, lam, "skip")
+    kept = advantages[mask.cpu()]
+    if whitened and kept.numel():
+        deviation = math.sqrt(kept.var(unbiased=False).item() + 1e-8)
+        advantages = torch.where(mask.cpu(), (advantages - kept.mean()) / deviation, 0.0)
+    return advantages, returns, kl

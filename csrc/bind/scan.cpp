@@ -3,6 +3,11 @@
 namespace rk {
 namespace {
 
+// A multiple of the widest vector, one lane per row.
+int64_t lane_rows_per_task(int64_t batch, int64_t time, int threads) {
+  return (rows_per_task(batch, time, threads) + 15) / 16 * 16;
+}
+
 // -1 if the offsets run from 0 to total and never fall, else the first place where they do not.
 template <class Offset>
 int64_t first_bad_offset(const Offset* offsets, int64_t sequences, int64_t total) {
@@ -47,9 +52,7 @@ void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uin
   args.holes = static_cast<Holes>(holes);
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
-  // A multiple of the widest vector, one lane per row.
-  const int64_t chunk = (rows_per_task(batch, time, threads) + 15) / 16 * 16;
-  run<&Kernels::gae>(args, batch, chunk, threads);
+  run<&Kernels::gae>(args, batch, lane_rows_per_task(batch, time, threads), threads);
 }
 
 // Returns the first place where the offsets are wrong, and then has computed nothing; -1 when all is done.
@@ -79,10 +82,40 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
   const int64_t bad =
       offset_bytes == 4 ? plan(pointer<const int32_t>(offsets)) : plan(pointer<const int64_t>(offsets));
   if (bad >= 0) return bad;
-  // Two tasks a thread, for balance; more would leave too few sequences to fill a task's lanes.
-  args.tasks = threads > 1 ? std::clamp<int64_t>(total / kGrain, 1, 2 * int64_t{threads}) : 1;
+  // One task a thread: dealt like cards they are equal, and with more the longest sequence would fill a lane
+  // while the task's others idle.
+  args.tasks = threads > 1 ? std::clamp<int64_t>(total / kGrain, 1, int64_t{threads}) : 1;
   run<&Kernels::gae>(args, args.tasks, 1, threads);
   return -1;
+}
+
+// moments: room for three doubles a row, which whiten_fwd takes as its parts; or null.
+void run_ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t scores, uintptr_t values,
+                        int dtype, uintptr_t mask, int64_t batch, int64_t time, int64_t stride_logprobs,
+                        int64_t stride_ref_logprobs, int64_t stride_values, int64_t stride_mask,
+                        double kl_coef, double gamma, double lam, uintptr_t advantages, uintptr_t returns,
+                        uintptr_t kl, uintptr_t moments, int threads) {
+  Advantages args = {};
+  args.logprobs = pointer<void>(logprobs);
+  args.ref_logprobs = pointer<void>(ref_logprobs);
+  args.values = pointer<void>(values);
+  args.mask = pointer<uint8_t>(mask);
+  args.scores = pointer<float>(scores);
+  args.advantages = pointer<float>(advantages);
+  args.returns = pointer<float>(returns);
+  args.kl = pointer<float>(kl);
+  args.moments = pointer<double>(moments);
+  args.stride_logprobs = stride_logprobs;
+  args.stride_ref_logprobs = stride_ref_logprobs;
+  args.stride_values = stride_values;
+  args.stride_mask = stride_mask;
+  args.time = time;
+  args.dtype = static_cast<Dtype>(dtype);
+  args.kl_coef = static_cast<float>(kl_coef);
+  args.gamma = static_cast<float>(gamma);
+  args.lam = static_cast<float>(lam);
+  if (batch == 0 || time == 0) return;
+  run<&Kernels::ppo_advantages>(args, batch, lane_rows_per_task(batch, time, threads), threads);
 }
 
 }  // namespace
@@ -90,6 +123,7 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
 void bind_scan(py::module_& m) {
   m.def("gae", &run_gae, NoGil());
   m.def("gae_packed", &run_gae_packed, NoGil());
+  m.def("ppo_advantages", &run_ppo_advantages, NoGil());
 }
 
 }  // namespace rk

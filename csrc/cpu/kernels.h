@@ -21,6 +21,7 @@
   X(value_loss, ValueLoss)           \
   X(sample_tokens, SampleTokens)     \
   X(gae, Gae)                        \
+  X(ppo_advantages, Advantages)      \
   X(per_token_kl_fwd, PerTokenKlFwd) \
   X(per_token_kl_bwd, PerTokenKlBwd) \
   X(shaped_rewards, ShapedRewards)   \

@@ -30,6 +30,7 @@ constexpr float kInf = INFINITY;
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef double vd __attribute__((vector_size(2 * kBytes)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 typedef float vf_unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));

@@ -30,4 +30,27 @@ struct Gae {
   int64_t tasks;
 };
 
+// Rows may be strided; the outputs are [B, T] contiguous.
+struct Advantages {
+  const void* logprobs;  // [B, T]
+  const void* ref_logprobs;
+  const void* values;
+  const uint8_t* mask;
+  const float* scores;  // [B]
+  float* advantages;
+  float* returns;
+  float* kl;
+  double* moments;  // [B, 3]: count, mean and sum of squared deviations of the row's advantages; null = not
+                    // wanted
+  int64_t stride_logprobs;
+  int64_t stride_ref_logprobs;
+  int64_t stride_values;
+  int64_t stride_mask;
+  int64_t time;
+  Dtype dtype;  // of logprobs, ref_logprobs and values
+  float kl_coef;
+  float gamma;
+  float lam;
+};
+
 }  // namespace rk

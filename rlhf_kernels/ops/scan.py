@@ -1,4 +1,4 @@
-"""The scan family: generalised advantage estimation over padded or packed sequences."""
+"""The scan family: generalised advantage estimation, padded or packed, and PPO's advantages of a rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rlhf_kernels.reference import scan as reference
 
 OP = "gae"
 PACKED = "gae_packed"  # its kernels' name in dispatch: a backend may have the one without the other
+PPO = "ppo_advantages"
 MASKED = ("skip", "stop", "zero")
+WHITEN_EPS = 1e-8  # whiten's default
 
 
 def gae(
@@ -146,3 +148,91 @@ def _plain(
 def _check_offsets(cu_seqlens: Tensor, rewards: Tensor) -> None:
     if rewards.device.type == "cpu" or validate.checks_forced():
         validate.offset_values(OP, "cu_seqlens", cu_seqlens, rewards.shape[0])
+
+
+def ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What PPO on language models needs of a rollout, in one sweep and one more to whiten (arXiv:1909.08593).
+
+    Equals `kl = per_token_kl(logprobs, ref_logprobs)`, 0 where masked; `rewards = shaped_rewards(scores, kl, mask,
+    kl_coef=kl_coef)`; `advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)`; then
+    `whiten(advantages, mask)`. Not differentiable: all results are targets, the inputs are detached.
+
+    Args:
+        logprobs, ref_logprobs: [B, T] float, nats, of the sampled tokens under the policy and the reference.
+        scores: [B] float, reward of each sequence, given to its last counted token; not used if there is none.
+        values: [B, T] float, value of the state before each token, reward units.
+        mask: [B, T] bool or 0/1, true where the token counts; nothing is read elsewhere, and holes are skipped.
+        kl_coef: weight of the KL penalty (beta), >= 0, reward units per nat.
+        gamma, lam: discount and trace decay, each in [0, 1].
+        whiten: scale the advantages to mean 0 and variance 1 over all counted tokens; the returns stay as they are.
+
+    Returns:
+        (advantages, returns, kl), each [B, T] float32 (float64 if any input is), exactly 0 where mask is false.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or option.
+    """
+    validate.float_tensor(PPO, "logprobs", logprobs)
+    if logprobs.dim() != 2:
+        raise ValueError(f"{PPO}: logprobs has shape {list(logprobs.shape)}; it takes [B, T]")
+    validate.like(PPO, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    validate.like(PPO, "values", values, "logprobs", logprobs)
+    validate.float_tensor(PPO, "scores", scores)
+    validate.same_place(PPO, "scores", scores, "logprobs", logprobs.shape[:1], logprobs.device)
+    mask = validate.required_mask(PPO, mask, "logprobs", logprobs.shape, logprobs.device)
+    validate.number(PPO, "kl_coef", kl_coef, low=0)
+    validate.number(PPO, "gamma", gamma, low=0, high=1)
+    validate.number(PPO, "lam", lam, low=0, high=1)
+    eps = WHITEN_EPS if whiten else None
+    dtype = logprobs.dtype if logprobs.dtype == ref_logprobs.dtype == values.dtype else torch.float32
+    if torch.float64 in (logprobs.dtype, ref_logprobs.dtype, scores.dtype, values.dtype):
+        dtype = torch.float64
+    logprobs, ref_logprobs, values = (x.detach().to(dtype) for x in (logprobs, ref_logprobs, values))
+    scores = scores.detach().to(dtype if dtype == torch.float64 else torch.float32)
+    tensors = logprobs, ref_logprobs, scores, values
+    kernel = dispatch.kernel(PPO, logprobs)
+    if kernel is None and not torch.compiler.is_compiling():
+        return reference.ppo_advantages(*tensors, mask, kl_coef, gamma, lam, eps)
+    scalars = (validate.runtime_scalar(x) for x in (kl_coef, gamma, lam))
+    return _ppo_advantages(*tensors, mask, *scalars, eps, kernel is None)
+
+
+@torch.library.custom_op("rlhf_kernels::ppo_advantages", mutates_args=())
+def _ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: Tensor,
+    gamma: Tensor,
+    lam: Tensor,
+    eps: float | None,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values of one dtype and mask [B, T], scores [B] -> advantages, returns, kl [B, T].
+
+    kl_coef, gamma, lam: []. `plain`: the reference, which a trace would unroll over T.
+    """
+    arguments = (logprobs, ref_logprobs, scores, values, mask, kl_coef.item(), gamma.item(), lam.item(), eps)
+    if plain:
+        return reference.ppo_advantages(*arguments)
+    return dispatch.load(dispatch.required(PPO, logprobs)).ppo_advantages(*arguments)
+
+
+@_ppo_advantages.register_fake
+def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    result = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    advantages, returns, kl = (logprobs.new_empty(logprobs.shape, dtype=result) for _ in range(3))
+    return advantages, returns, kl

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference.common import upcast
+from rlhf_kernels.reference import tokens
+from rlhf_kernels.reference.common import select, upcast
 
 
 def gae(
@@ -73,3 +74,26 @@ def gae_packed(
     padded = gae(rewards[place], values[place], padded_mask, bootstrap, gamma, lam, masked)
     advantages, returns = (x[inside] for x in padded)
     return advantages, returns
+
+
+def ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values, mask [B, T], scores [B] -> advantages, returns, kl [B, T].
+
+    The single ops one after the other; the advantages are not whitened if eps is None.
+    """
+    kl = select(mask, tokens.per_token_kl(logprobs, ref_logprobs, "k1"))
+    rewards = tokens.shaped_rewards(scores, kl, mask, kl_coef, None)
+    advantages, returns = gae(rewards, values, mask, None, gamma, lam, "skip")
+    if eps is not None:
+        advantages = tokens.whiten(advantages, mask, True, eps, None)
+    return advantages, returns, kl

@@ -6,7 +6,7 @@ from rlhf_kernels.backends.cpu.linear import allocate, linear_fold, linear_gradi
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.cpu.losses import policy_loss, value_loss
 from rlhf_kernels.backends.cpu.sampling import sample_tokens
-from rlhf_kernels.backends.cpu.scan import gae, gae_packed
+from rlhf_kernels.backends.cpu.scan import gae, gae_packed, ppo_advantages
 from rlhf_kernels.backends.cpu.tokens import (
     per_token_kl_bwd,
     per_token_kl_fwd,
@@ -28,6 +28,7 @@ __all__ = [
     "per_token_kl_bwd",
     "per_token_kl_fwd",
     "policy_loss",
+    "ppo_advantages",
     "sample_tokens",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",

@@ -1,4 +1,4 @@
-"""gae, padded and packed, on the native module (csrc/cpu/scan.cpp)."""
+"""gae, padded and packed, and ppo_advantages on the native module (csrc/cpu/scan.cpp)."""
 
 from __future__ import annotations
 
@@ -91,3 +91,40 @@ def gae_packed(
             f"end at {rewards.numel()}"
         )
     return advantages, returns
+
+
+def ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values [B, T] of one dtype, scores [B] float32 -> advantages, returns, kl [B, T] float32.
+
+    eps: added to the variance of whitened advantages, None: not whitened.
+    """
+    batch, time = logprobs.shape
+    advantages, returns, kl = (torch.empty((batch, time), dtype=torch.float32) for _ in range(3))
+    moments = None if eps is None else torch.empty((batch, 3), dtype=torch.float64)
+    rows = tuple(last_contiguous(x) for x in (logprobs, ref_logprobs, values, mask))
+    scores = scores.contiguous()
+    _native.ppo_advantages(
+        *(rows[0].data_ptr(), rows[1].data_ptr(), scores.data_ptr(), rows[2].data_ptr(), DTYPES[logprobs.dtype]),
+        rows[3].data_ptr(),
+        *(batch, time, *(x.stride(0) for x in rows)),
+        *(kl_coef, gamma, lam),
+        *(advantages.data_ptr(), returns.data_ptr(), kl.data_ptr(), address(moments), torch.get_num_threads()),
+    )
+    if moments is not None and eps is not None:  # in place
+        merged, size = torch.empty(3, dtype=torch.float64), batch * time
+        _native.whiten_fwd(
+            *(advantages.data_ptr(), DTYPES[torch.float32], size, size, rows[3].data_ptr(), time, rows[3].stride(0)),
+            *(size, moments.data_ptr(), batch, merged.data_ptr(), eps, False, advantages.data_ptr()),
+            torch.get_num_threads(),
+        )
+    return advantages, returns, kl

@@ -4,7 +4,7 @@ from rlhf_kernels.backends.triton.full_kl import full_kl_bwd, full_kl_fwd
 from rlhf_kernels.backends.triton.linear import allocate, linear_fold, linear_gradient
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.triton.sampling import sample_tokens
-from rlhf_kernels.backends.triton.scan import gae, gae_packed
+from rlhf_kernels.backends.triton.scan import gae, gae_packed, ppo_advantages
 from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd, shaped_rewards
 from rlhf_kernels.backends.triton.whiten import whiten_bwd, whiten_fwd, whiten_moments
 
@@ -18,6 +18,7 @@ __all__ = [
     "linear_gradient",
     "per_token_kl_bwd",
     "per_token_kl_fwd",
+    "ppo_advantages",
     "sample_tokens",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",

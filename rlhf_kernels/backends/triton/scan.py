@@ -1,8 +1,9 @@
-"""Generalised advantage estimation as one associative scan over affine maps, one sequence a program.
+"""Generalised advantage estimation and PPO's advantages as an associative scan of affine maps, one sequence a program.
 
 What the future adds to a step, `u_{t+1} = gamma V_{t+1} + gamma lam A_{t+1}`, is all that a step needs of it:
 `A_t = r_t - V_t + u_{t+1}` and `u_t = gamma lam u_{t+1} + gamma V_t + gamma lam (r_t - V_t)`, from `gamma * bootstrap`.
-A hole is another such map: the identity ("skip"), 0 ("stop"), a step with reward and value 0 ("zero").
+A hole is another such map: the identity ("skip"), 0 ("stop"), a step with reward and value 0 ("zero"). A score at the
+last counted token is what the future adds there: u starts from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.backends.triton.common import contiguous, launch
+from rlhf_kernels.backends.triton.whiten import whiten_fwd
 
 # 512 positions over 2 warps. The same for every T, and chunks start at t = 0: padding on the right changes no bit.
 BLOCK_T = 512
@@ -174,3 +176,115 @@ def _launch(
         num_warps=NUM_WARPS,
     )
     return advantages, returns
+
+
+@triton.jit
+def load_kl(logprobs_ptr, ref_logprobs_ptr, t, counted):
+    kl = load_float(logprobs_ptr, t, counted) - load_float(ref_logprobs_ptr, t, counted)
+    largest = 3.4028234663852886e38  # finite logprobs give a finite KL; NaN stays
+    return tl.where(kl > largest, largest, tl.where(kl < -largest, -largest, kl))
+
+
+@triton.jit
+def merge_moments(count, mean, deviations, more, more_mean, more_deviations):
+    """Chan, Golub and LeVeque 1979: count, mean and sum of squared deviations of two sets together, fp64."""
+    share = more / tl.maximum(count + more, 1.0)
+    shift = more_mean - mean
+    return count + more, mean + shift * share, deviations + more_deviations + shift * shift * (count * share)
+
+
+@triton.jit(do_not_specialize=["stride_logprobs", "stride_ref_logprobs", "stride_values", "T"])
+def _ppo_advantages_kernel(
+    logprobs_ptr,
+    ref_logprobs_ptr,
+    values_ptr,
+    mask_ptr,
+    scores_ptr,
+    advantages_ptr,
+    returns_ptr,
+    kl_ptr,
+    moments_ptr,
+    kl_coef,
+    gamma,
+    decay,
+    stride_logprobs,
+    stride_ref_logprobs,
+    stride_values,
+    T,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logprobs_ptr += row * stride_logprobs
+    ref_logprobs_ptr += row * stride_ref_logprobs
+    values_ptr += row * stride_values
+    begin = row * T
+    mask_ptr += begin
+    future = tl.load(scores_ptr + row)
+    count = tl.zeros([], tl.float64)
+    mean = tl.zeros([], tl.float64)
+    deviations = tl.zeros([], tl.float64)
+    chunks = tl.cdiv(T, BLOCK_T)
+    for chunk in range(chunks):
+        t = (chunks - 1 - chunk) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = t < T
+        follows = t + 1 < T
+        counted = load_counted(mask_ptr, t, inside)
+        counted_after = load_counted(mask_ptr, t + 1, follows)
+        kl = load_kl(logprobs_ptr, ref_logprobs_ptr, t, counted)
+        value = load_float(values_ptr, t, counted)
+        reward_after = -kl_coef * load_kl(logprobs_ptr, ref_logprobs_ptr, t + 1, counted_after)
+        value_after = load_float(values_ptr, t + 1, counted_after)
+        u = future_of_chunk(future, reward_after, value_after, follows, counted_after, gamma, decay, SKIP)
+        future = first_lane(u, BLOCK_T)
+        advantage = tl.where(counted, -kl_coef * kl - value + u, 0.0)
+        tl.store(advantages_ptr + begin + t, advantage, mask=inside)
+        tl.store(returns_ptr + begin + t, tl.where(counted, advantage + value, 0.0), mask=inside)
+        tl.store(kl_ptr + begin + t, kl, mask=inside)
+        if moments_ptr is not None:
+            some = tl.sum(counted.to(tl.int32), 0).to(tl.float64)
+            some_mean = tl.sum(advantage.to(tl.float64), 0) / tl.maximum(some, 1.0)
+            off = tl.where(counted, advantage - some_mean.to(tl.float32), 0.0)
+            # The mean in fp32 is off by less than an ulp; what that adds to the squares is taken out again.
+            rest = tl.sum(off, 0).to(tl.float64)
+            squares = tl.sum(off * off, 0).to(tl.float64) - rest * rest / tl.maximum(some, 1.0)
+            count, mean, deviations = merge_moments(count, mean, deviations, some, some_mean, tl.maximum(squares, 0.0))
+    if moments_ptr is not None:
+        tl.store(moments_ptr + row * 3, count)
+        tl.store(moments_ptr + row * 3 + 1, mean)
+        tl.store(moments_ptr + row * 3 + 2, deviations)
+
+
+def ppo_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values, mask [B, T], scores [B] fp32 -> advantages, returns, kl [B, T] fp32.
+
+    Rows may be strided; a last dimension that is not contiguous is copied once. eps: added to the variance of whitened
+    advantages, None: not whitened.
+    """
+    batch, time = logprobs.shape
+    rows = tuple(x if x.stride(1) == 1 else x.contiguous() for x in (logprobs, ref_logprobs, values))
+    mask = mask.contiguous()
+    advantages = torch.empty((batch, time), dtype=torch.float32, device=logprobs.device)
+    returns, kl = torch.empty_like(advantages), torch.empty_like(advantages)
+    moments = None if eps is None else torch.empty((batch, 3), dtype=torch.float64, device=logprobs.device)
+    programs = batch if time else 0
+    launch(
+        _ppo_advantages_kernel,
+        programs,
+        *(*rows, mask, scores.contiguous(), advantages, returns, kl, moments),
+        *(kl_coef, gamma, gamma * lam, *(x.stride(0) for x in rows), time),
+        BLOCK_T=BLOCK_T,
+        num_warps=NUM_WARPS,
+    )
+    if moments is not None and eps is not None and programs:
+        advantages, _ = whiten_fwd(advantages, mask, moments, eps, True)
+    return advantages, returns, kl
