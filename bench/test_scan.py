@@ -39,3 +39,17 @@ def test_unmasked(benchmark, name: str) -> None:
     result = benchmark.pedantic(call, (rewards, values), **ROUNDS)
     for a, b in zip(result, ours(rewards, values), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["eager, as TRL writes it", "rlhf_kernels"])
+def test_ppo_advantages(benchmark, name: str) -> None:
+    benchmark.group = "ppo_advantages"
+    case = peers.rollout_case(peers.BATCH)
+
+    def ours(*arguments):
+        return rk.ppo_advantages(*arguments, kl_coef=peers.KL_COEF, gamma=peers.GAMMA, lam=peers.LAM)
+
+    call = peers.trl_advantages if name != "rlhf_kernels" else ours
+    result = benchmark.pedantic(call, case, **ROUNDS)
+    for a, b in zip(result, ours(*case), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
