@@ -184,7 +184,14 @@ def check_far(backend: str) -> int:
             strict=True,
         ):
             _same(a, b)
-    return 4
+        mask = edge_cases.MASKS["holes"](rewards.shape)
+        for call in (
+            lambda x: rk.per_token_kl(x, x.flip(0), estimator="k3"),
+            lambda x: rk.shaped_rewards(torch.ones(3), x, mask, kl_coef=0.1),
+            lambda x: rk.whiten(x, mask),
+        ):
+            _same(call(rewards), call(near[:, :20]))
+    return 7
 
 
 def check_ppo_advantages(backend: str, side: str) -> int:
@@ -202,8 +209,30 @@ def check_ppo_advantages(backend: str, side: str) -> int:
     return calls
 
 
+def check_tokens(backend: str, side: str) -> int:
+    """per_token_kl, shaped_rewards and whiten with their gradients, on whole and on ragged chunks."""
+    module, calls = dispatch.load(backend), 0
+    for time in (1, 8, 37, 1025):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x, ref, grad = edge_cases.logits_of("normal", (3, 2, time), torch.float32)
+            mask = edge_cases.MASKS["holes"](x.shape)
+            plain = x.to(dtype), ref, grad, mask, torch.ones(2)
+            outputs = []
+            for a, b, g, m, scores in (plain, [guarded(tensor, side) for tensor in plain]):
+                kl, slope = module.per_token_kl_fwd(a, b, 2, True)
+                kl_grads = module.per_token_kl_bwd(g, guarded(slope, side), dtype, torch.float32)
+                rewards = module.shaped_rewards(scores, a, m, 0.1, 0.5)
+                y, moments = module.whiten_fwd(a, m, None, 1e-8, True)
+                grad_x = module.whiten_bwd(g, a, m, guarded(moments, side), 1e-8, True)
+                outputs.append((kl, slope, *kl_grads, rewards, y, moments, grad_x))
+            for one, other in zip(*outputs, strict=True):
+                _same(one, other)
+            calls += 1
+    return calls
+
+
 def check_near(backend: str, side: str) -> int:
-    checks = (check_logits, check_gae, check_gae_packed, check_ppo_advantages)
+    checks = check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens
     return sum(check(backend, side) for check in checks)
 
 

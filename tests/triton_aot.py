@@ -27,10 +27,15 @@ from rlhf_kernels.backends.triton import (
     gae_packed,
     linear_fold,
     linear_gradient,
+    per_token_kl_bwd,
+    per_token_kl_fwd,
     ppo_advantages,
     sample_tokens,
     selected_logprobs_bwd,
     selected_logprobs_fwd,
+    shaped_rewards,
+    whiten_bwd,
+    whiten_fwd,
 )
 
 TARGETS = {
@@ -113,6 +118,17 @@ def launch_ppo_advantages(B: int, T: int, dtype: torch.dtype, whiten: bool = Tru
     ppo_advantages(x, x, _empty(B), x, mask, kl_coef, 0.9, 0.95, 1e-8 if whiten else None)
 
 
+def launch_tokens(B: int, T: int, dtype: torch.dtype, estimator: int, full: bool, scalar: float = 0.1) -> None:
+    """per_token_kl, shaped_rewards and whiten with their gradients; `full`: strided rows, a mask, the mean kept."""
+    x = _empty(B, T + 3, dtype=dtype)[:, :T] if full else _empty(B, T, dtype=dtype)
+    mask = _empty(B, T, dtype=torch.bool)
+    kl, slope = per_token_kl_fwd(x, x, estimator, True)
+    per_token_kl_bwd(kl, slope, dtype, torch.float32)
+    shaped_rewards(_empty(B), x, mask, scalar, 10 * scalar)
+    y, moments = whiten_fwd(x, mask if full else None, None, scalar, not full)
+    whiten_bwd(y, x, mask if full else None, moments, scalar, not full)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, call of the launchers) over the options that change the code, and small, odd and large V."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -137,6 +153,12 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, whiten in itertools.product((torch.float32, torch.bfloat16), (True, False)):
         name = f"T=131072 {str(dtype)[6:]}{' whitened' if whiten else ''}"
         yield name, partial(launch_ppo_advantages, 4, 131072, dtype, whiten)
+    for estimator, dtype in itertools.product(range(4), (torch.float32, torch.bfloat16)):
+        full = dtype == torch.bfloat16
+        yield (
+            f"T=131072 {str(dtype)[6:]} estimator {estimator}",
+            partial(launch_tokens, 4, 131072, dtype, estimator, full),
+        )
     yield "T=1000 float32", partial(launch_gae, 4, 1000, torch.float32, False)
 
 
@@ -165,6 +187,11 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
     calls = [partial(launch_ppo_advantages, B, T, torch.float32, kl_coef=0.1 * T) for B, T in sizes]
     yield "any batch and length of a rollout", calls
     sizes = ((1, 1), (3, 17), (16, 16), (300, 131072))
+    calls = []
+    for B, T in ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072)):
+        for scalar in (1.0, 0.1):
+            calls.append(partial(launch_tokens, B, T, torch.bfloat16, 2, False, scalar))
+    yield "tokens of any batch, length and scalars", calls
     yield "any packing", [partial(launch_gae_packed, S, total, torch.int32) for S, total in sizes]
 
 
