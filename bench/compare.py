@@ -1,6 +1,6 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only forward|backward|gae|ppo|openmp] [--rounds 15] [--quiet 0.05]
+python bench/compare.py [--only forward|backward|gae|ppo|tokens|openmp] [--rounds 15] [--quiet 0.05]
     [--out bench/results/cpu.json]
 """
 
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import peers
+import token_cases
 import torch
 from harness import Comparison, Contender, compare, environment
 from torch import Tensor
@@ -152,6 +153,14 @@ def ppo_advantages(batch: int, rounds: int, quiet: float) -> Comparison:
     return result
 
 
+def tokens(op: str, shape: tuple[int, int], rounds: int, quiet: float) -> Comparison:
+    contenders = {name: Contender(call) for name, call in token_cases.contenders(op, shape).items()}
+    result = compare(contenders, rounds, calls=20 if shape[0] < 100 else 3, quiet=quiet)
+    ours = result.median(OURS)
+    result.ratios = {f"faster than {name}": result.median(name) / ours for name in ("eager", "compiled")}
+    return result
+
+
 def openmp(rounds: int, quiet: float) -> Comparison:
     """Does a torch op, or ours, run slower when the two alternate than when each follows itself?"""
     logits, labels = peers.logits_case(torch.float32)
@@ -191,7 +200,7 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["forward", "backward", "gae", "ppo", "openmp"])
+    parser.add_argument("--only", choices=["forward", "backward", "gae", "ppo", "tokens", "openmp"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
@@ -215,6 +224,9 @@ def main() -> None:
     for batch in (64, peers.BATCH):
         title = f"ppo_advantages fp32 [{batch}, {peers.TIME}]"
         cases.append(("ppo", title, lambda batch=batch: ppo_advantages(batch, *repeat)))
+    for shape in token_cases.SHAPES:
+        for op in token_cases.OPS:
+            cases.append(("tokens", f"{op} fp32 {list(shape)}", lambda op=op, shape=shape: tokens(op, shape, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
         if options.only in (None, kind):
