@@ -96,9 +96,9 @@ inline const uint8_t* read(const FlatMask& mask, int64_t begin, int count, MaskB
 
 // All bits set in the lanes that count.
 inline vi counted(const uint8_t* mask) {
-  vb bytes;
-  memcpy(&bytes, mask, sizeof bytes);
-  return __builtin_convertvector(bytes, vi) != 0;
+  // In two steps: from bytes to words at once, gcc 12 moves lane by lane (51 instructions instead of 14).
+  const vh halves = __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(mask), vh);
+  return __builtin_convertvector(halves, vi) != 0;
 }
 
 template <class T>

@@ -35,6 +35,7 @@ typedef uint8_t vb __attribute__((vector_size(kLanes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 typedef float vf_unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 typedef uint32_t vu_unaligned __attribute__((vector_size(kBytes), aligned(2), may_alias));
+typedef uint8_t vb_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
 
 inline int64_t offset(const Rows& rows, int64_t row) {
