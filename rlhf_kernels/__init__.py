@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from rlhf_kernels.dispatch import use_backend
+from rlhf_kernels.heads import head_of
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.full_kl import full_kl
 from rlhf_kernels.ops.linear import linear_logprobs
@@ -24,6 +25,7 @@ __all__ = [
     "full_kl",
     "gae",
     "group_advantages",
+    "head_of",
     "info",
     "linear_cross_entropy",
     "linear_dpo_loss",

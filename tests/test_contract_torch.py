@@ -196,7 +196,8 @@ def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) ->
     mask, labels, (hidden, weight, bias) = _arguments("linear_logprobs", 2, 3, dtype, device)
     mask, labels, row_temperature = mask.flatten(), labels.flatten(), torch.linspace(0.5, 2, 6, device=device)
     one = torch.ones((), dtype=torch.float64)
-    forward = (hidden, weight, labels, bias, mask, one, row_temperature, 3 * one, one, True, 500)
+    shard = (0, "", False)
+    forward = (hidden, weight, labels, bias, mask, one, row_temperature, 3 * one, one, *shard, True, 500)
     torch.library.opcheck(ops.linear_logprobs.default, forward)
     torch.library.opcheck(ops.linear_logprobs.default, (hidden, weight, labels, *(None,) * 2, one, *forward[6:]))
     _, entropy, stats = (y.detach() for y in ops.linear_logprobs(*forward))
@@ -213,7 +214,7 @@ def test_opcheck_linear_policy_loss(kernel_backend: Backend, kind: str) -> None:
     per_row = _normal(5 if entropy else 1, 6).to(kernel_backend.device)
     scalars = torch.tensor([0.2, 0.3, 2.0, 0.1, 0.1], dtype=torch.float64)
     hidden, weight, bias = (x.detach() for x in tensors)
-    head = (hidden, weight, labels.flatten(), bias, mask.flatten(), one, None, 3 * one, one)
+    head = (hidden, weight, labels.flatten(), bias, mask.flatten(), one, None, 3 * one, one, 0, "", False)
     arguments = (*head, per_row, scalars, kind, entropy, 500, True, True, True)
     torch.library.opcheck(torch.ops.rlhf_kernels.linear_policy_loss.default, arguments)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Gradients, Head, Sweep
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Gradients, Head, Sweep, shard
 from rlhf_kernels.reference import linear as reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_logprobs"
 
@@ -28,6 +31,8 @@ def linear_logprobs(
     mask: Tensor | None = ...,
     with_entropy: Literal[False] = ...,
     workspace: int = ...,
+    process_group: ProcessGroup | None = ...,
+    batch_invariant: bool = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprobs(
@@ -42,6 +47,8 @@ def linear_logprobs(
     mask: Tensor | None = ...,
     with_entropy: Literal[True],
     workspace: int = ...,
+    process_group: ProcessGroup | None = ...,
+    batch_invariant: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
@@ -55,6 +62,8 @@ def linear_logprobs(
     mask: Tensor | None = None,
     with_entropy: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
+    process_group: ProcessGroup | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each row's label, and on request its entropy, from hidden states; logits are never in memory.
 
@@ -76,6 +85,11 @@ def linear_logprobs(
         with_entropy: also return the entropy; both outputs are differentiable.
         workspace: bytes of extra memory, at least one row's logits whatever it says. A 16-bit weight that needs a
             gradient adds one fp32 accumulator of its size where the rows do not fit one chunk.
+        process_group: weight and bias are this rank's rows of a vocabulary sharded over the group's ranks, in their
+            order; hidden, labels and mask are the same on all. One all-gather of a few numbers a row in the forward,
+            one all-reduce of dH in the backward; kernels only (not float64).
+        batch_invariant: a row's logprob has the same bits alone and in any batch, at a given number of threads: the
+            GEMM is cut into pieces of one shape, 64 rows by 4096 tokens. Gradients are not included.
 
     Returns:
         logprobs [...] float32 (float64 for float64), nats; with `with_entropy`, (logprobs, entropy). Exactly 0, and
@@ -86,8 +100,8 @@ def linear_logprobs(
         IndexError: on CPU, an unmasked label outside [0, V). On a GPU that row is NaN instead (no sync);
             RLHF_KERNELS_CHECK=1 makes it raise there too.
     """
-    call = prepare(OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
-    logprobs, entropy = logprobs_of(call, with_entropy, workspace)
+    call = prepare(OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group)
+    logprobs, entropy = logprobs_of(call._replace(invariant=batch_invariant), with_entropy, workspace)
     return logprobs if entropy is None else (logprobs, entropy)
 
 
@@ -103,6 +117,9 @@ class Call(NamedTuple):
     row_temperature: Tensor | None  # [...], replaces temperature
     softcap: float | None
     logit_scale: float
+    first: int = 0  # token of weight's first row, in a vocabulary sharded over `group`
+    group: str = ""
+    invariant: bool = False
 
     @property
     def divisor(self) -> float | Tensor:
@@ -126,6 +143,9 @@ class Call(NamedTuple):
             rows.flat(row_temperature),
             None if self.softcap is None else validate.runtime_scalar(self.softcap),
             validate.runtime_scalar(scale),
+            self.first,
+            self.group,
+            self.invariant,
         )
 
 
@@ -140,6 +160,7 @@ def prepare(
     logit_scale: float,
     mask: Tensor | None,
     workspace: int,
+    process_group: ProcessGroup | None = None,
 ) -> Call:
     """Checks what the family's ops have in common, applies autocast, and reads labels where that is free."""
     shape = _check_head(op, hidden, weight, bias)
@@ -155,18 +176,22 @@ def prepare(
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     row_temperature = rows.row_temperature(op, temperature, hidden, shape)
+    first, vocab = shard(process_group, weight.shape[0], hidden.device)
     if rows.reading_is_free(hidden):
         rows.positive(op, row_temperature)
-        validate.label_in_range(op, labels, mask, weight.shape[0])
+        validate.label_in_range(op, labels, mask, vocab)
     if isinstance(temperature, Tensor):
         temperature = 1.0
-    return Call(hidden, weight, labels, bias, mask, temperature, row_temperature, softcap, logit_scale)
+    call = Call(hidden, weight, labels, bias, mask, temperature, row_temperature, softcap, logit_scale)
+    return call if process_group is None else call._replace(first=first, group=process_group.group_name)
 
 
 def logprobs_of(call: Call, with_entropy: bool, workspace: int) -> tuple[Tensor, Tensor | None]:
     """linear_logprobs of a checked call."""
     shape = call.labels.shape
     if dispatch.kernel(OP, call.hidden) is None:
+        if call.group:
+            raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         return reference.linear_logprobs(
             *(call.hidden, call.weight, call.labels, call.bias, call.mask, call.divisor),
             *(call.softcap, call.logit_scale, with_entropy),
@@ -212,10 +237,13 @@ def head_of_call(
     row_temperature: Tensor | None,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    first: int,
+    group: str,
+    invariant: bool,
 ) -> Head:
     """The registered op's arguments as a Head; the scalars live on the CPU, where reading them is no sync."""
     cap = None if softcap is None else softcap.item()
-    return Head(weight, bias, temperature.item(), row_temperature, cap, logit_scale.item())
+    return Head(weight, bias, temperature.item(), row_temperature, cap, logit_scale.item(), first, group, invariant)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_logprobs", mutates_args=())
@@ -229,11 +257,14 @@ def _forward(
     row_temperature: Tensor | None,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    first: int,
+    group: str,
+    invariant: bool,
     with_entropy: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [O, I, D], weight [V, D], the rest [N = O*I] -> logprobs [N], entropy [N] or [0], (max, log s) [N, 2]."""
-    head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
+    head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale, first, group, invariant)
     count = labels.shape[0]
     new = hidden.new_zeros
     logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
@@ -258,6 +289,9 @@ def _(
     row_temperature: Any,
     softcap: Any,
     logit_scale: Any,
+    first: Any,
+    group: Any,
+    invariant: Any,
     with_entropy: bool,
     workspace: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,6 +317,9 @@ def _backward(
     row_temperature: Tensor | None,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    first: int,
+    group: str,
+    invariant: bool,
     stats: Tensor,
     entropy: Tensor,
     workspace: int,
@@ -291,7 +328,7 @@ def _backward(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [O, I, D], weight and bias; zero elements for one that is not wanted."""
-    head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
+    head = head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale, first, group, invariant)
     wanted = want_hidden, want_weight, want_bias
     sweep = Sweep(OP, hidden, head, labels, mask, workspace, wanted=wanted)
     gradients = Gradients(sweep, hidden, wanted)
@@ -315,6 +352,9 @@ def _(
     row_temperature: Any,
     softcap: Any,
     logit_scale: Any,
+    first: Any,
+    group: Any,
+    invariant: Any,
     stats: Any,
     entropy: Any,
     workspace: Any,
@@ -338,12 +378,12 @@ def empty_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, with_entropy, workspace = inputs
+    *tensors, first, group, invariant, with_entropy, workspace = inputs
     _, entropy, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(*tensors, stats, entropy)
-    ctx.with_entropy, ctx.workspace = with_entropy, workspace
+    ctx.with_entropy, ctx.workspace, ctx.shard = with_entropy, workspace, (first, group, invariant)
 
 
 def _autograd(
@@ -355,9 +395,10 @@ def _autograd(
     wanted = needs[0], needs[1], needs[3]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_logprobs is not None or grad_entropy is not None:
-        found = _backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.workspace, *wanted)
+        *tensors, stats, entropy = ctx.saved_tensors
+        found = _backward(*(grad_logprobs, grad_entropy, *tensors, *ctx.shard, stats, entropy, ctx.workspace), *wanted)
         grads = tuple(x if want else None for x, want in zip(found, wanted, strict=True))
-    return grads[0], grads[1], None, grads[2], *(None,) * 7
+    return grads[0], grads[1], None, grads[2], *(None,) * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -6,7 +6,7 @@ its logits are at hand: three GEMMs in all, and a row whose gradient is zero tak
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference import losses as reference_losses
 from rlhf_kernels.reference import preference as reference_preference
 from rlhf_kernels.reference.common import EXPONENT_LIMIT, exp_minus_one_minus
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_policy_loss"
 
@@ -49,6 +52,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     workspace: int = DEFAULT_WORKSPACE,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's policy loss from hidden states: head, logprob, clipped ratio, entropy bonus and KL term in one sweep.
 
@@ -59,7 +63,7 @@ def linear_policy_loss(
     logprob of a sequence first and takes a second sweep (four GEMMs).
 
     Args:
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace: as in `linear_logprobs`.
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace, process_group: linear_logprobs's.
         old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio, importance_weights, aggregate,
             denominator: as in `policy_loss`, of labels' shape.
         entropy_coef: weight of the entropy bonus, nats^-1; 0: no entropy is computed.
@@ -74,7 +78,9 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError, IndexError: as `linear_logprobs` and `policy_loss`.
     """
-    call = linear.prepare(OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+    call = linear.prepare(
+        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+    )
     mask = call.mask
     _per_token(OP, labels, old_logprobs=old_logprobs, advantages=advantages)
     _per_token(OP, labels, importance_weights=importance_weights, ref_logprobs=ref_logprobs)
@@ -132,6 +138,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     workspace: int = DEFAULT_WORKSPACE,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Supervised loss from hidden states: minus the labels' logprobs, aggregated; gradients formed in the forward.
 
@@ -139,7 +146,7 @@ def linear_cross_entropy(
     in all.
 
     Args:
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace: as in `linear_logprobs`.
+        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace, process_group: linear_logprobs's.
         mask, aggregate, denominator: as in `policy_loss`.
 
     Returns:
@@ -149,9 +156,11 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as `linear_logprobs`.
     """
     op = "linear_cross_entropy"
-    call = linear.prepare(op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+    call = linear.prepare(
+        op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+    )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
-    if dispatch.kernel(OP, call.hidden) is None:
+    if dispatch.kernel(OP, call.hidden) is None:  # logprobs_of refuses a group there
         logprobs, _ = linear.logprobs_of(call, False, workspace)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
@@ -178,6 +187,7 @@ def linear_dpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     workspace: int = DEFAULT_WORKSPACE,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Direct preference optimisation from hidden states: `dpo_loss` of the answers' summed `linear_logprobs`.
 
@@ -185,7 +195,7 @@ def linear_dpo_loss(
 
     Args:
         chosen_hidden, rejected_hidden: [M, T, D] and [M, T', D], the policy's hidden states.
-        weight, bias, temperature, softcap, logit_scale, workspace: the head, as in `linear_logprobs`.
+        weight, bias, temperature, softcap, logit_scale, workspace, process_group: the head, as in `linear_logprobs`.
         chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
         ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
         chosen_mask, rejected_mask: true at the answer's tokens; others (the prompt) cost nothing.
@@ -204,7 +214,9 @@ def linear_dpo_loss(
         ("rejected", rejected_hidden, rejected_labels, rejected_mask),
     ):
         op = f"linear_dpo_loss ({side})"
-        call = linear.prepare(op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace)
+        call = linear.prepare(
+            op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+        )
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
         logprobs, _ = linear.logprobs_of(call, False, workspace)
@@ -308,6 +320,9 @@ def _forward(
     row_temperature: Tensor | None,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    first: int,
+    group: str,
+    invariant: bool,
     per_row: Tensor,
     scalars: Tensor,
     kind: str,
@@ -318,7 +333,9 @@ def _forward(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """per_row [k, N] and scalars as in `token_terms` -> loss [], logprobs [N], entropy [N] or [0], dH, dW, db."""
-    head = linear.head_of_call(weight, bias, temperature, row_temperature, softcap, logit_scale)
+    head = linear.head_of_call(
+        weight, bias, temperature, row_temperature, softcap, logit_scale, first, group, invariant
+    )
     wanted = want_hidden, want_weight, want_bias
     new = hidden.new_zeros
     losses, logprobs = (new(labels.shape[0], dtype=torch.float32) for _ in range(2))
@@ -410,6 +427,9 @@ def _(
     row_temperature: Any,
     softcap: Any,
     logit_scale: Any,
+    first: Any,
+    group: Any,
+    invariant: Any,
     per_row: Any,
     scalars: Any,
     kind: Any,

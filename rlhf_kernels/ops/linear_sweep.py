@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels import dispatch
@@ -23,6 +24,8 @@ DEFAULT_WORKSPACE = 64 << 20  # bytes
 TILE_BYTES = 16 << 20
 BLOCK = 1024  # columns: tiles are whole blocks of the epilogue
 TALLEST = 4096  # rows of a recomputed chunk
+# One shape of GEMM for every batch: libraries choose their blocking, and with it the order of the sums, by the shape.
+INVARIANT_ROWS, INVARIANT_COLUMNS = 64, 4096
 
 
 class Head(NamedTuple):
@@ -37,6 +40,9 @@ class Head(NamedTuple):
     row_temperature: Tensor | None  # [N], replaces temperature
     softcap: float | None
     logit_scale: float
+    first: int = 0  # token of the weight's first row: not 0 for a shard of the vocabulary
+    group: str = ""  # name of the process group whose ranks hold the other shards
+    invariant: bool = False  # a row's products have the same bits in any batch
 
 
 class Rows(NamedTuple):
@@ -102,6 +108,8 @@ class Sweep:
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
         columns = max(64, room // (size * self._rows))
         self._width = min(vocab, columns // BLOCK * BLOCK if columns >= BLOCK else columns)
+        if self.head.invariant:
+            self._width = min(vocab, INVARIANT_COLUMNS)
 
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, self.count, self._rows):
@@ -138,14 +146,21 @@ class Sweep:
             tile = rows.products[:, part]
         else:
             tile = self._tile[: count * (part.stop - part.start)].view(count, -1)
-        return torch.mm(rows.hidden, self.head.weight[part].T, out=tile)
+        if not self.head.invariant:
+            return torch.mm(rows.hidden, self.head.weight[part].T, out=tile)
+        for start in range(0, count, INVARIANT_ROWS):
+            some = rows.hidden[start : start + INVARIANT_ROWS]
+            padded = some.new_zeros(INVARIANT_ROWS, some.shape[1])
+            padded[: len(some)] = some
+            tile[start : start + INVARIANT_ROWS] = torch.mm(padded, self.head.weight[part].T)[: len(some)]
+        return tile
 
     def _epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
         """What both epilogues take besides the tile."""
         head = self.head
         bias = None if self._bias is None else self._bias[part]
         softcap = 0.0 if head.softcap is None else head.softcap
-        return part.start, bias, softcap, head.logit_scale, rows.labels, head.temperature, rows.temperature
+        return head.first + part.start, bias, softcap, head.logit_scale, rows.labels, head.temperature, rows.temperature
 
     def softmax(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """logprobs [R], entropy [R] or [0] float32, and stats [R, 2] float64: maximum, log sum exp((z - max) / T)."""
@@ -154,8 +169,10 @@ class Sweep:
         for part in self.parts():
             tile = self._products(rows, part)
             self.backend.linear_fold(tile, *self._epilogue(rows, part), state, with_entropy)
-        m, s, w, label = state.unbind(1)
         temperature = self._temperature(rows)
+        if self.head.group:
+            state = _merged(_gathered(state, self.head.group), temperature)
+        m, s, w, label = state.unbind(1)
         # Only -inf: no distribution. (+inf and NaN have made s NaN already.)
         log_s = torch.where((m == float("-inf")) | label.isnan(), float("nan"), s.log())
         # Difference first: m / T + log(s) would lose the digits of log(s) at logits of 1e4.
@@ -243,8 +260,12 @@ class Gradients:
                 self.bias[part] += grad.sum(0, dtype=torch.float32)
         if self._wanted[0]:
             flat = self.hidden.flatten(0, 1)
-            if whole is None:
+            if whole is not None and self._sweep.head.group:
+                sum_hidden = torch.mm(whole, weight).float()
+            if sum_hidden is not None or whole is None:
                 assert sum_hidden is not None
+                if self._sweep.head.group:  # each rank has the share of its tokens
+                    dist.all_reduce(sum_hidden, group=_group(self._sweep.head.group))
                 flat[rows.places] = sum_hidden.to(flat.dtype)
             elif isinstance(rows.places, slice):
                 torch.mm(whole, weight, out=flat[rows.places])
@@ -258,6 +279,41 @@ class Gradients:
         elif self._sum is not self.weight:
             self.weight.copy_(self._sum)
         return self.hidden, self.weight, self.bias.to(self._bias_dtype)
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def _gathered(state: Tensor, group: str) -> Tensor:
+    """[ranks, R, 4]: one collective carries maxima, sums, entropy terms and label logits."""
+    handle = _group(group)
+    states = [torch.empty_like(state) for _ in range(dist.get_world_size(handle))]
+    dist.all_gather(states, state, group=handle)
+    return torch.stack(states)
+
+
+def _merged(states: Tensor, temperature: float | Tensor) -> Tensor:
+    """One softmax from those of the shards, summed in the order of the ranks on every rank."""
+    m, s, w, label = states.unbind(-1)
+    top = m.amax(0)
+    shift = m - torch.where(top == float("-inf"), 0.0, top)
+    scale = torch.exp(shift / temperature)
+    w = torch.where(scale == 0, 0.0, (w + s * shift) * scale)
+    seen = ~label.isnan()
+    label = torch.where(seen.any(0), torch.where(seen, label, 0.0).sum(0), float("nan"))
+    return torch.stack([top, (s * scale).sum(0), w.sum(0), label], -1)
+
+
+def shard(group: dist.ProcessGroup | None, vocab: int, device: torch.device) -> tuple[int, int]:
+    """(token of this rank's first row, tokens of all ranks); one small collective and a host sync."""
+    if group is None:
+        return 0, vocab
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([vocab], device=device), group=group)
+    counts = [int(size) for size in sizes]
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:

@@ -1,0 +1,170 @@
+"""head_of: backbone and head of any transformers model, so that the linear family takes the place of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a model makes of these raw outputs of its head tells its scale and its softcap; both are exact in 16 bits.
+_PROBES = (1.0, 4096.0)
+_FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def head_of(model: nn.Module, *, softcap: float | None = None, logit_scale: float | None = None) -> ModelHead:
+    """The head of a causal or sequence-to-sequence language model, and its hidden states without any logits.
+
+        head = head_of(model)
+        hidden = head.hidden_states(input_ids=ids, attention_mask=mask)
+        logprobs = linear_logprobs(hidden[:, :-1], labels=ids[:, 1:], mask=mask[:, 1:], **head.options())
+
+    Knows tied heads, a bias, a softcap (Gemma 2), a factor of the logits (Cohere, Granite), LoRA or a trained copy on
+    the head (PEFT), DTensor weights (gathered by `options`), and wrappers: PEFT, accelerate, DistributedDataParallel,
+    torch.compile. Needs no transformers: it asks for `get_output_embeddings` and `config`.
+
+    Args:
+        model: what `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` gives, wrapped or not.
+        softcap, logit_scale: as in `linear_logprobs`; None: found in the config, and checked against what the model
+            does with its head's output in the first `hidden_states`.
+
+    Raises:
+        TypeError, ValueError: no output layer, or one of an unknown kind; the message says which.
+    """
+    inner = _unwrapped(model)
+    if not hasattr(inner, "get_output_embeddings"):
+        raise TypeError(
+            f"head_of: {type(inner).__name__} has no get_output_embeddings(); it takes a transformers model"
+        )
+    layer = inner.get_output_embeddings()
+    if layer is None:
+        raise ValueError(
+            f"head_of: {type(inner).__name__} has no output embeddings; it takes a causal or sequence-to-sequence "
+            f"language model, not a backbone or a classifier"
+        )
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    return ModelHead(model, layer, config, softcap, logit_scale)
+
+
+class ModelHead:
+    """See `head_of`. Holds the model's own modules: parameters are read anew in each call."""
+
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, config: Any, softcap: float | None, logit_scale: float | None
+    ) -> None:
+        self.model, self.layer = model, layer
+        self.softcap = softcap or getattr(config, "final_logit_softcapping", None)
+        factors = [getattr(config, name, None) for name in _FACTORS]
+        known = [float(x) for x in factors if isinstance(x, int | float) and x > 0]
+        # Granite divides by what HyperCLOVA multiplies with, under one name: the probe decides.
+        self._candidates = [1.0, *(y for x in known for y in (x, 1 / x))] if logit_scale is None else [logit_scale]
+        self.logit_scale = self._candidates[0]
+        self._probed = False
+
+    def options(self) -> dict[str, Any]:
+        """weight, bias, softcap and logit_scale for the linear family; under LoRA on the head, of the merged weight.
+
+        Raises ValueError before the first `hidden_states` where only the model itself can say the factor.
+        """
+        if not self._probed and len(self._candidates) > 1:
+            raise ValueError("head_of: call hidden_states first; it finds the factor that the model puts on its logits")
+        weight, bias = _parameters(self.layer)
+        return {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def hidden_states(self, *args: Any, **inputs: Any) -> Tensor:
+        """[B, T, D]: what the head would have been given in `model(*args, **inputs)`; the head itself does not run.
+
+        For a sequence-to-sequence model, of the decoder. The first call checks softcap and factor, on a GPU with one
+        host sync.
+
+        Raises:
+            RuntimeError: the model calls its head not at all, or more than once.
+            ValueError: the model does something to its logits that softcap and logit_scale do not describe.
+        """
+        seen: list[Tensor] = []
+
+        def instead(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(hidden)
+            return hidden.detach().new_tensor(_PROBES).expand(*hidden.shape[:-1], len(_PROBES))
+
+        with _Replaced(self.layer, instead):
+            output = self.model(*args, **{"use_cache": False, **inputs})
+        if len(seen) != 1:
+            raise RuntimeError(
+                f"head_of: {type(self.model).__name__} called its output layer {len(seen)} times in a forward, not 1"
+            )
+        if not self._probed and seen[0].numel():
+            self._check(output.logits.detach().reshape(-1, len(_PROBES))[0].float().tolist())
+            self._probed = True
+        return seen[0]
+
+    def _check(self, found: list[float]) -> None:
+        for scale in self._candidates:
+            expected = torch.tensor(_PROBES, dtype=torch.float64) * scale
+            if self.softcap is not None:
+                expected = self.softcap * torch.tanh(expected / self.softcap)
+            if torch.allclose(expected, torch.tensor(found, dtype=torch.float64), rtol=0.02):
+                self.logit_scale = scale
+                return
+        raise ValueError(
+            f"head_of: this model turns outputs {list(_PROBES)} of its head into logits {found}, which softcap "
+            f"{self.softcap} and logit_scale in {self._candidates} do not explain; pass head_of(model, softcap=, "
+            f"logit_scale=)"
+        )
+
+
+class _Replaced:
+    """A module whose forward is another function for a while; hooks that wrap its forward come back after."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._module, self._forward = module, forward
+
+    def __enter__(self) -> None:
+        self._own = self._module.__dict__.get("forward")
+        self._module.__dict__["forward"] = self._forward
+
+    def __exit__(self, *_: object) -> None:
+        if self._own is None:
+            del self._module.__dict__["forward"]
+        else:
+            self._module.__dict__["forward"] = self._own
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    while True:
+        inside = getattr(model, "_orig_mod", None)
+        if inside is None and not hasattr(model, "get_output_embeddings"):
+            inside = getattr(model, "module", None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, D] and bias of a linear layer, also under PEFT and as DTensor."""
+    if hasattr(layer, "modules_to_save") and not getattr(layer, "disable_adapters", False):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if hasattr(layer, "base_layer"):
+        weight, bias = _parameters(layer.base_layer)
+        if layer.disable_adapters or layer.merged:
+            return weight, bias
+        for name in layer.active_adapters:
+            if name not in layer.lora_A:
+                continue
+            dropout = layer.lora_dropout[name]
+            if getattr(layer, "use_dora", {}).get(name) or (layer.training and getattr(dropout, "p", 0) > 0):
+                raise ValueError(
+                    f"head_of: adapter {name!r} on the head uses DoRA or dropout; only plain LoRA is known"
+                )
+            weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+        return weight, bias
+    weight = getattr(layer, "weight", torch.empty(0))
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise TypeError(f"head_of: the output layer is a {type(layer).__name__}; it takes one with a weight [V, D]")
+    return _whole(weight), None if getattr(layer, "bias", None) is None else _whole(layer.bias)
+
+
+def _whole(x: Any) -> Tensor:
+    """A DTensor's full tensor (gradients flow back to the shards); others as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,0 +1,196 @@
+"""head_of on tiny models of every kind of head: loss and gradients equal those of the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels as rk
+
+transformers = pytest.importorskip("transformers")
+
+V, D = 61, 16
+SMALL = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def llama(**options: object) -> nn.Module:
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_embd=D, n_layer=1, n_head=2))
+
+
+def gemma2() -> nn.Module:
+    config = transformers.Gemma2Config(
+        **SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def cohere() -> nn.Module:
+    return transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, num_key_value_heads=2, logit_scale=0.3))
+
+
+def granite() -> nn.Module:
+    return transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=4.0)
+    )
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=V, d_model=D, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def phi() -> nn.Module:
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL))  # a head with a bias
+
+
+MODELS = {
+    "llama": llama,
+    "llama tied": lambda: llama(tie_word_embeddings=True),
+    "gpt2": gpt2,
+    "gemma2": gemma2,
+    "cohere": cohere,
+    "granite": granite,
+    "t5": t5,
+    "phi": phi,
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def inputs_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The call's inputs, labels and their mask."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, V, (2, 7), generator=generator)
+    attention = torch.ones(2, 7, dtype=torch.long)
+    attention[1, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": attention}
+    if model.config.is_encoder_decoder:
+        target = torch.randint(0, V, (2, 5), generator=generator)
+        return {**inputs, "decoder_input_ids": target}, target.roll(-1, 1), torch.ones(2, 5, dtype=torch.bool)
+    mask = attention.bool().clone()
+    mask[:, -1] = False
+    return inputs, ids.roll(-1, 1), mask & attention.bool()
+
+
+def assert_equal_to_own_logits(model: nn.Module) -> None:
+    inputs, labels, mask = inputs_of(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    log_p = model(**inputs).logits.log_softmax(-1)
+    own = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    expected = torch.autograd.grad(-own[mask].mean(), parameters, allow_unused=True)
+
+    head = rk.head_of(model)
+    hidden = head.hidden_states(**inputs)
+    logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **head.options())
+    torch.testing.assert_close(logprobs[mask], own[mask].detach(), rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(-logprobs[mask].mean(), parameters, allow_unused=True)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    loss = rk.linear_cross_entropy(head.hidden_states(**inputs), labels=labels, mask=mask, **head.options())
+    torch.testing.assert_close(loss, -own[mask].mean().detach(), rtol=1e-4, atol=1e-5)
+    # The model is as it was.
+    torch.testing.assert_close(model(**inputs).logits.log_softmax(-1), log_p.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_models_own_logits(name: str) -> None:
+    assert_equal_to_own_logits(made(name))
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gemma2"])
+def test_under_lora(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    for targets, saved in ((["q_proj"], None), (["q_proj", "lm_head"], None), (["q_proj"], ["lm_head"])):
+        if saved and name != "gemma2":
+            continue
+        model = made(name) if not saved else made("llama")
+        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved, lora_dropout=0.0)
+        wrapped = peft.get_peft_model(model, config)
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_" in parameter_name:
+                nn.init.normal_(parameter, std=0.3)
+        assert_equal_to_own_logits(wrapped)
+        with wrapped.disable_adapter():
+            head = rk.head_of(wrapped)
+            inputs, labels, mask = inputs_of(wrapped)
+            hidden = head.hidden_states(**inputs)
+            logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **head.options())
+            own = wrapped(**inputs).logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+            torch.testing.assert_close(logprobs[mask], own[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_under_wrappers_that_hide_the_model() -> None:
+    class Wrapper(nn.Module):
+        """As DistributedDataParallel: the model is `module`."""
+
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return self.module(*args, **kwargs)
+
+    model = made("llama")
+    inputs, _, _ = inputs_of(model)
+    expected = rk.head_of(model).hidden_states(**inputs)
+    assert torch.equal(rk.head_of(Wrapper(Wrapper(model))).hidden_states(**inputs), expected)
+    assert torch.equal(rk.head_of(torch.compile(model, backend="eager")).hidden_states(**inputs), expected)
+
+
+def test_under_accelerates_hooks() -> None:
+    """A hook replaces the module's own forward; it is back afterwards."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = made("llama")
+    inputs, _, _ = inputs_of(model)
+    expected = model(**inputs).logits
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    rk.head_of(model).hidden_states(**inputs)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_what_it_cannot_find_is_said() -> None:
+    with pytest.raises(TypeError, match="Linear has no get_output_embeddings"):
+        rk.head_of(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
+        rk.head_of(made("llama").model)
+    model = made("llama")
+    inner = type(model).forward
+
+    class Shifted(type(model)):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            output = inner(self, *args, **kwargs)
+            output.logits = output.logits + 7
+            return output
+
+    model.__class__ = Shifted
+    with pytest.raises(ValueError, match=r"into logits \[8.0, 4103.0\]"):
+        rk.head_of(model).hidden_states(**inputs_of(model)[0])
+    head = rk.head_of(made("granite"))
+    with pytest.raises(ValueError, match="call hidden_states first"):
+        head.options()
+
+
+def test_no_logits_are_made() -> None:
+    """The largest tensor of training on a wide vocabulary is no [B, T, V]."""
+    model = copy.deepcopy(made("llama"))
+    inputs, _, _ = inputs_of(model)
+    calls = []
+    model.lm_head.register_forward_hook(lambda _m, _i, output: calls.append(tuple(output.shape)))
+    rk.head_of(model).hidden_states(**inputs)
+    assert calls == [(2, 7, 2)]

@@ -1,0 +1,93 @@
+"""The linear family as a whole: sharded vocabularies, peak memory, accuracy over many chunks, bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import linear_truth
+import pytest
+import torch
+from conftest import Backend, require_backend
+from test_linear import head, run
+
+import rlhf_kernels as rk
+
+FOLDER = Path(__file__).parent
+
+
+def _run(program: str, *arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_vocabulary_sharded_over_processes(world: int) -> None:
+    require_backend("cpu")
+    _run("linear_ranks.py", str(world))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["policy", "logprobs"])
+def test_peak_memory(op: str, dtype: str) -> None:
+    """At most the workspace and 32 MiB, and for a 16-bit weight one fp32 accumulator; the logits would take more."""
+    require_backend("cpu")
+    for N, V, D in ((2048, 32001, 32), (512, 128256, 16)):
+        extra = int(_run("linear_memory.py", op, dtype, str(N), str(V), str(D)))
+        accumulator = 4 * V * D if dtype == "bfloat16" else 0
+        logits = N * V * (4 if dtype == "float32" else 2)
+        assert extra <= (64 << 20) + (32 << 20) + accumulator, f"{extra / 2**20:.0f} MiB"
+        assert logits > (96 << 20) + accumulator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_of_the_weight_gradient_stays_flat_over_chunks(dtype: torch.dtype) -> None:
+    """1 to 1024 chunks: a 16-bit accumulator's error would grow 7-fold."""
+    require_backend("cpu")
+    case = head(1024, 16, 40, dtype, bias=False)
+    g = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    expected = linear_truth.logprobs(case, g, torch.zeros(1024))[3]
+    errors = {}
+    with rk.use_backend("cpu"):
+        for chunks in (1, 4, 32, 256, 1024):
+            leaf = case.weight.clone().requires_grad_()
+            # A workspace of 2 * rows * (size + 4) * D bytes makes chunks of that many rows.
+            workspace = 2 * (1024 // chunks) * (case.hidden.element_size() + 4) * 16
+            logprobs = rk.linear_logprobs(case.hidden, leaf, case.labels, workspace=workspace)
+            (grad,) = torch.autograd.grad(logprobs, leaf, g)
+            errors[chunks] = (grad.double() - expected).abs().max().item()
+    assert max(errors.values()) <= 2 * errors[1], errors
+
+
+def test_runs_and_threads_give_the_same_bits(kernel_backend: Backend) -> None:
+    case = head(9, 16, 300 if kernel_backend.interpreted else 3000)
+    first = run(kernel_backend, case, workspace=20_000)
+    before = torch.get_num_threads()
+    for threads in (before,) if kernel_backend.interpreted else (before, 1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        try:
+            for a, b in zip(run(kernel_backend, case, workspace=20_000), first, strict=True):
+                assert torch.equal(a, b)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariant_rows(kernel_backend: Backend, dtype: torch.dtype) -> None:
+    """A row alone, in any place and any batch: the same bits, which a library's GEMM does not give."""
+    rows, vocab = (9, 200) if kernel_backend.interpreted else (257, 5003)
+    case = head(rows, 100, vocab, dtype, bias=False)
+
+    def logprobs(part: torch.Tensor | slice) -> list[torch.Tensor]:
+        hidden, labels = (x[part].to(kernel_backend.device) for x in (case.hidden, case.labels))
+        weight = case.weight.to(kernel_backend.device)
+        return list(rk.linear_logprobs(hidden, weight, labels, with_entropy=True, batch_invariant=True))
+
+    whole = logprobs(slice(None))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    for part in (order, slice(0, 1), slice(3, 4), slice(rows - 1, None), slice(1, 4), slice(2, 8)):
+        for a, b in zip(logprobs(part), whole, strict=True):
+            assert torch.equal(a, b[part])
