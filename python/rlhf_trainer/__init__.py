@@ -1,22 +1,23 @@
-"""The pipeline of RLHF on rlhf_kernels' ops: SFT, reward model, PPO, evaluation. `rlhf --help` is its command line.
+"""The pipeline of RLHF on rlhf_kernels' ops: SFT, reward model, DPO, PPO, evaluation; `rlhf --help`.
 
-From Python: `from rlhf_trainer import PPOConfig, train_ppo`.
+From Python: `from rlhf_trainer import PPOConfig, train_ppo`, or `DPOConfig, train_dpo`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
 
-__all__ = ["PPOConfig", "PPOResult", "train_ppo"]
+__all__ = ["DPOConfig", "DPOResult", "PPOConfig", "PPOResult", "train_dpo", "train_ppo"]
 
 
 def __getattr__(name: str) -> Any:
     """The loop is imported on first use: transformers takes seconds, which `rlhf --help` need not wait for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rlhf_trainer import ppo
-
-    return getattr(ppo, name)
+    stage = "dpo" if "dpo" in name.lower() else "ppo"
+    return getattr(importlib.import_module(f"rlhf_trainer.{stage}"), name)

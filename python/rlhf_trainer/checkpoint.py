@@ -93,11 +93,7 @@ class Checkpoints:
             return 0, beta, []
         found = self.list()
         if not self.cfg.resume:
-            if found and not self.cfg.overwrite:
-                raise UserError(
-                    f"{self.folder} holds checkpoints of an earlier run; --resume goes on from them, --overwrite "
-                    "discards them, or choose another --output_dir"
-                )
+            refuse_leftovers(self.cfg)
             shutil.rmtree(self.folder, ignore_errors=True)
             return 0, beta, []
         for path in reversed(found):
@@ -110,9 +106,7 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(p for p in self.folder.iterdir() if NAME.match(p.name) and p.is_dir() and not p.is_symlink())
+        return _checkpoints_in(self.folder)
 
     def save(self, step: int, beta: float) -> Path:
         """Write a checkpoint, then delete the oldest beyond keep_checkpoints."""
@@ -183,6 +177,22 @@ class Checkpoints:
         for key in self.identity.keys() - {"config"}:
             if saved.get(key) != self.identity[key]:
                 raise UserError(f"{path}: the {key} changed since this checkpoint was made; cannot resume")
+
+
+def refuse_leftovers(cfg: Any) -> None:
+    """UserError if a new run would discard the checkpoints of an earlier one without being told to."""
+    folder = Path(cfg.output_dir) / "checkpoints"
+    if not cfg.resume and not cfg.overwrite and _checkpoints_in(folder):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run; --resume goes on from them, --overwrite "
+            "discards them, or choose another --output_dir"
+        )
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if NAME.match(p.name) and p.is_dir() and not p.is_symlink())
 
 
 def damage(path: Path) -> str | None:

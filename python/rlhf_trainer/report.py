@@ -215,8 +215,7 @@ def write_report(
         curves: learning curves, one panel each. checks: promises with their outcome. notes: paragraphs at the top.
     """
     columns, rows = measures_rows(result)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
     if checks:
         parts.append("<h2>Promises</h2>" + _checks_table(checks))
     parts.append("<h2>Before and after, on the same prompts</h2>")
@@ -232,10 +231,15 @@ def write_report(
             [sample["prompt"], *(sample["completions"][n] for n in names)] for sample in result["samples"][:samples]
         ]
         parts.append("<h2>Completions side by side</h2>" + html_table(["prompt", *names], shown, numbers=False))
+    return write_page(path, title, parts)
+
+
+def write_page(path: str | Path, title: str, parts: Sequence[str]) -> Path:
+    """A page of these pieces of HTML under their title, written whole or not at all."""
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>"
+        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
     )
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,9 +1,10 @@
-"""What `rlhf sft` and `rlhf reward` share: options, text to token rows, and the training loop."""
+"""What `rlhf sft`, `rlhf reward` and `rlhf dpo` share: options, text to token rows, and the training loop."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -26,7 +27,7 @@ LONGEST = 1024  # tokens, where neither the user nor the model sets a limit belo
 
 @dataclass
 class FitConfig:
-    """Options that sft and reward share."""
+    """Options that sft, reward and dpo share."""
 
     model: str = option("", "folder (or hub name) of the model to start from")
     data: str = option("", "training data, JSON lines (.gz too)")
@@ -135,6 +136,7 @@ class Task(Generic[Item]):
     losses: items -> [M] loss of each item, summed over its units (tokens of a completion; 1 for a pair).
     units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
     evaluate: metrics on held-out data, by name.
+    observe: metrics of the step just done, from what `losses` saw.
     """
 
     losses: Callable[[list[Item]], Tensor]
@@ -143,6 +145,7 @@ class Task(Generic[Item]):
     line: Callable[[Item], int]
     text: Callable[[Item], str]
     evaluate: Callable[[], dict[str, float]]
+    observe: Callable[[], dict[str, float]] = dict
 
 
 def order_of(count: int, epoch: int, seed: int) -> list[int]:
@@ -175,10 +178,12 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     data = {"data": [task.text(item) for item in items]}
     checkpoints = Checkpoints(cfg, {"model": model}, optimizer, scheduler, torch.Generator(), data)
     start, _, _ = checkpoints.resume(0.0)
-    save_config(cfg, cfg.output_dir)
+    if cfg.output_dir:
+        save_config(cfg, cfg.output_dir)
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     metrics: dict[str, float] = {}
-    with RunLog(cfg.output_dir, total, name, start=start) as log, stop_on_sigterm() as terminated:
+    logging = RunLog(cfg.output_dir, total, name, start=start) if cfg.output_dir else nullcontext()
+    with logging as log, stop_on_sigterm() as terminated:
         for step in range(start + 1, total + 1):
             epoch, place = divmod(step - 1, per_epoch)
             order = order_of(len(items), epoch, cfg.seed)
@@ -186,11 +191,12 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             lr = scheduler.get_last_lr()[0]
             metrics = _optimizer_step(cfg, model, optimizer, batch, task, step)
             scheduler.step()
-            metrics |= {"lr": lr, "epoch": step / per_epoch}
+            metrics |= task.observe() | {"lr": lr, "epoch": step / per_epoch}
             if step in evaluations:
                 metrics |= task.evaluate()
-            log.step(step, metrics, _note(metrics))
-            if terminated or (cfg.save_every and step % cfg.save_every == 0):
+            if log is not None:
+                log.step(step, metrics, _note(metrics))
+            if cfg.output_dir and (terminated or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0)
             if terminated:
                 raise SystemExit(143)

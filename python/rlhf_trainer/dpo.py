@@ -1,0 +1,328 @@
+"""`rlhf dpo`: a policy straight from preference pairs, without reward model and rollouts (Rafailov et al. 2023)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from rlhf_kernels import dpo_loss
+from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
+from rlhf_trainer.config import option, require, say
+from rlhf_trainer.data import Findings, Pair, read_pairs
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, save_folder
+from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
+from rlhf_trainer.reward import PairRows, encode_pairs, judge, length_baseline, summary
+from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.sft import completion_losses, counted_tokens
+from rlhf_trainer.supervised import FitConfig, Row, Task, fit, length_limit, read_both, say_findings, validate_options
+
+SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen start, or --ref_model, is the reference.
+
+Data as `rlhf reward` reads it. The reference's logprobs are computed once, before training, and kept in output_dir."""
+EXAMPLE = "rlhf dpo --model runs/sft --data pairs.jsonl --output_dir runs/dpo --beta 0.1 --lr 5e-6"
+KEPT = "reference_logprobs.safetensors"
+
+
+@dataclass
+class DPOConfig(FitConfig):
+    """Data: {"prompt", "chosen", "rejected"} a line, optionally "label"; HH-RLHF transcripts; chats."""
+
+    heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
+    lr: float = option(5e-6, "AdamW's peak learning rate")
+    ref_model: str | None = option(None, "folder of the frozen reference; none: the policy as it is at the start")
+    beta: float = option(0.1, "strength of the pull towards the reference, the KL penalty's beta")
+    loss_type: str = option("sigmoid", "`sigmoid` (DPO) or `ipo`, which does not drive certain pairs without bound")
+    label_smoothing: float = option(0.0, "probability that a pair's label is wrong, below 0.5; sigmoid only")
+    per_token: bool = option(False, "logprobs per token instead of per answer, as TRL does for ipo")
+
+
+Config = DPOConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """A pair in tokens, and the reference's logprob of its two answers."""
+
+    rows: PairRows
+    ref_chosen: float
+    ref_rejected: float
+
+
+@dataclass
+class DPOResult:
+    """What `train_dpo` returns: the trained policy, the last step's metrics, and dpo.json's figures."""
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, float]
+    figures: dict[str, Any]
+
+
+def check_options(cfg: DPOConfig) -> None:
+    validate_options(cfg)
+    if cfg.loss_type not in ("sigmoid", "ipo"):
+        raise UserError(f"--loss_type {cfg.loss_type}: it takes sigmoid, ipo")
+    if not cfg.beta > 0:
+        raise UserError(f"--beta {cfg.beta}: must be more than 0")
+    if not 0 <= cfg.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing {cfg.label_smoothing}: must be at least 0 and below 0.5")
+    if cfg.loss_type == "ipo" and cfg.label_smoothing:
+        raise UserError("--label_smoothing is for --loss_type sigmoid; ipo has none")
+
+
+def answer_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, per_token: bool) -> Tensor:
+    """[M] float32, nats: logprob of each row's answer, EOS included; with `per_token` its mean over the tokens."""
+    logprobs = -completion_losses(model, rows, pad_id)
+    return logprobs / logprobs.new_tensor([counted_tokens(row) for row in rows]) if per_token else logprobs
+
+
+@torch.no_grad()
+def all_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, cfg: DPOConfig) -> Tensor:
+    """`answer_logprobs` of any number of rows, on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    logprobs = torch.empty(len(rows))
+    size = 2 * (cfg.micro_batch_size or cfg.batch_size)  # a pair is two rows
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        logprobs[part] = answer_logprobs(model, [rows[i] for i in part], pad_id, cfg.per_token).cpu()
+    return logprobs
+
+
+def pair_losses(policy: Tensor, reference: Tensor, labels: Sequence[float], cfg: DPOConfig) -> Tensor:
+    """[M] losses whose sum is the pairs' sum; policy, reference [2, M]: logprobs of chosen and rejected.
+
+    A label q is q of a pair that `chosen` won and 1 - q of one that `rejected` won. The op's mean is over the pairs of
+    one label, and each of these gets it.
+    """
+    means = {}
+    for label in sorted(set(labels)):
+        rows = [i for i, other in enumerate(labels) if other == label]
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy[:, rows], reference[:, rows]
+        won, lost = (chosen, rejected, ref_chosen, ref_rejected), (rejected, chosen, ref_rejected, ref_chosen)
+        options: dict[str, Any] = {
+            "beta": cfg.beta,
+            "label_smoothing": cfg.label_smoothing,
+            "kind": cfg.loss_type,
+        }
+        sides = ((label, won), (1 - label, lost))
+        means[label] = sum(weight * dpo_loss(*side, **options)[0] for weight, side in sides if weight)
+    return torch.stack([torch.as_tensor(means[label]) for label in labels])
+
+
+class Trained:
+    """The losses of a policy, and what the pairs of the step under way looked like."""
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, cfg: DPOConfig) -> None:
+        self.model, self.pad_id, self.cfg = model, pad_id, cfg
+        self.seen: list[Tensor] = []  # [4, M] of each micro-batch: logprob and reward of chosen and rejected
+        self.labels: list[float] = []
+
+    def losses(self, items: list[Item]) -> Tensor:
+        rows = [item.rows.chosen for item in items] + [item.rows.rejected for item in items]
+        policy = answer_logprobs(self.model, rows, self.pad_id, self.cfg.per_token).view(2, len(items))
+        reference = policy.new_tensor([[i.ref_chosen for i in items], [i.ref_rejected for i in items]])
+        labels = [item.rows.pair.label for item in items]
+        self.seen.append(torch.cat([policy.detach(), self.cfg.beta * (policy.detach() - reference)]).cpu())
+        self.labels += labels
+        return pair_losses(policy, reference, labels, self.cfg)
+
+    def observe(self) -> dict[str, float]:
+        """TRL's names; a pair without a winner (label 0.5) does not count in the accuracy."""
+        logps_chosen, logps_rejected, chosen, rejected = torch.cat(self.seen, 1)
+        labels = torch.tensor(self.labels)
+        self.seen, self.labels = [], []
+        right = ((chosen - rejected) * (labels - 0.5).sign())[labels != 0.5]
+        return {
+            "rewards/chosen": chosen.mean().item(),
+            "rewards/rejected": rejected.mean().item(),
+            "rewards/margins": (chosen - rejected).mean().item(),
+            "rewards/accuracies": ((right > 0).float() + 0.5 * (right == 0)).mean().item() if len(right) else 0.0,
+            "logps/chosen": logps_chosen.mean().item(),
+            "logps/rejected": logps_rejected.mean().item(),
+        }
+
+
+def reference_logprobs(
+    cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int
+) -> list[Item]:
+    """Every pair with its reference logprobs: from the file that an earlier start left in output_dir, or computed.
+
+    Raises:
+        UserError: a run is resumed with another reference or other data than it was begun with.
+    """
+    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    logprobs = None
+    if cfg.output_dir:
+        refuse_leftovers(cfg)
+        path = Path(cfg.output_dir) / KEPT
+        described = [weights_digest(reference), cfg.per_token, [[row.ids, row.prompt] for row in rows]]
+        identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        logprobs = _kept(path, identity, cfg.resume)
+    if logprobs is None:
+        training = reference.training
+        logprobs = all_logprobs(reference.eval(), rows, pad_id, cfg)
+        reference.train(training)
+        if not bool(logprobs.isfinite().all()):
+            raise UserError(f"{cfg.ref_model or cfg.model}: the reference's logprobs are not finite")
+        if cfg.output_dir:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            save_file({"logprobs": logprobs}, temporary, metadata={"identity": identity})
+            temporary.replace(path)
+    both = logprobs.view(-1, 2).tolist()
+    return [Item(pair, *values) for pair, values in zip(pairs, both, strict=True)]
+
+
+def _kept(path: Path, identity: str, resume: bool) -> Tensor | None:
+    """The file's logprobs if they belong to this reference and these rows."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                return file.get_tensor("logprobs")
+    except (OSError, SafetensorError):  # none, or a damaged one: they are computed again
+        return None
+    if resume:
+        raise UserError(f"{path}: the reference or the pairs changed since this run was begun; cannot resume")
+    return None
+
+
+def fit_pairs(
+    cfg: DPOConfig,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    pairs: Sequence[PairRows],
+    heldout: Sequence[PairRows],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures."""
+    pad_id = tokenizer.pad_token_id
+    items = reference_logprobs(cfg, reference, [*pairs, *heldout], pad_id)
+    items, kept = items[: len(pairs)], items[len(pairs) :]
+    trained = Trained(model, pad_id, cfg)
+
+    def figures() -> dict[str, Any]:
+        sides = [item.rows.chosen for item in kept] + [item.rows.rejected for item in kept]
+        policy = all_logprobs(model, sides, pad_id, cfg).view(2, len(kept))
+        fixed = torch.tensor([[item.ref_chosen for item in kept], [item.ref_rejected for item in kept]])
+        rewards = cfg.beta * (policy - fixed)
+        own = [item.rows.pair for item in kept]
+        found = judge(*rewards, own)
+        found["loss"] = pair_losses(policy, fixed, [pair.label for pair in own], cfg).mean().item()
+        return found | {"margin": (rewards[0] - rewards[1]).mean().item()}
+
+    def evaluate() -> dict[str, float]:
+        names = ("loss", "accuracy", "margin")
+        return {f"heldout/{name}": value for name, value in figures().items() if name in names} if kept else {}
+
+    task = Task(
+        losses=trained.losses,
+        units=lambda item: 1,
+        length=lambda item: max(len(item.rows.chosen.ids), len(item.rows.rejected.ids)),
+        line=lambda item: item.rows.pair.line,
+        text=lambda item: f"{item.rows.pair.prompt}{item.rows.pair.chosen} | {item.rows.pair.rejected}",
+        evaluate=evaluate,
+        observe=trained.observe,
+    )
+    metrics = fit(cfg, "dpo", model, items, task)
+    return metrics, figures() if kept else {}
+
+
+def train_dpo(
+    cfg: DPOConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ref_model: PreTrainedModel | None = None,
+    pairs: Sequence[Pair] | None = None,
+) -> DPOResult:
+    """Train a policy on preference pairs. What is not passed as an object is loaded from what cfg names.
+
+    Args:
+        model, tokenizer: the policy (trained in place) and its tokenizer, which must have a pad token other than EOS.
+        ref_model: the frozen reference; None: cfg.ref_model, or the policy as it is now, without a second copy of it.
+        pairs: the training pairs; cfg.heldout of them are held out.
+
+    Raises:
+        UserError: bad input, one sentence.
+    """
+    needed = {"model": model, "data": pairs}
+    require(cfg, *(name for name, given in needed.items() if given is None))
+    check_options(cfg)
+    device = resolve_device(cfg.device)
+    set_seed(cfg.seed)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+
+    def read(path: str, *arguments: Any) -> tuple[list[Pair], Findings]:
+        if pairs is not None and path == cfg.data:
+            return list(pairs), Findings("pairs", cfg.strict)
+        return read_pairs(path, *arguments)
+
+    training, heldout, findings, heldout_findings = read_both(cfg, read, tokenizer)
+    policy = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code) if model is None else model
+    policy = policy.to(device).train()
+    if ref_model is None and cfg.ref_model is not None:
+        ref_model = load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    limit = length_limit(cfg, policy)
+    rows = encode_pairs(tokenizer, training, limit, findings)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    for pair in training:
+        if pair.margin:
+            findings.mention("margin, which DPO does not use", pair.line)
+    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
+    reference = policy if ref_model is None else ref_model.to(device)
+    metrics, figures = fit_pairs(cfg, policy, reference, rows, heldout_rows, tokenizer)
+    result: dict[str, Any] = {"train_pairs": len(training)}
+    if heldout:
+        result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
+    if cfg.output_dir:
+        save_folder(cfg.output_dir, policy, tokenizer, records={"dpo.json": result})
+        write_curves(cfg, result)
+    return DPOResult(policy, tokenizer, metrics, result)
+
+
+def write_curves(cfg: DPOConfig, result: dict[str, Any]) -> Path:
+    """report.html: the learning curves, and the figures on held-out pairs."""
+    records = read_metrics(cfg.output_dir)
+    both = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
+    curves = [
+        metric_curve(records, {"loss": "training", "heldout/loss": "held-out"}, f"loss ({cfg.loss_type})"),
+        metric_curve(
+            records,
+            {"rewards/accuracies": "training", "heldout/accuracy": "held-out"},
+            "share of pairs ranked right",
+            limits=(0, 1),
+        ),
+        metric_curve(records, both, "reward: beta (log pi - log ref)", "nats x beta"),
+        metric_curve(
+            records, {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "logprob of the answer", "nats"
+        ),
+    ]
+    parts = [f"<p>{result['train_pairs']} training pairs, beta {cfg.beta:g}.</p>"]
+    heldout = result.get("heldout")
+    if heldout:
+        names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
+        rows = [[name.replace("_", " "), show_number(heldout[name])] for name in (*names, "calibration_error")]
+        parts.append("<h2>Held-out pairs</h2>" + html_table(["", "value"], rows))
+    parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))
+    return write_page(Path(cfg.output_dir) / "report.html", "DPO", parts)
+
+
+def run(cfg: DPOConfig) -> dict[str, Any]:
+    """Train, save an ordinary Hugging Face folder with dpo.json and report.html; returns what dpo.json holds."""
+    require(cfg, "model", "data", "output_dir")
+    result = train_dpo(cfg).figures
+    if "heldout" in result:
+        say(summary(result["heldout"]))
+    return result
