@@ -9,15 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_trainer.bon import BonConfig, BonResult, best_of_n
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
 
-__all__ = ["DPOConfig", "DPOResult", "PPOConfig", "PPOResult", "train_dpo", "train_ppo"]
+STAGE_OF = {
+    "BonConfig": "bon",
+    "BonResult": "bon",
+    "best_of_n": "bon",
+    "DPOConfig": "dpo",
+    "DPOResult": "dpo",
+    "train_dpo": "dpo",
+    "PPOConfig": "ppo",
+    "PPOResult": "ppo",
+    "train_ppo": "ppo",
+}
+__all__ = [
+    "BonConfig",
+    "BonResult",
+    "DPOConfig",
+    "DPOResult",
+    "PPOConfig",
+    "PPOResult",
+    "best_of_n",
+    "train_dpo",
+    "train_ppo",
+]
 
 
 def __getattr__(name: str) -> Any:
     """The loop is imported on first use: transformers takes seconds, which `rlhf --help` need not wait for."""
-    if name not in __all__:
+    if name not in STAGE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    stage = "dpo" if "dpo" in name.lower() else "ppo"
-    return getattr(importlib.import_module(f"rlhf_trainer.{stage}"), name)
+    return getattr(importlib.import_module(f"rlhf_trainer.{STAGE_OF[name]}"), name)

@@ -17,6 +17,7 @@ STAGES = {
     "prefs": ("prefs", "rankings, scores or pairs of many formats -> preference pairs; who agrees with whom"),
     "sft": ("sft", "fine-tune a model on prompts and completions"),
     "reward": ("reward", "train a reward model on preference pairs"),
+    "bon": ("bon", "best-of-N: the best of several completions by a reward, as data for sft"),
     "dpo": ("dpo", "align a policy on preference pairs directly, with DPO or IPO"),
     "ppo": ("ppo", "align a policy with PPO against a reward and a frozen reference"),
     "eval": ("eval", "compare models on the same prompts, before and after; HTML report"),

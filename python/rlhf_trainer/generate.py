@@ -53,6 +53,10 @@ class Config:
 
 def validate_options(cfg: Config) -> None:
     require(cfg, "model", "prompts", "output")
+    validate_numbers(cfg)
+
+
+def validate_numbers(cfg: Config) -> None:
     for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if cfg.max_prompts is not None else [])):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -60,13 +64,13 @@ def validate_options(cfg: Config) -> None:
         raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
 
 
-def _config_path(cfg: Config) -> Path:
+def config_path(cfg: Config) -> Path:
     return Path(cfg.output).with_suffix(".config.yaml")
 
 
 def _same_options(cfg: Config) -> None:
     """UserError unless the interrupted run was started with the same options."""
-    path = _config_path(cfg)
+    path = config_path(cfg)
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -127,8 +131,8 @@ def sample_batches(
         ]
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress(description: str) -> Progress:
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
@@ -147,9 +151,9 @@ def run(cfg: Config) -> dict[str, Any]:
     if cfg.stop_token is not None:
         stop_token_id(tokenizer, cfg.stop_token)
     path = Path(cfg.output)
-    save_config(cfg, path.parent, _config_path(cfg).name)
+    save_config(cfg, path.parent, config_path(cfg).name)
     begun = time.monotonic()
-    with open(path, "a", encoding="utf-8") as file, _progress() as bar:
+    with open(path, "a", encoding="utf-8") as file, progress("generate") as bar:
         task = bar.add_task("generate", total=len(prompts), completed=start)
         for records in sample_batches(cfg, model, tokenizer, prompts, start, batch):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

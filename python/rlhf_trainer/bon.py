@@ -1,0 +1,251 @@
+"""`rlhf bon`: best-of-N. N completions of every prompt, scored by a reward; the best one is kept."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trainer import generate
+from rlhf_trainer.config import option, require, save_config, say
+from rlhf_trainer.data import read_jsonl, read_prompts, write_jsonl
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.eval import bootstrap
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
+from rlhf_trainer.report import COLOURS, embed, html_table, show_estimate, show_number, write_page
+from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
+from rlhf_trainer.rollout import encode_prompts, stop_token_id
+
+SUMMARY = """Sample N completions of every prompt, score them with a reward, keep the best: data for `rlhf sft`.
+
+Beside --output lie .samples.jsonl (all completions with their scores), .report.json and .report.html (reward for every
+n up to N, with the KL that choosing costs at most). After a crash --resume goes on and gives the same files."""
+EXAMPLE = (
+    "rlhf bon --model runs/sft --reward runs/reward --prompts prompts.jsonl --output best.jsonl --n 16\n"
+    "  rlhf sft --model runs/sft --data best.jsonl --output_dir runs/distilled"
+)
+
+
+@dataclass
+class BonConfig(generate.Config):
+    output: str = option("", "JSON-lines file for the best completion of every prompt; the other files lie beside it")
+    n: int = option(16, "completions per prompt")
+    reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
+    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
+    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
+    missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
+    pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
+    bootstrap: int = option(2000, "resamples of the prompts behind each 95 % interval")
+
+
+Config = BonConfig
+
+
+@dataclass
+class BonResult:
+    """best: {"prompt", "completion", "score", "ended"} a prompt; samples: all of them; figures: .report.json's."""
+
+    best: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    figures: dict[str, Any]
+
+
+def run(cfg: BonConfig) -> dict[str, Any]:
+    require(cfg, "model", "prompts", "reward", "output")
+    figures = best_of_n(cfg).figures
+    last = figures["by_n"][-1]
+    one, best = (show_estimate(entry["reward"]) for entry in (figures["by_n"][0], last))
+    say(
+        f"{cfg.output}: mean reward {one} of one completion, {best} of the best of {cfg.n}, at most "
+        f"{show_number(last['kl_bound'])} nats away; {Path(cfg.output).with_suffix('.report.html')}"
+    )
+    return figures
+
+
+def best_of_n(
+    cfg: BonConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward: RewardFunction | None = None,
+    prompts: list[str] | None = None,
+) -> BonResult:
+    """Sample, score, choose. What is not passed is loaded from what cfg names; without cfg.output nothing is written.
+
+    Raises:
+        UserError: bad input, one sentence.
+    """
+    needed = {"model": model, "reward": reward, "prompts": prompts}
+    require(cfg, *(name for name, given in needed.items() if given is None))
+    generate.validate_numbers(cfg)
+    if cfg.bootstrap < 1:
+        raise UserError(f"--bootstrap {cfg.bootstrap}: must be at least 1")
+    device = resolve_device(cfg.device)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
+    raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".samples.jsonl")))
+    batch = max(1, cfg.batch_size // cfg.n)
+    start = generate.finished(raw, prompts, batch) if cfg.output else 0
+    if model is None:
+        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    model = model.to(device).eval()
+    encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
+    if cfg.stop_token is not None:
+        stop_token_id(tokenizer, cfg.stop_token)
+    if reward is None:
+        reward = load_reward(
+            cfg.reward,
+            label=cfg.reward_label,
+            completion_only=cfg.reward_completion_only,
+            device=device,
+            pad_token=cfg.pad_token,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    batches = generate.sample_batches(raw, model, tokenizer, prompts, start, batch)
+    samples = _collect(raw, (score(records, reward, cfg) for records in batches), start, len(prompts))
+    best = [chosen(record) for record in samples]
+    figures = statistics(cfg, samples)
+    if cfg.output:
+        write_files(cfg, best, samples, figures)
+    return BonResult(best, samples, figures)
+
+
+def score(records: list[dict[str, Any]], reward: RewardFunction, cfg: BonConfig) -> list[dict[str, Any]]:
+    """The records with "scores", the penalty for not ending taken off."""
+    prompts = [record["prompt"] for record in records for _ in record["completions"]]
+    completions = [completion for record in records for completion in record["completions"]]
+    ended = torch.tensor([end for record in records for end in record["ended"]])
+    scores = scores_of(reward, prompts, completions) - cfg.missing_eos_penalty * (~ended).float()
+    found = scores.view(len(records), cfg.n).tolist()
+    return [record | {"scores": row} for record, row in zip(records, found, strict=True)]
+
+
+def _collect(raw: BonConfig, batches: Iterator[list[dict[str, Any]]], start: int, total: int) -> list[dict[str, Any]]:
+    """All records, those of an interrupted run first; each batch is on disk before the next one is sampled."""
+    records: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(generate.progress("best of n"))
+        task = bar.add_task("", total=total, completed=start)
+        file = None
+        if raw.output:
+            path = Path(raw.output)
+            save_config(raw, path.parent, generate.config_path(raw).name)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        for found in batches:
+            records += found
+            if file is not None:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+                file.flush()
+                os.fsync(file.fileno())
+            bar.advance(task, len(found))
+    return [record for _, record in read_jsonl(raw.output)] if raw.output else records
+
+
+def chosen(record: dict[str, Any]) -> dict[str, Any]:
+    """The first of the best completions."""
+    place = max(range(len(record["scores"])), key=lambda i: record["scores"][i])
+    return {
+        "prompt": record["prompt"],
+        "completion": record["completions"][place],
+        "score": record["scores"][place],
+        "ended": record["ended"][place],
+    }
+
+
+def worst_pair(record: dict[str, Any]) -> dict[str, Any]:
+    """The best completion against the first of the worst, with the distance of their scores as margin."""
+    best = chosen(record)
+    place = min(range(len(record["scores"])), key=lambda i: record["scores"][i])
+    rejected, distance = record["completions"][place], best["score"] - record["scores"][place]
+    return {"prompt": record["prompt"], "chosen": best["completion"], "rejected": rejected, "margin": distance}
+
+
+def expected_best(scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """scores [P, N] -> [P] expected best of n <= N of them drawn without replacement.
+
+    Over all n-subsets of the N samples, without bias: the i-th smallest is the best of C(i - 1, n - 1) subsets.
+    """
+    total = scores.shape[1]
+    weights = np.array([math.comb(i, n - 1) / math.comb(total, n) for i in range(total)])
+    return np.asarray(np.sort(scores, 1) @ weights)
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n - 1)/n nats: KL(best-of-n || policy) at most, reached where no two completions score the same."""
+    return math.log(n) - (n - 1) / n
+
+
+def statistics(cfg: BonConfig, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Reward for n = 1, 2, 4, ... N with 95 % intervals over the prompts, the KL bound, how many samples differ."""
+    scores = np.array([record["scores"] for record in samples])
+    sizes = sorted({*(2**i for i in range(cfg.n.bit_length())), cfg.n})
+    by_n = [
+        {
+            "n": n,
+            "reward": bootstrap(expected_best(scores, n), cfg.bootstrap, cfg.seed),
+            "kl_bound": kl_bound(n),
+        }
+        for n in sizes
+    ]
+    return {
+        "prompts": len(samples),
+        "n": cfg.n,
+        "distinct": sum(len(set(record["completions"])) for record in samples) / scores.size,
+        "ended": float(np.mean([record["ended"] for record in samples])),
+        "best_ended": float(np.mean([chosen(record)["ended"] for record in samples])),
+        "by_n": by_n,
+    }
+
+
+def write_files(
+    cfg: BonConfig, best: list[dict[str, Any]], samples: list[dict[str, Any]], figures: dict[str, Any]
+) -> None:
+    write_jsonl(cfg.output, best)
+    if cfg.pairs:
+        found = [worst_pair(record) for record in samples]
+        write_jsonl(cfg.pairs, [pair for pair in found if pair["margin"] > 0])
+    path = Path(cfg.output).with_suffix(".report.json")
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        [f"best of {one['n']}", show_estimate(one["reward"]), show_number(one["kl_bound"])] for one in figures["by_n"]
+    ]
+    shown = [[record["prompt"], record["completions"][0], best[i]["completion"]] for i, record in enumerate(samples)]
+    parts = [
+        f"<p>{figures['prompts']} prompts, {cfg.n} completions each, of which {figures['distinct']:.0%} are distinct; "
+        f"{figures['ended']:.0%} ended by themselves, {figures['best_ended']:.0%} of the best did.</p>",
+        f"<p>Reward: {html.escape(cfg.reward)}</p>",
+        html_table(["", "reward, mean and 95 % interval", "KL to the policy, nats, at most"], rows),
+        embed(reward_figure(figures), "reward against the bound of the KL"),
+        "<h2>One completion, and the best</h2>",
+        html_table(["prompt", "first", f"best of {cfg.n}"], shown[:20], numbers=False),
+    ]
+    write_page(path.with_suffix(".html"), f"Best of {cfg.n}", parts)
+
+
+def reward_figure(figures: dict[str, Any]) -> Figure:
+    """Reward with its interval against the KL bound, a point for each n."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    x = [one["kl_bound"] for one in figures["by_n"]]
+    rewards = [one["reward"] for one in figures["by_n"]]
+    axes.plot(x, [reward["mean"] for reward in rewards], marker="o", color=COLOURS[1])
+    axes.fill_between(x, [r["low"] for r in rewards], [r["high"] for r in rewards], color=COLOURS[1], alpha=0.15)
+    for place, one in zip(x, figures["by_n"], strict=True):
+        text = str(one["n"])
+        axes.annotate(text, (place, one["reward"]["mean"]), xytext=(0, 6), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="log n - (n - 1)/n, nats", ylabel="reward of the best of n")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
