@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from rlhf_kernels.backends.triton import (
+    full_kl_bwd,
+    full_kl_fwd,
     gae,
     gae_packed,
     linear_fold,
@@ -86,6 +88,17 @@ def launch_linear(rows: int, width: int, dtype: torch.dtype, full: bool, scalar:
     linear_gradient(*head, _empty(rows, 4))
 
 
+def launch_full_kl(
+    outer: int, inner: int, V: int, dtype: torch.dtype, direction: int, full: bool, temperature: float = 0.7
+) -> None:
+    """Forward and backward; `full` turns on mask and temperature per row."""
+    N = outer * inner
+    x, y = _empty(outer, inner, V, dtype=dtype), _empty(outer, inner, V, dtype=dtype)
+    mask, row_temperature = (_empty(N, dtype=torch.bool), _empty(N)) if full else (None, None)
+    full_kl_fwd(x, y, mask, temperature, row_temperature, direction)
+    full_kl_bwd(_empty(N), x, y, mask, temperature, row_temperature, direction, _empty(N, 5))
+
+
 def launch_gae(B: int, T: int, dtype: torch.dtype, full: bool, masked: int = 0, gamma: float = 0.9) -> None:
     x = _empty(B, T, dtype=dtype)
     mask, bootstrap = (_empty(B, T, dtype=torch.bool), _empty(B)) if full else (None, None)
@@ -145,6 +158,11 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"V={V} {str(dtype)[6:]} top-k, top-p", partial(launch_sampling, 4, 8, V, dtype, True, 50, 0.9)
     for V, top_k, top_p in ((1, 1, 0.9), (1000, 50, 1.0), (1000, 0, 0.9)):
         yield f"V={V} float32 {top_k} {top_p}", partial(launch_sampling, 4, 8, V, torch.float32, True, top_k, top_p)
+    for dtype, direction in itertools.product((torch.float32, torch.bfloat16), range(3)):
+        name = f"V=128256 {str(dtype)[6:]} {('reverse', 'forward', 'jsd')[direction]}"
+        yield name, partial(launch_full_kl, 4, 8, 128256, dtype, direction, True)
+    yield "V=50257 float16 jsd", partial(launch_full_kl, 4, 8, 50257, torch.float16, 2, False)
+    yield "V=1 float32 reverse", partial(launch_full_kl, 4, 8, 1, torch.float32, 0, False)
     for dtype, masked in itertools.product((torch.float32, torch.bfloat16), range(3)):
         name = f"T=131072 {str(dtype)[6:]} mask {('skip', 'stop', 'zero')[masked]}"
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
@@ -178,6 +196,11 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
         for top_k, top_p in ((1, 0.9), (16, 0.5), (50, 0.25)):
             calls.append(partial(launch_sampling, outer, inner, 50257, torch.bfloat16, False, top_k, top_p, top_p))
     yield "V=50257, any batch, temperature, top-k and top-p", calls
+    calls = []
+    for outer, inner in ((1, 1), (1, 3), (16, 16), (7, 4096)):
+        for temperature in (1.0, 0.7):
+            calls.append(partial(launch_full_kl, outer, inner, 50257, torch.bfloat16, 0, False, temperature))
+    yield "two rows of V=50257, any batch and temperature", calls
     calls = []
     for B, T in ((1, 1), (1, 16), (3, 17), (16, 1024), (2, 131072)):
         for gamma in (1.0, 0.9):
