@@ -90,6 +90,26 @@ def check_logits(backend: str, side: str) -> int:
     return calls
 
 
+def check_full_kl(backend: str, side: str) -> int:
+    module, calls = dispatch.load(backend), 0
+    for V in (1, 37, 128, 4097):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for direction in range(3):
+                logits, ref = edge_cases.logits_of("normal", (2, 1, 3, V), dtype, calls)
+                mask, temperatures = torch.tensor([True, False, True]), torch.tensor([0.5, 1.0, 2.0])
+                plain = (logits, ref, mask, 1.0, temperatures, direction)
+                fenced = [guarded(x, side) if isinstance(x, Tensor) else x for x in plain]
+                outputs = []
+                for arguments in (plain, fenced):
+                    kl, stats = module.full_kl_fwd(*arguments)
+                    grad = module.full_kl_bwd(guarded(torch.ones(3), side), *arguments, guarded(stats, side))
+                    outputs.append((kl, stats, grad))
+                for a, b in zip(*outputs, strict=True):
+                    _same(a, b)
+                calls += 1
+    return calls
+
+
 def check_gae(backend: str, side: str) -> int:
     if backend == "triton":
         from rlhf_kernels.backends.triton import scan
@@ -170,6 +190,11 @@ def check_far(backend: str) -> int:
             grad = module.selected_logprobs_bwd(g, g, *arguments, stats, entropy, False)
             inplace = module.selected_logprobs_bwd(g, g, *arguments, stats, entropy, True)
             results.append((logprobs, entropy, grad, inplace.clone()))
+            logits.copy_(near.view(shape))  # the gradient lies there now
+            for first, second in ((logits, 2 * near.view(shape)), (2 * near.view(shape), logits)):
+                kl, stats = module.full_kl_fwd(first, second, None, 0.7, None, 0)
+                grad = module.full_kl_bwd(g, first, second, None, 0.7, None, 0, stats)
+                results[-1] += (kl, grad)
         for a, b in zip(*results, strict=True):
             _same(a, b)
     rewards = flat.as_strided((3, 20), (stride, 1)).copy_(near[:, :20])
@@ -232,7 +257,7 @@ def check_tokens(backend: str, side: str) -> int:
 
 
 def check_near(backend: str, side: str) -> int:
-    checks = check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens
+    checks = check_full_kl, check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens
     return sum(check(backend, side) for check in checks)
 
 

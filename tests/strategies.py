@@ -46,6 +46,41 @@ def logits_calls(draw: st.DrawFn) -> LogitsCall:
     return LogitsCall(edge_cases.LAYOUTS[layout](logits), labels, mask, temperature, described)
 
 
+class KlCall(NamedTuple):
+    logits: Tensor
+    ref: Tensor
+    mask: Tensor | None
+    temperature: float | Tensor
+    direction: str
+    described: str
+
+    def __repr__(self) -> str:
+        return self.described
+
+
+@st.composite
+def kl_calls(draw: st.DrawFn) -> KlCall:
+    near_block = st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)])
+    V = draw(st.one_of(st.integers(1, 40), near_block))
+    shape = torch.Size((draw(st.integers(1, 2)), draw(st.integers(1, 3))))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1000))
+    kind = draw(st.sampled_from(sorted(edge_cases.MASKS)))
+    mask = edge_cases.MASKS[kind](shape)
+    direction = draw(st.sampled_from(["reverse", "forward", "jsd"]))
+    temperature = draw(st.sampled_from([1.0, 0.5, 1.7, torch.linspace(0.5, 2.0, shape[1])]))
+    sides, described = [], f"{[*shape, V]} {dtype} {direction}, mask {kind}, temperature {temperature}, seed {seed}"
+    for side in (0, 5000):  # other numbers, other classes of value and another layout on either side
+        classes = draw(st.lists(st.sampled_from(sorted(edge_cases.LOGITS)), min_size=1, max_size=4))
+        rows = [
+            edge_cases.logits_of(classes[n % len(classes)], (V,), dtype, seed + side + n) for n in range(shape.numel())
+        ]
+        logits, _ = edge_cases.spoil(torch.stack(rows).view(*shape, V), torch.zeros(shape, dtype=torch.int64), mask)
+        layout = draw(st.sampled_from(sorted(edge_cases.LAYOUTS)))
+        described += f"; {classes} {layout}"
+        sides.append(edge_cases.LAYOUTS[layout](logits))
+    return KlCall(*sides, mask, temperature, direction, described)
+
+
 class GaeCall(NamedTuple):
     rewards: Tensor
     values: Tensor

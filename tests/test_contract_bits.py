@@ -26,6 +26,22 @@ def _logits_op(backend: Backend, temperature: float | Tensor = 0.7) -> Callable[
     return call
 
 
+def _kl_op(
+    backend: Backend, directions: tuple[str, ...] = ("reverse", "forward", "jsd")
+) -> Callable[..., list[Tensor]]:
+    """(logits, ref_logits, upstream) -> the divergence and its gradient in every direction."""
+
+    def call(logits: Tensor, ref: Tensor, upstream: Tensor) -> list[Tensor]:
+        x = logits.detach().to(backend.device).requires_grad_()
+        outputs = []
+        for direction in directions:
+            kl = rk.full_kl(x, ref.to(backend.device), direction=direction, temperature=0.7)
+            outputs += [kl, torch.autograd.grad(kl, x, upstream.to(backend.device))[0]]
+        return [tensor.detach().cpu() for tensor in outputs]
+
+    return call
+
+
 def _gae_op(backend: Backend) -> Callable[..., list[Tensor]]:
     def call(rewards: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:
         moved = (x.to(backend.device) for x in (rewards, values, mask))
@@ -80,6 +96,17 @@ def test_logits_rows(backend: Backend, V: int, dtype: torch.dtype) -> None:
     labels = edge_cases.labels_for((rows,), V)
     upstream = torch.randn(rows, generator=torch.Generator().manual_seed(4))
     _assert_rows_do_not_depend_on_the_batch(_logits_op(backend), [logits, labels, upstream])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [128, 1001, 5000])
+def test_full_kl_rows(backend: Backend, V: int, dtype: torch.dtype) -> None:
+    rows = 5 if backend.interpreted else 257 if V == 1001 else 9
+    logits, ref = edge_cases.logits_of("normal", (2, rows, V), dtype)
+    upstream = torch.randn(rows, generator=torch.Generator().manual_seed(4))
+    directions = (("reverse",), ("forward",), ("jsd",))[(128, 1001, 5000).index(V)] if backend.interpreted else None
+    call = _kl_op(backend, directions) if directions else _kl_op(backend)
+    _assert_rows_do_not_depend_on_the_batch(call, [logits, ref, upstream])
 
 
 def test_gae_rows(backend: Backend, small_blocks: None) -> None:
@@ -151,6 +178,8 @@ def test_number_of_threads(V: int) -> None:
                     device = Backend(name, "cpu")
                     one = _logits_op(device)(logits[:1], labels[:1], torch.ones(1))
                     all_rows = _logits_op(device)(logits, labels, torch.ones(3))
+                    all_rows += _kl_op(device)(logits, logits.flip(0), torch.ones(3))
+                    one += _kl_op(device)(logits[:1], logits[2:], torch.ones(1))
                     scans = [*_gae_op(device)(*scanned), *_packed_gae_op(device)(*scanned)]
                     if name == "cpu":  # the reference's whitening sums as torch does, which depends on the threads
                         scans += _ppo_advantages_op(device, whiten=True)(*scanned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import strategies
+import test_full_kl as test_full_kl_
 import test_logits
 import test_ppo_advantages as rollouts
 import test_scan
@@ -29,6 +30,12 @@ SLICE = settings(
 @given(call=strategies.logits_calls())
 def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategies.LogitsCall) -> None:
     test_logits.check(backend, call.logits, call.labels, call.mask, call.temperature)
+
+
+@settings(SLICE, max_examples=60)
+@given(call=strategies.kl_calls())
+def test_full_kl(backend: Backend, small_blocks: None, call: strategies.KlCall) -> None:
+    test_full_kl_.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
 
 
 @SLICE

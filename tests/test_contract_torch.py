@@ -68,6 +68,14 @@ OPS = {
         ("ntd", "ntd", "vd"),
         ("n", "n"),
     ),
+    "full_kl": Op(
+        lambda mask, labels, s, x, y: tuple(
+            rk.full_kl(x, y, direction=direction, mask=mask, temperature=0.7 + s)
+            for direction in ("reverse", "forward", "jsd")
+        ),
+        ("ntv",),
+        ("ntv",),
+    ),
     "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
     "gae_packed": Op(
         lambda mask, labels, s, r, v: rk.gae(
@@ -118,6 +126,7 @@ READS_LABELS = (
     "selected_logprobs",
 )  # under RLHF_KERNELS_CHECK=1
 WITH_KERNEL = (
+    "full_kl",
     "gae",
     "gae_packed",
     "linear_cross_entropy",
@@ -217,6 +226,17 @@ def test_opcheck_linear_policy_loss(kernel_backend: Backend, kind: str) -> None:
     head = (hidden, weight, labels.flatten(), bias, mask.flatten(), one, None, 3 * one, one, 0, "", False)
     arguments = (*head, per_row, scalars, kind, entropy, 500, True, True, True)
     torch.library.opcheck(torch.ops.rlhf_kernels.linear_policy_loss.default, arguments)
+
+
+@pytest.mark.parametrize("direction", [0, 1, 2])
+def test_opcheck_full_kl(kernel_backend: Backend, direction: int) -> None:
+    device, ops = kernel_backend.device, torch.ops.rlhf_kernels
+    mask, _, (x, y) = _arguments("full_kl", 2, 3, torch.bfloat16 if direction == 1 else torch.float32, device)
+    one, row_temperature = torch.ones((), dtype=torch.float64), torch.linspace(0.5, 2, 6, device=device)
+    arguments = (y, mask.flatten(), one, row_temperature, direction)
+    torch.library.opcheck(ops.full_kl.default, (x, *arguments))
+    _, stats = (output.detach() for output in ops.full_kl(x, *arguments))
+    torch.library.opcheck(ops.full_kl_backward.default, (_normal(6).to(device), x.detach(), *arguments, stats))
 
 
 def test_opcheck_gae(kernel_backend: Backend) -> None:

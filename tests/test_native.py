@@ -11,6 +11,7 @@ from pathlib import Path
 
 import edge_cases
 import pytest
+import test_full_kl
 import test_logits
 import test_ppo_advantages
 import test_scan
@@ -79,6 +80,22 @@ def test_accuracy_of_logprobs(isa: str, value_class: str, dtype: torch.dtype) ->
     V = 2500  # two full blocks of 1024 and a short one
     logits = edge_cases.logits_of(value_class, (4, V), dtype)
     test_logits.check(CPU, logits, torch.tensor([0, V // 2, V - 1, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value_class", edge_cases.LOGITS)
+def test_accuracy_of_full_kl(isa: str, value_class: str, dtype: torch.dtype) -> None:
+    V = 2500
+    logits, ref = (edge_cases.logits_of(value_class, (2, V), dtype, seed) for seed in range(2))
+    test_full_kl.check(CPU, logits, ref)
+    test_full_kl.check(CPU, logits, edge_cases.logits_of("normal", (2, V), dtype), directions=["reverse", "jsd"])
+    test_full_kl.check(CPU, edge_cases.logits_of("normal", (2, V), dtype), ref, directions=["forward"])
+
+
+@pytest.mark.parametrize("V", [1, 17, 63, 65, 1023, 1024, 1025, 2049])
+def test_full_kl_around_block_sizes(isa: str, V: int) -> None:
+    pair = (edge_cases.logits_of("normal", (4, V), torch.float16, seed) for seed in range(2))
+    test_full_kl.check(CPU, *pair)
 
 
 @pytest.mark.parametrize("V", [1, 17, 63, 64, 65, 1023, 1024, 1025, 2049])
