@@ -1,6 +1,6 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only forward|backward|gae|ppo|tokens|openmp] [--rounds 15] [--quiet 0.05]
+python bench/compare.py [--only forward|backward|full_kl|gae|ppo|tokens|openmp] [--rounds 15] [--quiet 0.05]
     [--out bench/results/cpu.json]
 """
 
@@ -72,6 +72,42 @@ def backward(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         "faster than the best compiled": compiled / fresh,
         "in place, faster than eager": eager / inplace,
         "in place, faster than the best compiled": compiled / inplace,
+    }
+    return result
+
+
+def full_kl(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
+    logits, ref = peers.kl_case(dtype)
+    contenders = {
+        name: Contender(lambda f=f: f(logits, ref)) for name, f in {**peers.PLAIN_KL, **peers.compiled_kl()}.items()
+    }
+    contenders["one read: x.sum(), ref.sum()"] = Contender(lambda: (logits.sum(), ref.sum()))
+    contenders[OURS] = Contender(lambda: rk.full_kl(logits, ref))
+    for direction in ("forward", "jsd"):
+        contenders[f"{OURS}, {direction}"] = Contender(lambda d=direction: rk.full_kl(logits, ref, direction=d))
+    with torch.no_grad():
+        result = compare(contenders, rounds, quiet=quiet)
+    ours, read = result.median(OURS), result.median("one read: x.sum(), ref.sum()")
+    result.ratios = {
+        "faster than eager log_softmax": result.median("log_softmax") / ours,
+        "faster than the best compiled": result.best("compiled") / ours,
+        "of the time of one read of both": ours / read,
+        "of that for jsd": result.median(f"{OURS}, jsd") / read,
+    }
+    return result
+
+
+def full_kl_backward(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
+    logits, ref = peers.kl_case(dtype)
+    leaf, upstream = logits.requires_grad_(), torch.randn(len(logits))
+    plain = {**peers.PLAIN_KL, **peers.compiled_kl(), OURS: rk.full_kl}
+    contenders = {
+        name: Contender(lambda f=f: torch.autograd.grad(f(leaf, ref), leaf, upstream)) for name, f in plain.items()
+    }
+    result = compare(contenders, rounds, quiet=quiet)
+    result.ratios = {
+        "faster than eager": result.median("log_softmax") / result.median(OURS),
+        "faster than the best compiled": result.best("compiled") / result.median(OURS),
     }
     return result
 
@@ -200,7 +236,7 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["forward", "backward", "gae", "ppo", "tokens", "openmp"])
+    parser.add_argument("--only", choices=["forward", "backward", "full_kl", "gae", "ppo", "tokens", "openmp"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
@@ -219,6 +255,11 @@ def main() -> None:
     for name, dtype in DTYPES.items():
         title = f"selected_logprobs forward + backward {name} {shape}"
         cases.append(("backward", title, lambda dtype=dtype: backward(dtype, *repeat)))
+    for name, dtype in DTYPES.items():
+        shape = f"{name} [{peers.ROWS // 2}, {peers.VOCAB}]"
+        cases.append(("full_kl", f"full_kl forward {shape}", lambda dtype=dtype: full_kl(dtype, *repeat)))
+        title = f"full_kl forward + backward {shape}"
+        cases.append(("full_kl", title, lambda dtype=dtype: full_kl_backward(dtype, *repeat)))
     cases.append(("gae", f"gae fp32 [{peers.BATCH}, {peers.TIME}] with mask", lambda: gae(*repeat)))
     cases.append(("gae", f"gae fp32, {peers.BATCH * peers.TIME} positions packed", lambda: gae_packed(*repeat)))
     for batch in (64, peers.BATCH):

@@ -40,6 +40,37 @@ def compiled() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {f"compiled {name}": torch.compile(f, dynamic=False) for name, f in PLAIN.items()}
 
 
+def kl_by_log_softmax(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """[N, V], [N, V] -> KL(pi || ref) [N] float32, the common way: two normalised copies."""
+    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_by_logsumexp(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """The same without the copies, where the logits are float32."""
+    x, y = logits.float(), ref_logits.float()
+    log_s, log_s_ref = x.logsumexp(-1, keepdim=True), y.logsumexp(-1, keepdim=True)
+    return ((x - log_s).exp() * (x - y - log_s + log_s_ref)).sum(-1)
+
+
+PLAIN_KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "log_softmax": kl_by_log_softmax,
+    "logsumexp": kl_by_logsumexp,
+}
+
+
+def compiled_kl() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    return {f"compiled {name}": torch.compile(f, dynamic=False) for name, f in PLAIN_KL.items()}
+
+
+def kl_case(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Half as many rows as logits_case, of two policies near each other."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(ROWS // 2, VOCAB, generator=generator)
+    ref = logits + 0.3 * torch.randn(ROWS // 2, VOCAB, generator=generator)
+    return logits.to(dtype), ref.to(dtype)
+
+
 def gae_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """[B, T] -> advantages, returns: the per-step loop of verl, masked holes skipped."""
     keep = mask.to(values.dtype)
