@@ -86,6 +86,8 @@ class Checkpoints:
         if cfg.output_dir:
             self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
             self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
+            frozen = [m for m in modules.values() if not all(p.requires_grad for p in m.parameters())]
+            self.identity |= {"frozen weights": [weights_digest(m, frozen=True) for m in frozen]}
 
     def resume(self, beta: float) -> tuple[int, float, list[dict[str, float]]]:
         """(steps done, beta, metrics so far): from the newest valid checkpoint if cfg.resume, else (0, beta, [])."""
@@ -116,7 +118,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         try:
             for name, module in self.modules.items():
-                save_file(parameters_of(module), temporary / f"{name}.safetensors")
+                save_file(trained_part(module), temporary / f"{name}.safetensors")
             save_file(self._optimizer_tensors(), temporary / "optimizer.safetensors")
             save_file(_rng_tensors(self.generator), temporary / "rng.safetensors")
             state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
@@ -217,6 +219,12 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
+def trained_part(module: nn.Module) -> dict[str, Tensor]:
+    """`parameters_of` without what is frozen: that comes from where the run began."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in parameters_of(module).items() if name not in frozen}
+
+
 def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module.state_dict()
     with torch.no_grad():
@@ -224,9 +232,13 @@ def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, frozen: bool = False) -> str:
+    """SHA-256 over names and values of all weights, or of those that are not trained."""
     digest = hashlib.sha256()
+    trained = trained_part(module).keys() if frozen else ()
     for name, tensor in parameters_of(module).items():
+        if name in trained:
+            continue
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

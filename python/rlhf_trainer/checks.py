@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf_trainer import adapters
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.rollout import Rollout
 
@@ -21,6 +22,7 @@ def validate_options(cfg: PPOConfig) -> None:
             f"--kl_estimator {cfg.kl_estimator}: as a penalty inside the reward only k1 has the gradient of the KL; "
             "k2, k3 and abs there reward dropping tokens that the reference likes"
         )
+    adapters.validate_options(cfg)
     if cfg.missing_eos not in ("subtract", "replace"):
         raise UserError(f"--missing_eos {cfg.missing_eos}: it takes subtract or replace")
     at_least_one = ("updates", "batch_size", "minibatches", "epochs", "max_new_tokens", "kl_horizon")

@@ -1,4 +1,4 @@
-"""Models and tokenizers as ordinary Hugging Face folders: make, load, save; hidden states, logits, scores, values."""
+"""Models and tokenizers as ordinary Hugging Face folders: load, save; hidden states, logits, scores, values."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,14 +21,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
+from rlhf_trainer import adapters
 from rlhf_trainer.errors import UserError
 
 NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} beside a reward model
-VALUE_HEAD = "value_head.safetensors"
-ARCHITECTURES = ("llama", "gpt2", "qwen2")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -40,61 +39,6 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {device}: not a device; use auto, cpu or cuda") from None
-
-
-# Making one from nothing
-
-
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with distinct <pad>, <bos> and <eos>; BOS is put before every prompt, so that none is empty."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def build_model(
-    arch: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    hidden_size: int = 256,
-    layers: int = 4,
-    heads: int = 4,
-    max_length: int = 512,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """A randomly initialised causal LM of one of ARCHITECTURES with the tokenizer's vocabulary."""
-    if arch not in ARCHITECTURES:
-        raise UserError(f"--arch {arch}: not one of {', '.join(ARCHITECTURES)}")
-    if hidden_size % heads:
-        raise UserError(f"--hidden_size {hidden_size} is not a multiple of --heads {heads}")
-    dims: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "max_position_embeddings": max_length,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tie_word_embeddings": True,
-    }
-    if arch == "gpt2":
-        dims |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    else:
-        dims |= {"intermediate_size": 4 * hidden_size, "num_key_value_heads": heads}
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **dims))
 
 
 # Loading and saving
@@ -154,7 +98,15 @@ def load_causal(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The folder's causal LM without dropout, its embedding grown to the tokenizer's size if tokens were added."""
+    """The folder's causal LM without dropout, its embedding grown to the tokenizer's size if tokens were added.
+
+    An adapter folder gives the base that it names with the adapter on it, which alone is trained.
+    """
+    adapter = adapters.config_of(path)
+    if adapter is not None:
+        model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code)
+        adapters.attach(model, path)
+        return model
     config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
     model = _load(
         AutoModelForCausalLM,
@@ -164,13 +116,19 @@ def load_causal(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return _fit_vocabulary(model, tokenizer)
+    return fit_vocabulary(model, tokenizer)
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+@torch.no_grad()
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """New tokens get the mean row, not a random one: an adapter's base grows the same way each time it is loaded."""
     if tokenizer is not None:
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        before = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > before:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                for parameter in [] if layer is None else layer.parameters():
+                    parameter[before:] = parameter[:before].mean(0)
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -183,6 +141,11 @@ def load_reward_model(
     num_labels: int | None = None,
 ) -> PreTrainedModel:
     """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
+    adapter = adapters.config_of(path)
+    if adapter is not None:
+        return _load_reward_adapter(
+            path, adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, num_labels
+        )
     config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
     if num_labels is not None:
         config.num_labels = num_labels
@@ -194,7 +157,39 @@ def load_reward_model(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return _fit_vocabulary(model, tokenizer)
+    return fit_vocabulary(model, tokenizer)
+
+
+def _load_reward_adapter(
+    path: str | Path,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    num_labels: int | None,
+) -> PreTrainedModel:
+    _, head = adapters.read_weights(path)
+    if "weight" not in head and num_labels is None:
+        raise UserError(f"{path}: the adapter has no `{adapters.HEAD}` head, so that it is no reward model")
+    labels = len(head["weight"]) if "weight" in head else num_labels
+    with quiet():
+        model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels)
+    adapters.attach(model, path)
+    model.score.requires_grad_(True)
+    if "weight" in head:
+        model.score.load_state_dict(head)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of transformers, such as of a missing head where one is expected to be missing."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def save_folder(
@@ -206,6 +201,8 @@ def save_folder(
 ) -> Path:
     """Write a Hugging Face folder (plus safetensors and JSON files by name), whole or not at all.
 
+    Of a model with an adapter only the adapter is written.
+
     It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
     checkpoints in it stay.
     """
@@ -214,7 +211,10 @@ def save_folder(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        if adapters.has_adapter(model):
+            adapters.save_adapter(model, temporary)
+        else:
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for name, state in (tensors or {}).items():
             save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / name)
@@ -223,6 +223,9 @@ def save_folder(
         if folder.exists():
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
+            if not adapters.has_adapter(model):  # an earlier run's would come first in loading
+                for name in (adapters.CONFIG, adapters.WEIGHTS):
+                    (folder / name).unlink(missing_ok=True)
         else:
             os.replace(temporary, folder)
     finally:
@@ -302,38 +305,17 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: nn.Module | None = None) -> Tensor:
     """ids, mask [B, L] -> the classifier's outputs [B, num_labels] at each row's last real token by the mask.
+
+    `head` in place of the model's own.
 
     Not the model's own pooling, which looks for the pad id and errs where PAD is EOS.
     """
     hidden = hidden_states(model, ids, mask)
     last = mask.long().cumsum(-1).argmax(-1)
-    head = model.score
+    head = model.score if head is None else head
     return head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
-
-
-class ValueHead(nn.Module):
-    """One number per hidden state: the value of the state before the token that comes next."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> values [...], float32, reward units."""
-        return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
-
-
-def load_value_head(folder: str | Path, hidden_size: int) -> ValueHead:
-    """The folder's value head, or a new one if it has none."""
-    head = ValueHead(hidden_size)
-    file = Path(folder) / VALUE_HEAD
-    if str(folder) and file.is_file():
-        head.load_state_dict(load_file(file))
-    return head
 
 
 def load_normalisation(folder: str | Path) -> tuple[float, float]:
@@ -357,14 +339,17 @@ def classifier_outputs(
     *,
     batch_size: int = 64,
     eos: bool = True,
+    head: nn.Linear | None = None,
 ) -> Tensor:
     """Raw outputs [M, num_labels] float32 on the CPU of a sequence classifier for prompt + completion.
+
+    With `head` the model is any decoder, whose states it reads.
 
     Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way.
     """
     device = next(model.parameters()).device
-    outputs = torch.empty(len(prompts), model.config.num_labels)
-    if not hasattr(model, "score"):
+    outputs = torch.empty(len(prompts), model.config.num_labels if head is None else head.out_features)
+    if head is None and not hasattr(model, "score"):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
@@ -379,7 +364,7 @@ def classifier_outputs(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = left_pad([rows[i] for i in chosen], tokenizer.pad_token_id)
-        outputs[chosen] = last_token_scores(model, ids.to(device), mask.to(device)).cpu()
+        outputs[chosen] = last_token_scores(model, ids.to(device), mask.to(device), head).cpu()
     return outputs
 
 
@@ -392,6 +377,8 @@ def score_sequences(
     label: int = 0,
     batch_size: int = 64,
     eos: bool = True,
+    head: nn.Linear | None = None,
 ) -> Tensor:
     """Raw scores [M] float32 on the CPU: output `label` of `classifier_outputs`."""
-    return classifier_outputs(model, tokenizer, prompts, completions, batch_size=batch_size, eos=eos)[:, label]
+    outputs = classifier_outputs(model, tokenizer, prompts, completions, batch_size=batch_size, eos=eos, head=head)
+    return outputs[:, label]

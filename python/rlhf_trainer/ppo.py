@@ -13,25 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from rlhf_kernels import gae, per_token_kl, policy_loss, selected_logprobs, shaped_rewards, value_loss, whiten
+from rlhf_trainer.adapters import Adapter, active, merge
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import (
-    VALUE_HEAD,
-    ValueHead,
-    hidden_states,
-    load_value_head,
-    logits_of,
-    resolve_device,
-    same_weights,
-    save_folder,
-)
-from rlhf_trainer.ppo_inputs import load_inputs
+from rlhf_trainer.models import hidden_states, logits_of, resolve_device, save_folder
+from rlhf_trainer.ppo_inputs import load_inputs, starts_equal
 from rlhf_trainer.ppo_metrics import samples, stop_reason, summarize
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.rollout import Rollout, generate
 from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.value_head import VALUE_HEAD, ValueHead, load_value_head
 from rlhf_trainer.watch import Watch
 
 SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
@@ -86,6 +79,12 @@ class PPOConfig:
     save_every: int = option(25, "updates between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many checkpoints to keep")
     resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
+    lora_r: int = option(0, "rank of LoRA adapters on the frozen model; 0: every weight is trained")
+    lora_alpha: int = option(16, "LoRA's scale is lora_alpha / lora_r")
+    lora_targets: list[str] = option(
+        [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
+    )
+    merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of sampling, permutations and the value head")
     device: str = option("auto", "auto, cpu or cuda")
     overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
@@ -206,8 +205,9 @@ def train_ppo(
     """Train a policy with PPO. What is not passed as an object is loaded from the folder or file that cfg names.
 
     Args:
-        model, tokenizer: the policy (trained in place) and its tokenizer, which must have a pad token other than EOS.
-        ref_model: the frozen reference; None: a copy of the policy as it is now.
+        model, tokenizer: the policy (trained in place; lora_r puts an adapter on it) and its tokenizer, which must
+            have a pad token other than EOS.
+        ref_model: the frozen reference; None: the policy as it is now (with LoRA on the same base, not a copy).
         reward: `(prompts, completions) -> scores`, one finite number each.
         prompts: the texts to answer.
         on_update: called with the number of updates done and the policy, after each update.
@@ -220,7 +220,7 @@ def train_ppo(
     set_seed(cfg.seed)  # Python's and NumPy's too: a reward function may draw from them
     given = (model, tokenizer, ref_model, reward, prompts)
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
-    reference_is_policy = same_weights(policy, reference)
+    reference_is_policy = starts_equal(policy, reference)
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, label=cfg.gold_label, device=device)
     value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -231,8 +231,9 @@ def train_ppo(
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     beta, stopped = cfg.kl_coef, "all updates done"
+    separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     modules = {"policy": policy, "value_head": value_head}
-    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, {"prompts": prompts}, reference)
+    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, {"prompts": prompts}, separate)
     start, beta, history = checkpoints.resume(beta)
     watch = Watch(cfg)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
@@ -289,6 +290,8 @@ def train_ppo(
             if stop is not None:
                 stopped = stop
                 break
+    if cfg.merge:
+        merge(policy)
     if cfg.output_dir:
         save_folder(cfg.output_dir, policy, tokenizer, tensors={VALUE_HEAD: value_head.state_dict()})
     return PPOResult(policy, value_head, tokenizer, history, stopped)
@@ -297,7 +300,7 @@ def train_ppo(
 @torch.no_grad()
 def assess(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | Adapter,
     value_head: ValueHead,
     rollout: Rollout,
     scores: Tensor,
@@ -311,7 +314,8 @@ def assess(
     for minibatch in order.tensor_split(cfg.minibatches):
         for rows in micro_batches(minibatch, cfg.micro_batch_size):
             logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
-            ref_logprobs[rows], _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature)
+            with active(reference) as ref_model:
+                ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
     kl = kl_penalty(logprobs, ref_logprobs)
     final = final_scores(scores, rollout.ended, cfg)
     rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)

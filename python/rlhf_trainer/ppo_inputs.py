@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer.adapters import (
+    MAIN,
+    REFERENCE,
+    Adapter,
+    add_adapter,
+    adds_nothing,
+    attach,
+    copy_adapter,
+    has_adapter,
+    is_base,
+    same_adapters,
+    shares_base,
+)
 from rlhf_trainer.config import require
 from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.models import load_causal, load_tokenizer, same_weights
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
 
@@ -27,7 +40,7 @@ def load_inputs(
     reference: PreTrainedModel | None,
     reward: RewardFunction | None,
     prompts: list[str] | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel, RewardFunction, list[str]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PreTrainedModel | Adapter, RewardFunction, list[str]]:
     """Everything that was not passed as an object, from the folders and files that cfg names; prompts are checked."""
     needed = {"model": policy, "reward": reward, "prompts": prompts}
     require(cfg, *(name for name, given in needed.items() if given is None))
@@ -38,11 +51,8 @@ def load_inputs(
         prompts = read_prompts(cfg.prompts, tokenizer)
     if not prompts:
         raise UserError("no prompts were given; PPO needs at least one")
-    policy = (load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy).to(device)
-    if reference is None and cfg.ref_model is not None:
-        reference = load_causal(cfg.ref_model, tokenizer, trust_remote_code=remote)
-    if reference is None or reference is policy:
-        reference = copy.deepcopy(policy)
+    policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy
+    frozen = load_reference(cfg, add_adapter(policy, cfg), tokenizer, reference)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
     if reward is None:
         reward = load_reward(
@@ -52,5 +62,38 @@ def load_inputs(
             device=device,
             pad_token=cfg.pad_token,
             trust_remote_code=remote,
+            base=policy,
         )
-    return policy.eval(), tokenizer, reference.to(device).eval(), reward, prompts
+    policy = policy.to(device).eval()
+    frozen = frozen if isinstance(frozen, Adapter) else frozen.to(device).eval()
+    return policy, tokenizer, frozen, reward, prompts
+
+
+def load_reference(
+    cfg: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: PreTrainedModel | None
+) -> PreTrainedModel | Adapter:
+    """The frozen reference: given, named, or the policy as it is now.
+
+    Of a policy that is an adapter it is the same base: without adapter, or with the one the policy starts from.
+    """
+    if given is not None and given is not policy:
+        return given
+    if given is None and cfg.ref_model is not None:
+        if shares_base(policy, cfg.ref_model):
+            attach(policy, cfg.ref_model, REFERENCE, trained=False)
+            return Adapter(policy, REFERENCE)
+        if has_adapter(policy) and is_base(policy, cfg.ref_model):
+            return Adapter(policy, None)
+        return load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    if not has_adapter(policy):
+        return copy.deepcopy(policy)
+    return Adapter(policy, None) if adds_nothing(policy, MAIN) else copy_adapter(policy, MAIN, REFERENCE)
+
+
+def starts_equal(policy: PreTrainedModel, reference: PreTrainedModel | Adapter) -> bool:
+    """Whether the reference is the policy as it stands, so that KL is 0 at step 0."""
+    if not isinstance(reference, Adapter):
+        return same_weights(policy, reference)
+    if reference.name is None:
+        return adds_nothing(policy, MAIN)
+    return same_adapters(policy, MAIN, reference.name)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from rlhf_kernels import pairwise_loss
+from rlhf_trainer import adapters
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
 from rlhf_trainer.errors import UserError
@@ -22,6 +22,7 @@ from rlhf_trainer.models import (
     left_pad,
     load_reward_model,
     load_tokenizer,
+    quiet,
     resolve_device,
     save_folder,
 )
@@ -73,18 +74,23 @@ def init_head(model: PreTrainedModel) -> None:
 def load_for_training(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A one-output classifier on cfg.model's backbone; its head is new unless the folder holds a reward model."""
     torch.manual_seed(cfg.seed)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a missing head is what is expected here, no matter for a warning
-    try:
+    with quiet():
         model = load_reward_model(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, num_labels=1)
-    finally:
-        logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{cfg.model}: {type(model).__name__} has no linear `score` head; a causal backbone is needed")
-    architectures = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code).architectures or []
-    if not any(name.endswith("SequenceClassification") for name in architectures):
+    if not has_head(cfg.model, cfg.trust_remote_code):
         init_head(model)
+    adapters.add_adapter(model, cfg, "SEQ_CLS")
+    model.score.requires_grad_(True)
     return model
+
+
+def has_head(path: str, trust_remote_code: bool) -> bool:
+    """Whether the folder holds a classifier, so that its head is kept."""
+    if adapters.config_of(path) is not None:
+        return bool(adapters.read_weights(path)[1])
+    architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
+    return any(name.endswith("SequenceClassification") for name in architectures)
 
 
 def score_rows(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
@@ -238,6 +244,8 @@ def run(cfg: Config) -> dict[str, Any]:
         result["heldout"] = figures() | {"length_baseline": length_baseline(pairs, heldout)}
         say(summary(result["heldout"]))
     records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": result}
+    if cfg.merge:
+        adapters.merge(model)
     save_folder(cfg.output_dir, model, tokenizer, records=records)
     return result
 

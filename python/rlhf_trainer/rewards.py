@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from rlhf_trainer.adapters import REWARD, Adapter, active, attach_reward, shares_base
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_normalisation, load_reward_model, load_tokenizer, score_sequences
+from rlhf_trainer.models import fit_vocabulary, load_normalisation, load_reward_model, load_tokenizer, score_sequences
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -27,6 +30,7 @@ def load_reward(
     batch_size: int = 64,
     pad_token: str | None = None,
     trust_remote_code: bool = False,
+    base: PreTrainedModel | None = None,
 ) -> RewardFunction:
     """The reward that `source` names.
 
@@ -35,18 +39,27 @@ def load_reward(
             from `rlhf reward` (its scores normalised as its folder says) or any classifier.
         label: for a classifier of several classes, the class whose *logit* is the reward, by name or number.
         completion_only: show a classifier the completion without its prompt.
+        base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy.
     """
     if ":" in source and not Path(source).is_dir():
         return load_function(source)
-    model = load_reward_model(source, trust_remote_code=trust_remote_code).to(device).eval()
-    generates = hasattr(model, "score")
-    tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=generates)
-    index = label_index(model.config, label, source)
     mean, std = load_normalisation(source)
+    model: PreTrainedModel | Adapter
+    head: nn.Linear | None = None
+    if base is not None and shares_base(base, source):
+        head = attach_reward(base, source).to(device)
+        model, index = Adapter(base, REWARD), output_index(head.out_features, label, source)
+        tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
+    else:
+        model = load_reward_model(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=hasattr(model, "score"))
+        index = label_index(model.config, label, source)
+        model = fit_vocabulary(model, tokenizer if hasattr(model, "score") else None).to(device).eval()
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts
-        raw = score_sequences(model, tokenizer, shown, completions, label=index, batch_size=batch_size)
+        with active(model) as scorer:
+            raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
         return ((raw - mean) / std).tolist()
 
     return reward
@@ -64,6 +77,14 @@ def label_index(config: Any, label: str | None, source: str, option: str = "--re
     if label.isdigit() and int(label) < config.num_labels:
         return int(label)
     raise UserError(f"{source} has no class {label!r}; it has {list(names)}")
+
+
+def output_index(outputs: int, label: str | None, source: str) -> int:
+    """Which of a head's outputs `label` numbers; a head alone has no names for them."""
+    number = label or ("0" if outputs == 1 else "")
+    if not number.isdigit() or int(number) >= outputs:
+        raise UserError(f"{source} has {outputs} classes without names; say which by number with --reward_label")
+    return int(number)
 
 
 def load_function(source: str) -> RewardFunction:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import selected_logprobs
+from rlhf_trainer import adapters
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
 from rlhf_trainer.models import (
@@ -92,7 +93,8 @@ def run(cfg: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     examples, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer)
     torch.manual_seed(cfg.seed)
-    model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code).to(device).train()
+    model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    model = adapters.add_adapter(model, cfg).to(device).train()
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, examples, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
@@ -112,5 +114,7 @@ def run(cfg: Config) -> dict[str, Any]:
         evaluate=evaluate,
     )
     metrics = fit(cfg, "sft", model, rows, task)
+    if cfg.merge:
+        adapters.merge(model)
     save_folder(cfg.output_dir, model, tokenizer)
     return metrics

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from rlhf_trainer import adapters
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.data import Example, Findings, Pair, split_heldout
@@ -49,6 +50,13 @@ class FitConfig:
     resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
     overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
+    lora_r: int = option(0, "rank of LoRA adapters on the frozen model; 0: every weight is trained")
+    lora_alpha: int = option(16, "LoRA's scale is lora_alpha / lora_r")
+    lora_dropout: float = option(0.0, "dropout before LoRA's A, while training")
+    lora_targets: list[str] = option(
+        [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
+    )
+    merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of the order of the records, of the held-out part and of new weights")
     device: str = option("auto", "auto, cpu or cuda")
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
@@ -63,6 +71,7 @@ def validate_options(cfg: FitConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    adapters.validate_options(cfg)
     for name in ("lr", "max_grad_norm"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
@@ -193,7 +202,9 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             scheduler.step()
             metrics |= task.observe() | {"lr": lr, "epoch": step / per_epoch}
             if step in evaluations:
+                model.eval()  # LoRA's dropout is the only one there can be
                 metrics |= task.evaluate()
+                model.train()
             if log is not None:
                 log.step(step, metrics, _note(metrics))
             if cfg.output_dir and (terminated or (cfg.save_every and step % cfg.save_every == 0)):

@@ -11,7 +11,6 @@ from rlhf_trainer import models
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import (
-    build_model,
     encode_completion,
     encode_prompt,
     hidden_states,
@@ -23,6 +22,7 @@ from rlhf_trainer.models import (
     same_weights,
     save_folder,
 )
+from rlhf_trainer.new_model import ARCHITECTURES, build_model
 
 
 def save_tokenizer_with(folder, **special):
@@ -53,7 +53,7 @@ def test_pad_equal_to_eos_is_refused(tmp_path):
     assert load_tokenizer(folder, pad_token="<pad>").pad_token_id == 0
 
 
-@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_left_padding_changes_no_logit(arch, tmp_path):
     folder = tiny_folder(tmp_path / "m", arch)
     model, tokenizer = load_causal(folder).eval(), load_tokenizer(folder)

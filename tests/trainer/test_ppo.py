@@ -14,8 +14,9 @@ from rlhf_trainer import PPOConfig, ppo, train_ppo
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
-from rlhf_trainer.models import VALUE_HEAD, ValueHead, save_folder
+from rlhf_trainer.models import save_folder
 from rlhf_trainer.rollout import generate
+from rlhf_trainer.value_head import VALUE_HEAD, ValueHead
 from rlhf_trainer.watch import Watch, distinct, repetition
 
 TOKENIZER = make_tokenizer()

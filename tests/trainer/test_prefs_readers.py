@@ -12,7 +12,7 @@ import pytest
 from rlhf_trainer.data import Pair
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.formats import Options
-from rlhf_trainer.models import build_tokenizer
+from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.rankings import Ranked, Ranking
 from rlhf_trainer.readers import read_preferences
 
