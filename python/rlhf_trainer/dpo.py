@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_kernels import dpo_loss
+from rlhf_trainer import adapters
 from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_pairs
@@ -271,7 +272,7 @@ def train_dpo(
 
     training, heldout, findings, heldout_findings = read_both(cfg, read, tokenizer)
     policy = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code) if model is None else model
-    policy = policy.to(device).train()
+    policy = adapters.add_adapter(policy, cfg).to(device).train()
     if ref_model is None and cfg.ref_model is not None:
         ref_model = load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     limit = length_limit(cfg, policy)
@@ -286,6 +287,8 @@ def train_dpo(
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
+    if cfg.merge:
+        adapters.merge(policy)
     if cfg.output_dir:
         save_folder(cfg.output_dir, policy, tokenizer, records={"dpo.json": result})
         write_curves(cfg, result)

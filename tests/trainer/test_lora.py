@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trainer import PPOConfig, adapters, reward, sft, train_ppo
+from rlhf_trainer import PPOConfig, adapters, dpo, reward, sft, train_ppo
 from rlhf_trainer.adapters import MAIN, REFERENCE, Adapter, active
 from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
@@ -173,6 +173,19 @@ def test_a_reward_model_starts_from_an_sft_adapter(sft_adapter, base, tmp_path):
     before = load_file(sft_adapter / "adapter_model.safetensors")
     assert before.keys() == tensors.keys() - {"base_model.model.score.weight"}
     assert len(load_reward(str(out))(PROMPTS, PROMPTS)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_dpo_trains_an_adapter_against_its_own_start(start, base, sft_adapter, tmp_path):
+    data = str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))
+    model = {"model": base, **LORA} if start == "base" else {"model": str(sft_adapter)}
+    options = {"data": data, "output_dir": str(tmp_path / "out"), "heldout": 0, "batch_size": 4, "lr": 1e-2}
+    dpo.run(dpo.Config(**model, **options, device="cpu"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)  # policy and reference are the same at first
+    assert rows[-1]["rewards/margins"] > 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 # PPO
