@@ -1,9 +1,10 @@
-"""`rlhf verify`: does PPO, on this machine, reach the optimum of the exact world? Table, plot, exit code 1 if not."""
+"""`rlhf verify`: PPO, DPO and best-of-N in a world where their results are known exactly. Exit code 1 if one fails."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.config import option, say
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
+from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, oracle
 from rlhf_trainer.ppo import PPOConfig, train_ppo
 from rlhf_trainer.threads import one_thread
+from rlhf_trainer.verify_rows import ROWS, Line, fitted
 
 matplotlib.use("Agg")  # a server has no display
 
-SUMMARY = "Train with PPO in a world small enough to enumerate, and compare with its known optimum."
+SUMMARY = """Train with PPO in a world small enough to enumerate, and compare with its known optimum.
+
+DPO on pairs from the same world must reach the same optimum, best-of-N its exact reward and KL; see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
 
 QUICK, FULL = 60, 150  # updates
@@ -37,6 +41,7 @@ class Config:
     seed: int = option(0, "seed of the world's corpus, the model and the training")
     beta: float = option(0.3, "weight of the KL penalty")
     temperature: float = option(1.0, "sampling temperature")
+    rows: list[str] = option(list(ROWS), f"what is checked besides PPO, of {', '.join(ROWS)}; at the gates' own beta")
 
 
 @dataclass
@@ -57,16 +62,25 @@ def run(cfg: Config) -> dict[str, Any]:
     for name in ("beta", "temperature"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    for name in cfg.rows:
+        if name not in ROWS:
+            raise UserError(f"--rows {name}: not one of {', '.join(ROWS)}")
     say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
     verdict = judge(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
     checks = gates(verdict, cfg.full)
+    lines: list[Line] = []
+    for name in cfg.rows:
+        say(f"checking {name}")
+        with one_thread():
+            lines += ROWS[name](cfg.seed)
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verify.json").write_text(json.dumps(asdict(verdict), indent=2) + "\n", encoding="utf-8")
+    result = asdict(verdict) | {"rows": [asdict(line) for line in lines]}
+    (folder / "verify.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(verdict, folder / "verify.png")
-    show(verdict, checks)
+    show(verdict, checks, lines)
     print(f"J(pi) per update against J*: {folder / 'verify.png'}")
-    return {"passed": all(kept for _, kept in checks.values())} | asdict(verdict)
+    return {"passed": all(kept for _, kept in checks.values()) and all(line.kept for line in lines)} | result
 
 
 def ppo_config(updates: int, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> PPOConfig:
@@ -88,10 +102,8 @@ def ppo_config(updates: int, seed: int = 0, beta: float = 0.3, temperature: floa
 
 def judge(updates: int, *, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> Verdict:
     """Fit the reference, train with `train_ppo` as any user would, and compare with the enumerated optimum."""
-    tokenizer = make_tokenizer()
-    reference = make_model(tokenizer, seed)
     with one_thread():
-        fit_reference(reference, tokenizer, seed)
+        tokenizer, reference = fitted(seed)
         world = ExactWorld(reference, tokenizer, beta, temperature)
         start = world.measure(reference)
         curve = [(0, start.objective)]
@@ -131,8 +143,8 @@ def gates(verdict: Verdict, full: bool) -> dict[str, tuple[str, bool]]:
     }
 
 
-def show(verdict: Verdict, checks: dict[str, tuple[str, bool]]) -> None:
-    table = Table(title=f"PPO in the exact world after {verdict.updates} updates")
+def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[Line]) -> None:
+    table = Table(title=f"The exact world; PPO after {verdict.updates} updates")
     for column in ("", "reached", "gate", ""):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
@@ -146,6 +158,8 @@ def show(verdict: Verdict, checks: dict[str, tuple[str, bool]]) -> None:
     for name, value in rows.items():
         gate, kept = checks.get(name, ("", None))
         table.add_row(name, f"{value:.4f}", gate, {True: "passed", False: "FAILED", None: ""}[kept])
+    for line in lines:
+        table.add_row(line.name, f"{line.reached:.4f}", line.gate, "passed" if line.kept else "FAILED")
     Console().print(table)
 
 

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from rlhf_kernels import per_token_kl
-from rlhf_trainer import ppo, verify
+from rlhf_trainer import dpo, ppo, verify, verify_rows
 from rlhf_trainer.cli import main
 from rlhf_trainer.exact_world import (
     PROMPTS,
     ExactWorld,
-    fit_reference,
     make_model,
-    make_tokenizer,
     oracle,
 )
 from rlhf_trainer.rollout import Rollout, generate
 
+SHORT_DPO = 0.75  # a quarter of the pairs close 0.84 of the gap, without the reference 0.61
 UPDATES = 30  # the right code closes 0.975 to 0.985 of the gap by then, the least wrong one 0.93
 
 
@@ -32,14 +31,12 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return verify_rows.fitted(0)[0]
 
 
 @pytest.fixture(scope="module")
-def reference(tokenizer):
-    model = make_model(tokenizer, 0)
-    fit_reference(model, tokenizer, 0)
-    return model
+def reference():
+    return verify_rows.fitted(0)[1]
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +147,77 @@ def test_one_broken_detail_fails_the_gate(detail, reference, tokenizer, monkeypa
     assert gap_closed(reference, tokenizer, temperature) < verify.QUICK_GAP
 
 
-def test_the_command_passes_its_quick_gate(tmp_path, capsys):
+def best_of_two_by_hand(world, prompt):
+    """Probability of every response as the best of two, from all ordered pairs; ties go to the first."""
+    pi, rewards = world.reference[prompt].exp(), world.rewards[prompt]
+    both = pi[:, None] * pi[None, :]
+    first = rewards[:, None] >= rewards[None, :]
+    return (both * first).sum(1) + (both * ~first).sum(0)
+
+
+def test_best_of_n_by_enumeration(world):
+    probability, log_ratio = verify_rows.best_of(world, 2)
+    torch.testing.assert_close(probability[3], best_of_two_by_hand(world, 3), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(log_ratio, probability.log() - world.reference, atol=1e-5, rtol=0)
+    for n in (1, 4, 64):
+        probability, log_ratio = verify_rows.best_of(world, n)
+        torch.testing.assert_close(probability.sum(-1), torch.ones(8, dtype=torch.float64), atol=1e-9, rtol=0)
+        kl = (probability * log_ratio).sum(-1)
+        assert bool((kl <= verify_rows.kl_bound(n) + 1e-9).all())
+    assert kl.min() > 2  # far from the policy, and below log 64 - 63/64 = 3.17 as many responses share a reward
+
+
+def test_best_of_n_keeps_what_the_enumeration_says():
+    lines = verify_rows.bon_lines(0)
+    assert [line.kept for line in lines] == [True] * 3
+    assert lines[0].reached > 1.2  # the reference's own reward is about 0
+
+
+def test_choosing_the_worst_fails_the_best_of_n_gate(monkeypatch):
+    right = verify_rows.best_of_n
+
+    def worst(*arguments, reward, **options):
+        return right(*arguments, reward=lambda p, c: [-score for score in reward(p, c)], **options)
+
+    monkeypatch.setattr(verify_rows, "best_of_n", worst)
+    assert not verify_rows.bon_lines(0)[0].kept
+
+
+def test_pairs_are_the_references_own_answers_as_sampled(reference, tokenizer, world):
+    pairs = verify_rows.sampled_pairs(reference, tokenizer, 64, 0)
+    assert len(pairs) <= 64 * 8
+    for item in pairs:
+        for row, text in ((item.chosen, item.pair.chosen), (item.rejected, item.pair.rejected)):
+            answer = row.ids[row.prompt :]
+            assert tokenizer.decode(answer, skip_special_tokens=True) == text
+            assert (answer[-1] == tokenizer.eos_token_id) == (len(text) < 5)
+        rewards = oracle([item.pair.prompt] * 2, [item.pair.chosen, item.pair.rejected])
+        assert item.pair.label == pytest.approx(torch.tensor(rewards[0] - rewards[1]).sigmoid().item(), rel=1e-6)
+
+
+def short_dpo(monkeypatch):
+    """Share of the gap that DPO closes on a quarter of the pairs."""
+    monkeypatch.setattr(verify_rows, "PAIRS", 512)
+    return verify_rows.dpo_lines(0)[0].reached
+
+
+def test_dpo_goes_where_ppo_goes(monkeypatch):
+    assert short_dpo(monkeypatch) > SHORT_DPO
+
+
+def test_dpo_without_its_reference_goes_elsewhere(monkeypatch):
+    right = dpo.pair_losses
+    monkeypatch.setattr(dpo, "pair_losses", lambda policy, ref, *rest: right(policy, torch.zeros_like(ref), *rest))
+    assert short_dpo(monkeypatch) < SHORT_DPO
+
+
+def test_the_command_passes_its_quick_gates(tmp_path, capsys):
     assert main(["verify", "--output_dir", str(tmp_path)]) == 0
     verdict = json.loads((tmp_path / "verify.json").read_text())
     assert verdict["gap_closed"] >= 0.95
     assert verdict["updates"] == verify.QUICK
+    assert [row["kept"] for row in verdict["rows"]] == [True] * 4
+    assert verdict["rows"][0]["reached"] >= 0.95
     assert [step for step, _ in verdict["curve"]] == list(range(0, verify.QUICK + 1, verify.EVERY))
     assert (tmp_path / "verify.png").read_bytes().startswith(b"\x89PNG")
     assert "passed" in capsys.readouterr().out
@@ -166,8 +229,19 @@ def test_the_command_passes_its_quick_gate(tmp_path, capsys):
 def test_a_failed_gate_is_exit_code_1(gap, kl, code, tmp_path, monkeypatch, capsys):
     verdict = verify.Verdict(150, gap, kl, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (150, 0.75)])
     monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
-    assert main(["verify", "--full", "--output_dir", str(tmp_path)]) == code
+    monkeypatch.setattr(verify, "ROWS", {"dpo": lambda seed: [verify.Line("DPO", 0.97, ">= 0.95", True)]})
+    assert main(["verify", "--full", "--rows", "dpo", "--output_dir", str(tmp_path)]) == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_failed_row_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    verdict = verify.Verdict(60, 0.98, 0.02, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (60, 0.75)])
+    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
+    monkeypatch.setattr(verify, "ROWS", {"dpo": lambda seed: [verify.Line("DPO", 0.9, ">= 0.95", False)]})
+    assert main(["verify", "--rows", "dpo", "--output_dir", str(tmp_path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert main(["verify", "--rows", "sft", "--output_dir", str(tmp_path)]) == 2
+    assert "--rows sft: not one of dpo" in capsys.readouterr().err
 
 
 def test_bad_options_are_refused(tmp_path, capsys):

@@ -1,0 +1,132 @@
+"""Further rows of `rlhf verify`: DPO reaches PPO's optimum, best-of-N has its exact reward and KL."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
+from rlhf_trainer.data import Pair
+from rlhf_trainer.dpo import DPOConfig, fit_pairs
+from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
+from rlhf_trainer.reward import PairRows
+from rlhf_trainer.rollout import generate
+from rlhf_trainer.supervised import Row
+
+BETA = 0.3  # under which DPO's gate was set: its pairs come from the reference, which must reach what pi* prefers
+DPO_GAP = 0.95
+PAIRS = 2048  # of each prompt
+BEST_OF = 16
+REPEATS = 64  # of each prompt
+ERRORS = 4  # standard errors by which a Monte Carlo mean may be off: once in 16,000 runs
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: what was reached, the gate in words, whether it is kept."""
+
+    name: str
+    reached: float
+    gate: str
+    kept: bool
+
+
+@functools.lru_cache(maxsize=2)
+def fitted(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """The world's tokenizer and reference policy, fitted once a process; not to be trained further."""
+    tokenizer = make_tokenizer()
+    reference = make_model(tokenizer, seed)
+    fit_reference(reference, tokenizer, seed)
+    return tokenizer, reference
+
+
+def sampled_pairs(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
+) -> list[PairRows]:
+    """`count` pairs of each prompt, both answers sampled from the reference; the label is Bradley-Terry's probability.
+
+    Rows hold the tokens as sampled: an answer of 5 letters never ended, and has no EOS.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rollout = generate(reference, tokenizer, PROMPTS * (2 * count), max_new_tokens=MAX_TOKENS, generator=generator)
+    rewards = oracle(rollout.prompts, rollout.completions, rollout.ended.tolist())
+    start, half = rollout.prompt_length, len(PROMPTS) * count
+    rows = [
+        Row(ids[real].tolist(), int(real[:start].sum())) for ids, real in zip(rollout.ids, rollout.mask, strict=True)
+    ]
+    texts = rollout.completions
+    return [
+        PairRows(
+            Pair(
+                rollout.prompts[i], texts[i], texts[i + half], label=1 / (1 + math.exp(rewards[i + half] - rewards[i]))
+            ),
+            rows[i],
+            rows[i + half],
+        )
+        for i in range(half)
+        if rows[i].ids != rows[i + half].ids
+    ]
+
+
+def dpo_config(seed: int) -> DPOConfig:
+    """The options under which the gate was set."""
+    return DPOConfig(beta=BETA, batch_size=256, epochs=4, lr=4e-3, heldout=0, seed=seed, device="cpu")
+
+
+def dpo_lines(seed: int) -> list[Line]:
+    """DPO on labelled pairs of the reference's own answers, through the code of `rlhf dpo`."""
+    tokenizer, reference = fitted(seed)
+    world = ExactWorld(reference, tokenizer, BETA, 1.0)
+    policy = copy.deepcopy(reference).train()
+    fit_pairs(dpo_config(seed), policy, policy, sampled_pairs(reference, tokenizer, PAIRS, seed), [], tokenizer)
+    end = world.measure(policy.eval())
+    gap = world.gap_closed(end.objective, world.measure(reference).objective)
+    return [Line("DPO: gap closed", gap, f">= {DPO_GAP}", gap >= DPO_GAP)]
+
+
+def best_of(world: ExactWorld, n: int) -> tuple[Tensor, Tensor]:
+    """Exactly: probability of every response [8, 1365] as the best of n, and the log of its ratio to the policy's.
+
+    With F the policy's distribution function of the reward, the best of n has a reward v with probability
+    F(v)^n - F(v-)^n; among responses of one reward it keeps the policy's proportions.
+    """
+    pi = world.reference.exp()
+    pi = pi / pi.sum(-1, keepdim=True)
+    below, level = torch.empty_like(pi), torch.empty_like(pi)
+    for i, rewards in enumerate(world.rewards):
+        below[i] = (rewards < rewards.unsqueeze(1)).double() @ pi[i]
+        level[i] = (rewards == rewards.unsqueeze(1)).double() @ pi[i]
+    ratio = ((below + level) ** n - below**n) / level
+    return pi * ratio, ratio.log()
+
+
+def bon_lines(seed: int) -> list[Line]:
+    """Reward and KL of what `rlhf bon` keeps, against the enumeration."""
+    tokenizer, reference = fitted(seed)
+    world = ExactWorld(reference, tokenizer, BETA, 1.0)
+    cfg = BonConfig(n=BEST_OF, max_new_tokens=MAX_TOKENS, batch_size=2048, bootstrap=1, seed=seed, device="cpu")
+    prompts = PROMPTS * REPEATS
+    best = best_of_n(cfg, model=reference, tokenizer=tokenizer, reward=oracle, prompts=prompts).best
+    place = {pair: i for i, pair in enumerate(world.pairs)}
+    drawn = torch.tensor([place[record["prompt"], record["completion"]] for record in best])
+    probability, log_ratio = best_of(world, BEST_OF)
+    lines = []
+    for name, values in (("E[reward]", world.rewards), ("KL to the policy", log_ratio)):
+        exact, found = (probability * values).sum(-1), values.flatten()[drawn].mean().item()
+        variance = ((probability * values.square()).sum(-1) - exact.square()).mean().item()
+        bound, centre = ERRORS * math.sqrt(variance / len(prompts)), exact.mean().item()
+        gate = f"{centre:.4f} +- {bound:.4f}"
+        lines.append(Line(f"best of {BEST_OF}: {name}", found, gate, abs(found - centre) <= bound))
+    kl = (probability * log_ratio).sum(-1).max().item()
+    limit = kl_bound(BEST_OF)
+    return [*lines, Line(f"best of {BEST_OF}: exact KL, at most", kl, f"<= {limit:.4f}", kl <= limit)]
+
+
+ROWS: dict[str, Callable[[int], list[Line]]] = {"dpo": dpo_lines, "bon": bon_lines}
