@@ -74,8 +74,7 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _use(request.param)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton blocks so small that little inputs span several, which the interpreter can afford."""
     if dispatch.available()["triton"] is None:
         from rlhf_kernels.backends.triton import full_kl, linear, logits, sampling, scan, tokens, whiten
@@ -87,3 +86,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tokens, "BLOCK", 16)
         monkeypatch.setattr(whiten, "BLOCK", 16)
         monkeypatch.setattr(whiten, "MERGE_BLOCK", 4)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_blocks(monkeypatch)

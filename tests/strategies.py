@@ -13,37 +13,57 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK_V, BLOCK_T = 128, 16  # what the small_blocks fixture sets
 
 
+# Strategies are built once, not at every draw: millions of calls are drawn (tests/soak.py).
+_DTYPE, _SEED, _FLAG = st.sampled_from(DTYPES), st.integers(0, 1000), st.booleans()
+_VOCAB = st.one_of(st.integers(1, 40), st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)]))
+_LOGITS_SHAPE = st.tuples(st.integers(1, 3), st.integers(1, 4))
+_CLASSES = st.lists(st.sampled_from(sorted(edge_cases.LOGITS)), min_size=1, max_size=4)
+_LABEL_DTYPE = st.sampled_from([torch.int64, torch.int32])
+_MASK = st.sampled_from(sorted(edge_cases.MASKS))
+_LAYOUT = st.sampled_from(sorted(edge_cases.LAYOUTS))
+_TEMPERATURE = st.sampled_from([1.0, 0.5, 1.7, None])  # None: one for each row
+_TIME = st.one_of(st.integers(1, 8), st.sampled_from([k * BLOCK_T + d for k in (1, 2, 3) for d in (-1, 0, 1)]))
+_BATCH = st.integers(1, 3)
+_SCALE = st.sampled_from([1.0, 1e-3, 1e3])
+_SHARE = st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0])
+_DISCOUNT = st.sampled_from([0.0, 0.5, 0.97, 1.0])
+_HOLES = st.sampled_from(["skip", "stop", "zero"])
+_LENGTHS = st.lists(
+    st.one_of(st.integers(0, 9), st.sampled_from([k * BLOCK_T + d for k in (1, 2) for d in (-1, 0, 1)])), max_size=6
+)
+_DTYPES = st.tuples(*4 * [_DTYPE])
+_MODE = st.sampled_from(["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"])
+
+
 class LogitsCall(NamedTuple):
     logits: Tensor
     labels: Tensor
     mask: Tensor | None
     temperature: float | Tensor
-    described: str
+    drawn: tuple  # what the tensors were made from
 
     def __repr__(self) -> str:
-        return self.described
+        return f"logits {list(self.logits.shape)} {self.logits.dtype}, drawn as {self.drawn}"
 
 
 @st.composite
 def logits_calls(draw: st.DrawFn) -> LogitsCall:
-    near_block = st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)])
-    V = draw(st.one_of(st.integers(1, 40), near_block))
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)))
-    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1000))
+    V, shape, dtype, seed = draw(_VOCAB), draw(_LOGITS_SHAPE), draw(_DTYPE), draw(_SEED)
     # Each row its own class of value: one row's NaN or infinity must not reach the next.
-    classes = draw(st.lists(st.sampled_from(sorted(edge_cases.LOGITS)), min_size=1, max_size=4))
-    rows = [edge_cases.logits_of(classes[n % len(classes)], (V,), dtype, seed + n) for n in range(shape[0] * shape[1])]
-    logits = torch.stack(rows).view(*shape, V)
-    labels = edge_cases.labels_for(shape, V, seed, draw(st.sampled_from([torch.int64, torch.int32])))
-    kind = draw(st.sampled_from(sorted(edge_cases.MASKS)))
+    classes = draw(_CLASSES)
+    x = torch.randn((*shape, V), generator=torch.Generator().manual_seed(seed))
+    rows = [edge_cases.LOGITS[classes[n % len(classes)]](row) for n, row in enumerate(x.view(-1, V))]
+    logits = torch.stack(rows).view(*shape, V).to(dtype)
+    labels = edge_cases.labels_for(shape, V, seed, draw(_LABEL_DTYPE))
+    kind, layout, strided, temperature = draw(_MASK), draw(_LAYOUT), draw(_FLAG), draw(_TEMPERATURE)
     mask = edge_cases.MASKS[kind](torch.Size(shape))
     logits, labels = edge_cases.spoil(logits, labels, mask)
-    layout = draw(st.sampled_from(sorted(edge_cases.LAYOUTS)))
-    if draw(st.booleans()):
+    if strided:
         labels = labels.repeat_interleave(2, -1)[..., ::2]
-    temperature = draw(st.sampled_from([1.0, 0.5, 1.7, torch.linspace(0.5, 2.0, shape[1])]))
-    described = f"{[*shape, V]} {dtype} {classes} seed {seed}, {layout}, mask {kind}, temperature {temperature}"
-    return LogitsCall(edge_cases.LAYOUTS[layout](logits), labels, mask, temperature, described)
+    drawn = (seed, classes, kind, layout, temperature)
+    if temperature is None:
+        temperature = torch.linspace(0.5, 2.0, shape[1])
+    return LogitsCall(edge_cases.LAYOUTS[layout](logits), labels, mask, temperature, drawn)
 
 
 class KlCall(NamedTuple):
@@ -93,22 +113,15 @@ class GaeCall(NamedTuple):
 
 @st.composite
 def gae_calls(draw: st.DrawFn) -> GaeCall:
-    near_block = st.sampled_from([k * BLOCK_T + d for k in (1, 2, 3) for d in (-1, 0, 1)])
-    time = draw(st.one_of(st.integers(1, 8), near_block))
-    batch = draw(st.integers(1, 3))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    dtype = draw(st.sampled_from(DTYPES))
-    scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
+    time, batch, dtype, scale, share = draw(_TIME), draw(_BATCH), draw(_DTYPE), draw(_SCALE), draw(_SHARE)
+    generator = torch.Generator().manual_seed(draw(_SEED))
     rewards, values = ((scale * torch.randn(batch, time, generator=generator)).to(dtype) for _ in range(2))
-    share = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]))
     mask = None if share is None else torch.rand(batch, time, generator=generator) < share
     rewards, values = edge_cases.hide(mask, rewards, values)
-    if draw(st.booleans()):  # rows of a wider tensor
+    if draw(_FLAG):  # rows of a wider tensor
         rewards, values = (torch.cat([x, x], 1)[:, :time] for x in (rewards, values))
-    bootstrap = scale * torch.randn(batch, generator=generator) if draw(st.booleans()) else None
-    discounts = st.sampled_from([0.0, 0.5, 0.97, 1.0])
-    masked = draw(st.sampled_from(["skip", "stop", "zero"]))
-    return GaeCall(rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts))
+    bootstrap = scale * torch.randn(batch, generator=generator) if draw(_FLAG) else None
+    return GaeCall(rewards, values, mask, bootstrap, draw(_HOLES), draw(_DISCOUNT), draw(_DISCOUNT))
 
 
 class PackedCall(NamedTuple):
@@ -125,19 +138,16 @@ class PackedCall(NamedTuple):
 
 @st.composite
 def packed_calls(draw: st.DrawFn) -> PackedCall:
-    near_block = st.sampled_from([k * BLOCK_T + d for k in (1, 2) for d in (-1, 0, 1)])
-    lengths = draw(st.lists(st.one_of(st.integers(0, 9), near_block), max_size=6))
-    total, dtype = sum(lengths), draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    lengths, dtype = draw(_LENGTHS), draw(_DTYPE)
+    total = sum(lengths)
+    generator = torch.Generator().manual_seed(draw(_SEED))
     rewards, values = (torch.randn(total, generator=generator).to(dtype) for _ in range(2))
-    share = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 0.9, 1.0]))
+    share = draw(_SHARE)
     mask = None if share is None else torch.rand(total, generator=generator) < share
     rewards, values = edge_cases.hide(mask, rewards, values)
-    bootstrap = torch.randn(len(lengths), generator=generator) if draw(st.booleans()) else None
-    discounts = st.sampled_from([0.0, 0.5, 0.97, 1.0])
-    masked = draw(st.sampled_from(["skip", "stop", "zero"]))
-    offsets = draw(st.sampled_from([torch.int32, torch.int64]))
-    return PackedCall(lengths, rewards, values, mask, bootstrap, masked, draw(discounts), draw(discounts), offsets)
+    bootstrap = torch.randn(len(lengths), generator=generator) if draw(_FLAG) else None
+    options = draw(_HOLES), draw(_DISCOUNT), draw(_DISCOUNT), draw(_LABEL_DTYPE)
+    return PackedCall(lengths, rewards, values, mask, bootstrap, *options)
 
 
 class RolloutCall(NamedTuple):
@@ -185,3 +195,37 @@ def token_calls(draw: st.DrawFn) -> TokenCall:
         mask = torch.tensor(flags, dtype=torch.bool).view(shape)
     modes = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
     return TokenCall(tuple(edge_cases.hide(mask, *tensors)), mask, draw(st.sampled_from(modes)))
+
+
+class BatchCall(NamedTuple):
+    """What the token family, the losses and PPO's advantages take."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # [B, T], each its own dtype and layout
+    row: Tensor  # [B]
+    mask: Tensor | None
+    aggregate: str
+    flag: bool
+    drawn: tuple  # what the tensors were made from
+
+    def __repr__(self) -> str:
+        return f"[B, T] = {list(self.tensors[0].shape)}, {[x.dtype for x in self.tensors]}, drawn as {self.drawn}"
+
+
+@st.composite
+def batch_calls(draw: st.DrawFn) -> BatchCall:
+    """Normal numbers around the block sizes, some replaced by extreme ones, NaN where the mask hides them."""
+    shape, seed, share, dtypes = (draw(_BATCH), draw(_TIME)), draw(_SEED), draw(_SHARE), draw(_DTYPES)
+    extreme, strided = draw(_FLAG), draw(_FLAG)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, *shape, generator=generator)
+    if extreme:
+        special = torch.tensor([0.0, 119.0, -119.0, 1e4, -1e4, 1e-30, 3e-4])
+        place = torch.rand(x.shape, generator=generator)
+        x = torch.where(place < 0.2, special[(place * 35).long() % 7], x)
+    mask = None if share is None else torch.rand(shape, generator=generator) < share
+    tensors = edge_cases.hide(mask, *(one.to(dtype) for one, dtype in zip(x, dtypes, strict=True)))
+    if strided:
+        tensors = [torch.cat([one, one], 1)[:, : shape[1]] for one in tensors]
+    row = torch.randn(shape[0], generator=generator)
+    drawn = (seed, share, extreme, strided)
+    return BatchCall(tuple(tensors), row, mask, draw(_MODE), draw(_FLAG), drawn)
