@@ -40,10 +40,12 @@ BACKENDS = (
                 "linear_logprobs",
                 "linear_policy_loss",
                 "per_token_kl",
+                "policy_loss",
                 "ppo_advantages",
                 "sample_tokens",
                 "selected_logprobs",
                 "shaped_rewards",
+                "value_loss",
                 "whiten",
             }
         ),

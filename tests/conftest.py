@@ -77,12 +77,14 @@ def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton blocks so small that little inputs span several, which the interpreter can afford."""
     if dispatch.available()["triton"] is None:
-        from rlhf_kernels.backends.triton import full_kl, linear, logits, sampling, scan, tokens, whiten
+        from rlhf_kernels.backends.triton import full_kl, linear, logits, losses, sampling, scan, tokens, whiten
 
         for module in (full_kl, logits, sampling):
             monkeypatch.setattr(module, "blocks", lambda V: (128, 1))
         monkeypatch.setattr(linear, "_blocks", lambda W: (128, 1))
         monkeypatch.setattr(scan, "BLOCK_T", 16)
+        monkeypatch.setattr(losses, "BLOCK_T", 16)
+        monkeypatch.setattr(losses, "TILE", 32)
         monkeypatch.setattr(tokens, "BLOCK", 16)
         monkeypatch.setattr(whiten, "BLOCK", 16)
         monkeypatch.setattr(whiten, "MERGE_BLOCK", 4)

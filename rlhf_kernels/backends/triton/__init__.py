@@ -3,6 +3,7 @@
 from rlhf_kernels.backends.triton.full_kl import full_kl_bwd, full_kl_fwd
 from rlhf_kernels.backends.triton.linear import allocate, linear_fold, linear_gradient
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
+from rlhf_kernels.backends.triton.losses import policy_loss, value_loss
 from rlhf_kernels.backends.triton.sampling import sample_tokens
 from rlhf_kernels.backends.triton.scan import gae, gae_packed, ppo_advantages
 from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd, shaped_rewards
@@ -18,11 +19,13 @@ __all__ = [
     "linear_gradient",
     "per_token_kl_bwd",
     "per_token_kl_fwd",
+    "policy_loss",
     "ppo_advantages",
     "sample_tokens",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",
     "shaped_rewards",
+    "value_loss",
     "whiten_bwd",
     "whiten_fwd",
     "whiten_moments",
