@@ -134,9 +134,11 @@ WITH_KERNEL = (
     "linear_logprobs",
     "linear_policy_loss",
     "per_token_kl",
+    "policy_loss",
     "ppo_advantages",
     "selected_logprobs",
     "shaped_rewards",
+    "value_loss",
     "whiten",
 )
 

@@ -39,6 +39,8 @@ from rlhf_kernels.backends.triton import (
     whiten_bwd,
     whiten_fwd,
 )
+from rlhf_kernels.backends.triton import policy_loss as policy_loss_kernel
+from rlhf_kernels.backends.triton import value_loss as value_loss_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,6 +128,13 @@ def launch_sampling(
     sample_tokens(_empty(outer, inner, V, dtype=dtype), uniform, mask, temperature, row_temperature, top_k, top_p)
 
 
+def launch_losses(B: int, T: int, dtype: torch.dtype, full: bool, sequence: bool, clip: float = 0.2) -> None:
+    """`full` turns on mask, weights, old values and a denominator on the device."""
+    x = _empty(B, T, dtype=dtype)
+    mask, weights = (_empty(B, T, dtype=torch.bool), x) if full else (None, None)
+    denominator = _empty() if full else 3.0
+    policy_loss_kernel(x, x, x, mask, weights, 1 - clip, 1 + clip, 3.0, denominator, sequence, sequence, True)
+    value_loss_kernel(x, weights, x, mask, clip, denominator, sequence, True)
 def launch_ppo_advantages(B: int, T: int, dtype: torch.dtype, whiten: bool = True, kl_coef: float = 0.1) -> None:
     x, mask = _empty(B, T, dtype=dtype), _empty(B, T, dtype=torch.bool)
     ppo_advantages(x, x, _empty(B), x, mask, kl_coef, 0.9, 0.95, 1e-8 if whiten else None)
@@ -168,6 +177,10 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(launch_gae, 4, 131072, dtype, True, masked)
     for offsets in (torch.int32, torch.int64):
         yield f"packed 131072 offsets {str(offsets)[6:]}", partial(launch_gae_packed, 4, 131072, offsets)
+    for dtype, sequence in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        name = f"losses T=131072 {str(dtype)[6:]}{' sequences' if sequence else ''}"
+        yield name, partial(launch_losses, 4, 131072, dtype, True, sequence)
+    yield "losses T=1000 float32", partial(launch_losses, 4, 1000, torch.float32, False, False)
     for dtype, whiten in itertools.product((torch.float32, torch.bfloat16), (True, False)):
         name = f"T=131072 {str(dtype)[6:]}{' whitened' if whiten else ''}"
         yield name, partial(launch_ppo_advantages, 4, 131072, dtype, whiten)
@@ -216,6 +229,11 @@ def _repetitions() -> Iterator[tuple[str, list[Callable[[], None]]]]:
             calls.append(partial(launch_tokens, B, T, torch.bfloat16, 2, False, scalar))
     yield "tokens of any batch, length and scalars", calls
     yield "any packing", [partial(launch_gae_packed, S, total, torch.int32) for S, total in sizes]
+    sizes = ((1, 1), (3, 17), (16, 1024), (2, 131072))
+    yield (
+        "losses, any batch, length and clip",
+        [partial(launch_losses, B, T, torch.float32, True, False, clip) for B, T in sizes for clip in (0.1, 1.0)],
+    )
 
 
 def _nvidia_usage(cubin: bytes) -> dict[str, int]:

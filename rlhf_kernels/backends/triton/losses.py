@@ -45,10 +45,10 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _counted(mask_ptr, t, end):
-    inside = t < end
-    if mask_ptr is None:
-        return inside
-    return tl.load(mask_ptr + t, mask=inside, other=0) != 0
+    counted = t < end
+    if mask_ptr is not None:
+        counted = tl.load(mask_ptr + t, mask=counted, other=0) != 0
+    return counted
 
 
 @triton.jit
@@ -102,9 +102,10 @@ def _policy_loss_kernel(
     ROW_MEANS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     tiles = tl.cdiv(T, tile)
-    row, begin = program // tiles, (program % tiles) * tile
+    row = (program // tiles).to(tl.int64)
+    begin = (program % tiles) * tile
     end = tl.minimum(begin + tile, T)
     new_ptr += row * stride_new
     old_ptr += row * stride_old
@@ -211,9 +212,11 @@ def _largest(partials_ptr, programs, BLOCK: tl.constexpr):
 def _divisor(denominator_ptr, denominator, tokens):
     """What the sum of losses is divided by: a tensor's number, a number, or where that is NaN the count."""
     if denominator_ptr is not None:
-        return tl.load(denominator_ptr).to(tl.float64)
-    number = denominator + 0.0 * tokens  # as float64
-    return tl.where(number == number, number, tokens)
+        divisor = tl.load(denominator_ptr).to(tl.float64)
+    else:
+        number = denominator + 0.0 * tokens  # as float64
+        divisor = tl.where(number == number, number, tokens)
+    return divisor
 
 
 @triton.jit(do_not_specialize=["denominator", "programs"])
@@ -253,9 +256,10 @@ def _value_loss_kernel(
     ROW_MEANS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     tiles = tl.cdiv(T, tile)
-    row, begin = program // tiles, (program % tiles) * tile
+    row = (program // tiles).to(tl.int64)
+    begin = (program % tiles) * tile
     end = tl.minimum(begin + tile, T)
     values_ptr += row * stride_v
     returns_ptr += row * stride_returns
@@ -378,13 +382,13 @@ def policy_loss(
     """As the CPU backend's; a denominator that is a tensor is read by the kernel, without a sync."""
     T = logprobs.shape[1]
     tile = max(1, T if sequence or row_means else min(T, TILE))
-    new, old, advantages, weights, mask = map(_rows, (logprobs, old_logprobs, advantages, weights, mask))
+    new, old, a, w, m = map(_rows, (logprobs, old_logprobs, advantages, weights, mask))
     loss, stats, grad, partials, programs = _outputs(logprobs, tile, 7, with_grad)
     launch(
         _policy_loss_kernel,
         programs,
-        *(new, old, advantages, weights, mask, grad if with_grad else None, partials, low, high, dual_clip),
-        *(_stride(x) for x in (new, old, advantages, weights, mask)),
+        *(new, old, a, w, m, grad if with_grad else None, partials, low, high, dual_clip),
+        *(_stride(x) for x in (new, old, a, w, m)),
         *(T, tile, programs),
         SEQUENCE=sequence,
         ROW_MEANS=row_means,
@@ -408,13 +412,13 @@ def value_loss(
     """As the CPU backend's."""
     T = values.shape[1]
     tile = max(1, T if row_means else min(T, TILE))
-    v, old, returns, mask = map(_rows, (values, None if math.isinf(clip) else old_values, returns, mask))
+    v, old, target, m = map(_rows, (values, None if math.isinf(clip) else old_values, returns, mask))
     loss, stats, grad, partials, programs = _outputs(values, tile, 3, with_grad)
     launch(
         _value_loss_kernel,
         programs,
-        *(v, old, returns, mask, grad if with_grad else None, partials, clip),
-        *(_stride(x) for x in (v, old, returns, mask)),
+        *(v, old, target, m, grad if with_grad else None, partials, clip),
+        *(_stride(x) for x in (v, old, target, m)),
         *(T, tile, programs),
         ROW_MEANS=row_means,
         BLOCK_T=BLOCK_T,
