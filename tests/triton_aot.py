@@ -135,6 +135,8 @@ def launch_losses(B: int, T: int, dtype: torch.dtype, full: bool, sequence: bool
     denominator = _empty() if full else 3.0
     policy_loss_kernel(x, x, x, mask, weights, 1 - clip, 1 + clip, 3.0, denominator, sequence, sequence, True)
     value_loss_kernel(x, weights, x, mask, clip, denominator, sequence, True)
+
+
 def launch_ppo_advantages(B: int, T: int, dtype: torch.dtype, whiten: bool = True, kl_coef: float = 0.1) -> None:
     x, mask = _empty(B, T, dtype=dtype), _empty(B, T, dtype=torch.bool)
     ppo_advantages(x, x, _empty(B), x, mask, kl_coef, 0.9, 0.95, 1e-8 if whiten else None)
