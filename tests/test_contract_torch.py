@@ -76,6 +76,13 @@ OPS = {
         ("ntv",),
         ("ntv",),
     ),
+    "sample_tokens": Op(
+        lambda mask, labels, s, x: rk.sample_tokens(
+            x, mask=mask, temperature=0.7 + s, top_k=x.shape[1] - 1, top_p=0.6 + s, seed=70 + x.shape[0]
+        ),
+        (),
+        ("ntv",),
+    ),
     "gae": Op(lambda mask, labels, s, r, v: rk.gae(r, v, mask, gamma=0.9 - s, lam=0.8 + 0.1 * s), (), ("nt", "nt")),
     "gae_packed": Op(
         lambda mask, labels, s, r, v: rk.gae(
@@ -136,6 +143,7 @@ WITH_KERNEL = (
     "per_token_kl",
     "policy_loss",
     "ppo_advantages",
+    "sample_tokens",
     "selected_logprobs",
     "shaped_rewards",
     "value_loss",
