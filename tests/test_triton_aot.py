@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import require_backend
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
