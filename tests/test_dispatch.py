@@ -30,7 +30,7 @@ def test_automatic_choice_follows_device_and_dtype(monkeypatch: pytest.MonkeyPat
         assert dispatch.kernel("gae", BT) == served
         assert dispatch.kernel("gae", BT.half()) == served
         assert dispatch.kernel("gae", BT.double()) is None
-        assert dispatch.kernel("whiten", BT) is None
+        assert dispatch.kernel("pairwise_loss", BT) is None
 
 
 def test_forced_choice_is_undone(backend: Backend) -> None:
@@ -77,8 +77,8 @@ def test_missing_backend_raises_only_when_asked_for(monkeypatch: pytest.MonkeyPa
 
 
 def test_forced_backend_without_the_kernel(kernel_backend: Backend) -> None:
-    with pytest.raises(NotImplementedError, match=f"'{kernel_backend.name}'.*whiten"):
-        rk.whiten(BT.to(kernel_backend.device))
+    with pytest.raises(NotImplementedError, match=f"'{kernel_backend.name}'.*pairwise_loss"):
+        rk.pairwise_loss(BT[0].to(kernel_backend.device), BT[0].to(kernel_backend.device))
 
 
 def test_triton_on_cpu_tensors_without_the_interpreter() -> None:
