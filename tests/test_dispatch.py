@@ -63,7 +63,7 @@ def test_the_forced_backend_is_the_one_that_runs(kernel_backend: Backend, monkey
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"'gpu'.*'reference', 'triton', 'cpu' or None"), rk.use_backend("gpu"):
+    with pytest.raises(ValueError, match=r"'gpu'.*'reference', 'triton', 'cuda', 'cpu' or None"), rk.use_backend("gpu"):
         pass
 
 
