@@ -7,6 +7,7 @@ from rlhf_kernels.heads import head_of
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.full_kl import full_kl
 from rlhf_kernels.ops.linear import linear_logprobs
+from rlhf_kernels.ops.linear_kl import linear_kl
 from rlhf_kernels.ops.linear_losses import linear_cross_entropy, linear_dpo_loss, linear_policy_loss
 from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
@@ -29,6 +30,7 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",
     "pairwise_loss",

@@ -61,6 +61,18 @@ OPS = {
         ),
         ("ntd", "vd"),
     ),
+    "linear_kl": Op(
+        lambda mask, labels, s, hidden, weight, bias, other, other_weight: rk.linear_kl(
+            *(hidden, weight, other, other_weight),
+            bias=bias,
+            mask=mask,
+            temperature=0.7 + s,
+            softcap=3 + s,
+            logit_scale=1 + s,
+        ),
+        ("ntd", "vd", "v"),
+        ("ntd", "vd"),
+    ),
     "linear_dpo_loss": Op(
         lambda mask, labels, s, chosen, rejected, weight, a, b: rk.linear_dpo_loss(
             *(chosen, rejected, weight, labels, labels, a, b, mask, None), beta=0.1 + s, temperature=0.7 + s
@@ -138,6 +150,7 @@ WITH_KERNEL = (
     "gae_packed",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",
     "per_token_kl",

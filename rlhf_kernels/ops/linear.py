@@ -335,7 +335,8 @@ def _backward(
     for chunk in sweep:
         g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
-        gradients.add(chunk, sweep.coefficients(chunk, g, g_entropy, stats[chunk.places], chunk_entropy))
+        coefficients = sweep.coefficients(chunk, g, g_entropy, stats[chunk.places], chunk_entropy)
+        gradients.add(chunk, sweep.gradient_tiles(chunk, coefficients))
     return gradients.finish()
 
 

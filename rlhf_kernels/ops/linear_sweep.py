@@ -8,7 +8,7 @@ Two plans share the code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,8 +69,9 @@ class Sweep:
         *,
         keep: bool = False,
         wanted: tuple[bool, bool, bool] = (False, False, False),
+        rows: int | None = None,
     ) -> None:
-        """keep: the plan of the two above. wanted: whether dH, dW and db are."""
+        """keep: the plan of the two above. wanted: whether dH, dW and db are. rows: of a chunk, instead of a plan."""
         self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self._bias = None if head.bias is None else head.bias.float().contiguous()
@@ -81,11 +82,11 @@ class Sweep:
             self._counted = None
         self.count = labels.numel() if self._counted is None else self._counted.numel()
         self._keep = keep
-        self._plan(workspace, wanted[1])
+        self._plan(workspace, wanted[1], rows)
         width = head.weight.shape[0] if keep else self._width
         self._tile = self.backend.allocate((min(self._rows, self.count) * width,), hidden.dtype, hidden.device)
 
-    def _plan(self, workspace: int, wants_weight: bool) -> None:
+    def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
         """Rows of a chunk, columns of a tile."""
         vocab, width = self.head.weight.shape
         size = self._hidden.element_size()
@@ -105,6 +106,8 @@ class Sweep:
         self.chunks = chunks
         even = -(-self.count // max(1, chunks))
         self._rows = max(1, -(-even // 16) * 16 if chunks > 1 and even >= 64 else even)  # the GEMM's register tiles
+        if rows is not None:
+            self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
         columns = max(64, room // (size * self._rows))
         self._width = min(vocab, columns // BLOCK * BLOCK if columns >= BLOCK else columns)
@@ -154,6 +157,17 @@ class Sweep:
             padded[: len(some)] = some
             tile[start : start + INVARIANT_ROWS] = torch.mm(padded, self.head.weight[part].T)[: len(some)]
         return tile
+
+    def logits(self, rows: Rows) -> Tensor:
+        """The kept chunk's logits [R, V], over its products."""
+        assert rows.products is not None
+        for part in self.parts():
+            tile = self._products(rows, part)
+            if self._bias is not None:
+                tile += self._bias[part]
+            if self.head.softcap is not None:
+                tile.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap)
+        return rows.products
 
     def _epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
         """What both epilogues take besides the tile."""
@@ -242,14 +256,14 @@ class Gradients:
             self._sum = allocate(tuple(weight.shape), torch.float32, weight.device)
         self._bias_dtype = weight.dtype if bias is None else bias.dtype
 
-    def add(self, rows: Rows, coefficients: Tensor) -> None:
-        """A chunk's share."""
+    def add(self, rows: Rows, tiles: Iterable[tuple[slice, Tensor]]) -> None:
+        """A chunk's share: the gradient of its products, tile by tile; rows.products, if kept, is all of it."""
         weight = self._sweep.head.weight
         whole = rows.products  # dH in one GEMM
         sum_hidden = None
         if self._wanted[0] and whole is None:
             sum_hidden = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=weight.device)
-        for part, grad in self._sweep.gradient_tiles(rows, coefficients):
+        for part, grad in tiles:
             if sum_hidden is not None:
                 _accumulate(sum_hidden, grad, weight[part])
             if self._wanted[1] and self._untouched and self._sum is self.weight:
