@@ -17,6 +17,7 @@ import peers
 import token_cases
 import torch
 from harness import Comparison, Contender, compare, environment
+from linear import ROWS, VOCAB, WIDTH, linear
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -236,7 +237,9 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["forward", "backward", "full_kl", "gae", "ppo", "tokens", "openmp"])
+    parser.add_argument(
+        "--only", choices=["forward", "backward", "full_kl", "gae", "ppo", "tokens", "linear", "openmp"]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
@@ -268,6 +271,9 @@ def main() -> None:
     for shape in token_cases.SHAPES:
         for op in token_cases.OPS:
             cases.append(("tokens", f"{op} fp32 {list(shape)}", lambda op=op, shape=shape: tokens(op, shape, *repeat)))
+    for name, dtype in DTYPES.items():
+        title = f"linear family {name}, {ROWS} rows, width {WIDTH}, vocabulary {VOCAB}"
+        cases.append(("linear", title, lambda dtype=dtype: linear(dtype, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
         if options.only in (None, kind):

@@ -24,7 +24,10 @@ def _case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
-    """Forward and backward of one call; every contender makes its own outputs, as training does."""
+    """Forward and backward of one call; every contender makes its own outputs, as training does.
+
+    Each after an untimed call of its own: what another has freed just before decides how fast fresh pages come.
+    """
     hidden, weight, labels, upstream, mask = _case(dtype)
     leaves = (hidden, weight)
     h, w = hidden.detach(), weight.detach()
@@ -35,7 +38,9 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         return (*found, h @ w.T) if count == 4 else found
 
     def policy(**options: Tensor) -> tuple[Tensor, ...]:
-        loss, _ = rk.linear_policy_loss(hidden, weight, labels, upstream - 11, upstream, clip_high=1e9, **options)
+        loss, _ = rk.linear_policy_loss(
+            hidden, weight, labels, upstream - 11, upstream, clip_low=1e9, clip_high=1e9, **options
+        )
         return torch.autograd.grad(loss, leaves)
 
     def logprobs(**options: object) -> tuple[Tensor, ...]:
@@ -61,7 +66,7 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     theirs = getattr(torch.nn.functional, "linear_cross_entropy", None)  # torch 2.13
     if theirs:
         calls["F.linear_cross_entropy"] = lambda: torch.autograd.grad(theirs(hidden, weight, labels), leaves)
-    result = compare({name: Contender(call) for name, call in calls.items()}, rounds, quiet=quiet)
+    result = compare({name: Contender(call, prepare=call) for name, call in calls.items()}, rounds, quiet=quiet)
     three, m = result.median("three GEMMs"), result.median
     for op in ("linear_policy_loss", "linear_logprobs", "linear_cross_entropy"):
         result.ratios[f"{op} / three GEMMs"] = m(f"{OURS} {op}") / three

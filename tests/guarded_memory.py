@@ -256,8 +256,32 @@ def check_tokens(backend: str, side: str) -> int:
     return calls
 
 
+def check_linear(backend: str, side: str) -> int:
+    """Both epilogues of a tile, bare and with bias, softcap and labels outside the tile."""
+    module, calls = dispatch.load(backend), 0
+    for width in (1, 37, 128, 1100):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for dressed in (False, True):
+                tile = edge_cases.logits_of("normal", (3, width), dtype, calls)
+                bias = edge_cases.logits_of("normal", (width,), torch.float32) if dressed else None
+                labels = torch.tensor([5, 4 + width, -(2**31)] if dressed else [5, 5 + width, 2**31])
+                start = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], dtype=torch.float64).repeat(3, 1)
+                plain = (tile, bias, labels, torch.tensor([0.5, 1.0, 2.0]), start, torch.tensor([[0.3, 0.2, 1, 2]] * 3))
+                outputs = []
+                for place in (Tensor.clone, lambda x: guarded(x, side)):
+                    x, b, label, temperature, state, rows = (None if y is None else place(y) for y in plain)
+                    head = (x, 5, b, 3.0 if dressed else 0.0, 0.7 if dressed else 1.0, label, 1.0, temperature)
+                    module.linear_fold(*head, state, True)
+                    module.linear_gradient(*head, rows)
+                    outputs.append((state, x))
+                for one, other in zip(*outputs, strict=True):
+                    _same(one, other)
+                calls += 1
+    return calls
+
+
 def check_near(backend: str, side: str) -> int:
-    checks = check_full_kl, check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens
+    checks = check_full_kl, check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens, check_linear
     return sum(check(backend, side) for check in checks)
 
 

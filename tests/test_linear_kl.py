@@ -124,6 +124,8 @@ def test_errors_name_the_argument() -> None:
     hidden, weight = torch.zeros(4, 3), torch.zeros(5, 3)
     with pytest.raises(ValueError, match="linear_kl: direction is 'sideways'"):
         rk.linear_kl(hidden, weight, hidden, weight, direction="sideways")
+    with pytest.raises(ValueError, match=r"linear_kl: ref_hidden is \[3, 3\]"):
+        rk.linear_kl(hidden, weight, hidden[:3], weight)
     with pytest.raises(ValueError, match="linear_kl: ref_weight is"):
         rk.linear_kl(hidden, weight, hidden, torch.zeros(6, 3))
     with pytest.raises(ValueError, match=r"linear_kl \(reference\): weight has shape"):

@@ -153,7 +153,7 @@ def prepare(
     op: str,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
@@ -164,10 +164,8 @@ def prepare(
 ) -> Call:
     """Checks what the family's ops have in common, applies autocast, and reads labels where that is free."""
     shape = _check_head(op, hidden, weight, bias)
-    if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{op}: labels is {got}; it takes an int64 or int32 tensor")
-    validate.same_place(op, "labels", labels, "hidden", shape, hidden.device)
+    if labels is not None:
+        _check_labels(op, labels, shape, hidden.device)
     mask = validate.bool_mask(op, mask, "hidden", shape, hidden.device)
     if softcap is not None:
         validate.number(op, "softcap", softcap, above=0)
@@ -179,11 +177,21 @@ def prepare(
     first, vocab = shard(process_group, weight.shape[0], hidden.device)
     if rows.reading_is_free(hidden):
         rows.positive(op, row_temperature)
-        validate.label_in_range(op, labels, mask, vocab)
+        if labels is not None:
+            validate.label_in_range(op, labels, mask, vocab)
     if isinstance(temperature, Tensor):
         temperature = 1.0
+    if labels is None:  # the op has none, and its kernels look at none
+        labels = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
     call = Call(hidden, weight, labels, bias, mask, temperature, row_temperature, softcap, logit_scale)
     return call if process_group is None else call._replace(first=first, group=process_group.group_name)
+
+
+def _check_labels(op: str, labels: object, shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{op}: labels is {got}; it takes an int64 or int32 tensor")
+    validate.same_place(op, "labels", labels, "hidden", shape, device)
 
 
 def logprobs_of(call: Call, with_entropy: bool, workspace: int) -> tuple[Tensor, Tensor | None]:

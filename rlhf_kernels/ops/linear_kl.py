@@ -53,11 +53,14 @@ def linear_kl(
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     validate.choice(OP, "direction", direction, DIRECTIONS)
-    validate.float_tensor(OP, "hidden", hidden)
-    labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)  # the KL has none; never read
     scalars = (temperature, softcap, logit_scale, mask, workspace)
-    call = linear.prepare(OP, hidden, weight, labels, bias, *scalars)
-    ref = linear.prepare(f"{OP} (reference)", ref_hidden, ref_weight, labels, ref_bias, *scalars)
+    call = linear.prepare(OP, hidden, weight, None, bias, *scalars)
+    ref = linear.prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, *scalars)
+    if ref.labels.shape != call.labels.shape or ref.hidden.device != hidden.device:
+        raise ValueError(
+            f"{OP}: ref_hidden is {list(ref_hidden.shape)} on {ref.hidden.device}; with this hidden it takes "
+            f"{[*call.labels.shape, 'D']} on {hidden.device}"
+        )
     if ref.weight.shape[0] != weight.shape[0] or ref.hidden.dtype != call.hidden.dtype:
         raise ValueError(
             f"{OP}: ref_weight is {list(ref_weight.shape)} {ref.hidden.dtype}; with this weight it takes "
@@ -73,7 +76,7 @@ def linear_kl(
     flat = list(call.flat())
     del flat[9:], flat[2]
     kl, _ = _forward(*flat, *constants, DIRECTIONS.index(direction), workspace)
-    return kl.view(labels.shape)
+    return kl.view(call.labels.shape)
 
 
 class _Pair:
