@@ -229,3 +229,37 @@ def batch_calls(draw: st.DrawFn) -> BatchCall:
     row = torch.randn(shape[0], generator=generator)
     drawn = (seed, share, extreme, strided)
     return BatchCall(tuple(tensors), row, mask, draw(_MODE), draw(_FLAG), drawn)
+
+
+class HeadCall(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    scalars: dict[str, object]
+    workspace: int
+
+
+@st.composite
+def head_calls(draw: st.DrawFn) -> HeadCall:
+    """Heads of any small size: hidden rows spoilt, a bias that masks tokens, workspaces of one or many chunks."""
+    rows, width = draw(st.integers(1, 7)), draw(st.integers(1, 9))
+    vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)])))
+    dtype, generator = draw(st.sampled_from(DTYPES)), torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (3 * torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    kind = draw(st.sampled_from(["none", "plain", "offset", "masked"]))
+    bias = None if kind == "none" else torch.randn(vocab, generator=generator).to(dtype)
+    softcap = draw(st.sampled_from([None, 3.0, 30.0]))
+    if kind == "offset":
+        bias = bias - 50
+    if kind == "masked" and softcap is None:
+        bias[torch.arange(vocab) % 3 == 1] = float("-inf")
+        labels = labels // 3 * 3
+    mask = edge_cases.MASKS[draw(st.sampled_from(sorted(edge_cases.MASKS)))](torch.Size((rows,)))
+    hidden, labels = edge_cases.spoil(hidden, labels, mask)
+    scalars = {"softcap": softcap, "logit_scale": draw(st.sampled_from([1.0, 0.3, 2.0]))}
+    scalars["temperature"] = draw(st.sampled_from([1.0, 0.6, torch.linspace(0.5, 2.0, rows)]))
+    return HeadCall(hidden, weight, labels, bias, mask, scalars, draw(st.sampled_from([0, 700, 5000, 64 << 20])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import strategies
 import test_full_kl as test_full_kl_
+import test_linear
 import test_logits
 import test_ppo_advantages as rollouts
 import test_scan
@@ -12,6 +13,7 @@ import test_tokens
 import torch
 from conftest import Backend
 from hypothesis import HealthCheck, given, settings
+from linear_truth import Case
 
 import rlhf_kernels as rk
 
@@ -36,6 +38,13 @@ def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategie
 @given(call=strategies.kl_calls())
 def test_full_kl(backend: Backend, small_blocks: None, call: strategies.KlCall) -> None:
     test_full_kl_.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
+
+
+@settings(SLICE, max_examples=60)
+@given(call=strategies.head_calls())
+def test_linear_logprobs(backend: Backend, small_blocks: None, call: strategies.HeadCall) -> None:
+    case = Case(call.hidden, call.weight, call.labels, call.bias, **call.scalars)
+    test_linear.check(backend, case, call.mask, workspace=call.workspace)
 
 
 @SLICE

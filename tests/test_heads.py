@@ -194,3 +194,27 @@ def test_no_logits_are_made() -> None:
     model.lm_head.register_forward_hook(lambda _m, _i, output: calls.append(tuple(output.shape)))
     rk.head_of(model).hidden_states(**inputs)
     assert calls == [(2, 7, 2)]
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gemma2"])
+def test_compiled_model_with_the_op_inside(name: str) -> None:
+    """Backbone and loss in one graph; loss and gradients as without torch.compile."""
+    model = made(name)
+    inputs, labels, mask = inputs_of(model)
+    head = rk.head_of(model)
+    head.hidden_states(**inputs)  # finds softcap and factor
+    scalars = {"softcap": head.softcap, "logit_scale": head.logit_scale}
+
+    def step(ids: Tensor, attention: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        return rk.linear_cross_entropy(hidden, model.lm_head.weight, labels, mask, **scalars)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    parameters = list(model.parameters())
+    arguments = (inputs["input_ids"], inputs["attention_mask"], labels, mask)
+    expected, got = step(*arguments), compiled(*arguments)
+    torch.testing.assert_close(got, expected)
+    pairs = zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
