@@ -86,7 +86,7 @@ def validate_options(cfg: Any) -> None:
         raise UserError(f"--lora_dropout {cfg.lora_dropout}: must be at least 0 and less than 1")
 
 
-def add_adapter(model: PreTrainedModel, cfg: Any, task: str = "CAUSAL_LM") -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, cfg: Any, task: str | None = None) -> PreTrainedModel:
     """Freeze `model` and put a new trained adapter on it as cfg.lora_* say; 0 rank changes nothing.
 
     A new adapter adds exactly 0. UserError where the model carries one already, or peft knows no targets for it.
@@ -105,7 +105,7 @@ def add_adapter(model: PreTrainedModel, cfg: Any, task: str = "CAUSAL_LM") -> Pr
         lora_alpha=cfg.lora_alpha,
         lora_dropout=getattr(cfg, "lora_dropout", 0.0),  # PPO has none: its ratios compare two forward passes
         target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type=task,
+        task_type=task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"),
         base_model_name_or_path=base_name(model),
     )
     _inject(model, lora, MAIN, trained=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_kernels import selected_logprobs
-from rlhf_trainer.models import encode_completion, encode_prompt, hidden_states, left_pad, logits_of
+from rlhf_trainer.forward import hidden_states, logits_of
+from rlhf_trainer.models import encode_completion, encode_prompt, left_pad
 
 LETTERS = "abcd"
 MAX_TOKENS = 5

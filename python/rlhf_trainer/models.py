@@ -1,8 +1,7 @@
-"""Models and tokenizers as ordinary Hugging Face folders: load, save; hidden states, logits, scores, values."""
+"""Models and tokenizers as ordinary Hugging Face folders: load, save; text to ids; scores."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +26,8 @@ from transformers.utils import logging
 
 from rlhf_trainer import adapters
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.forward import hidden_states
+from rlhf_trainer.seq2seq import settle_attention
 
 NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} beside a reward model
 
@@ -98,7 +100,7 @@ def load_causal(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The folder's causal LM without dropout, its embedding grown to the tokenizer's size if tokens were added.
+    """The folder's causal or encoder-decoder LM without dropout; its embedding grows if the tokenizer gained tokens.
 
     An adapter folder gives the base that it names with the adapter on it, which alone is trained.
     """
@@ -108,15 +110,16 @@ def load_causal(
         adapters.attach(model, path)
         return model
     config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(
-        AutoModelForCausalLM,
+        loader,
         path,
-        "causal language model",
+        "language model",
         config=_without_dropout(config),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return fit_vocabulary(model, tokenizer)
+    return fit_vocabulary(settle_attention(model), tokenizer)
 
 
 @torch.no_grad()
@@ -268,6 +271,8 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model's positions reach, None if it does not say."""
+    if getattr(model.config, "relative_attention_num_buckets", None):
+        return None  # T5: its n_positions is what it was trained on, and no limit
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(model.config, key, None)
         if isinstance(value, int) and value > 0:
@@ -275,34 +280,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
-# Forward passes
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions counted over real tokens [B, L], so that left padding does not shift them."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids, mask [B, L] -> last hidden states [B, L, D] of a causal LM's or classifier's backbone."""
-    backbone = model.base_model
-    options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        options["position_ids"] = position_ids(mask)
-    return backbone(**options).last_hidden_state
-
-
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The causal LM's logits [..., V] for hidden states [..., D], with its scaling and soft cap if it has them."""
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-    return logits
+# Scores
 
 
 def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: nn.Module | None = None) -> Tensor:

@@ -18,7 +18,8 @@ from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import hidden_states, logits_of, resolve_device, save_folder
+from rlhf_trainer.forward import logits_of, response_states
+from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, starts_equal
 from rlhf_trainer.ppo_metrics import samples, stop_reason, summarize
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
@@ -127,7 +128,7 @@ def token_outputs(
     ids, mask = rollout.ids[rows, skip : start + width], rollout.mask[rows, skip : start + width]
     start -= skip
     counted = mask[:, start:]
-    before = state_before(hidden_states(policy, ids, mask), start)
+    before = response_states(policy, ids, mask, start)
     chosen = ids[:, start:][counted]
     logprobs, entropy = selected_logprobs(
         logits_of(policy, before[counted]), chosen, temperature=temperature, with_entropy=True, inplace_backward=True
@@ -136,11 +137,6 @@ def token_outputs(
     shape = (len(rows), rollout.response_mask.shape[1])
     place = rollout.response_mask[rows]
     return tuple(logprobs.new_zeros(shape).masked_scatter(place, x) for x in (logprobs, entropy, values))
-
-
-def state_before(hidden: Tensor, start: int) -> Tensor:
-    """hidden [b, L, D] -> the states [b, L - start, D] from which the tokens at start.. are predicted."""
-    return hidden[:, start - 1 : -1]
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

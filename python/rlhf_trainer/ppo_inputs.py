@@ -27,6 +27,7 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, same_weights
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
+from rlhf_trainer.seq2seq import settle_attention
 
 if TYPE_CHECKING:
     from rlhf_trainer.ppo import PPOConfig
@@ -52,6 +53,8 @@ def load_inputs(
     if not prompts:
         raise UserError("no prompts were given; PPO needs at least one")
     policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy
+    for model in (policy, *([] if reference is None else [reference])):
+        settle_attention(model)
     frozen = load_reference(cfg, add_adapter(policy, cfg), tokenizer, reference)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
     if reward is None:

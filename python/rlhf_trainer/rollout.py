@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer import seq2seq
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import context_length, encode_prompt, left_pad, position_ids
+from rlhf_trainer.forward import position_ids
+from rlhf_trainer.models import context_length, encode_prompt, left_pad
 
 
 @dataclass
@@ -46,7 +48,8 @@ def encode_prompts(
         row = encode_prompt(tokenizer, prompt)
         if not prompt.strip() or not row:
             raise UserError(f"prompt {number} of {len(prompts)} is empty; every prompt needs at least one character")
-        if limit is not None and len(row) + max_new_tokens > limit:
+        longest = max(len(row) + 1, max_new_tokens) if seq2seq.is_encoder_decoder(model) else len(row) + max_new_tokens
+        if limit is not None and longest > limit:
             raise UserError(
                 f"prompt {number} of {len(prompts)} has {len(row)} tokens; with --max_new_tokens {max_new_tokens} "
                 f"that is longer than the model's context of {limit}: {prompt[:60]!r}"
@@ -68,6 +71,28 @@ def check_logits(logits: Tensor, prompts: Sequence[str]) -> None:
         raise UserError(f"the policy's logits are not finite after prompt {prompts[row][:60]!r}: its weights diverged")
 
 
+class Steps:
+    """The next token's logits of a causal LM, one step at a time, with a KV cache."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
+        self.model, self.cache = model, None
+        self.accepted = inspect.signature(model.forward).parameters
+
+    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, L] so far -> logits [B, V] of the token that comes next."""
+        inputs = ids if self.cache is None else ids[:, -1:]
+        options = {"position_ids": position_ids(mask)[:, -inputs.shape[1] :], "logits_to_keep": 1}
+        output = self.model(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            past_key_values=self.cache,
+            use_cache=True,
+            **{key: value for key, value in options.items() if key in self.accepted},
+        )
+        self.cache = output.past_key_values
+        return output.logits[:, -1].float()
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -85,20 +110,11 @@ def generate(
     ids, mask = ids.to(device), mask.to(device)
     stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
     ends = torch.tensor(stops, device=device)
-    accepted = inspect.signature(model.forward).parameters
+    steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    prompt_length, inputs, cache = ids.shape[1], ids, None
+    prompt_length = ids.shape[1]
     for _ in range(max_new_tokens):
-        options = {"position_ids": position_ids(mask)[:, -inputs.shape[1] :], "logits_to_keep": 1}
-        output = model(
-            input_ids=inputs,
-            attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=True,
-            **{key: value for key, value in options.items() if key in accepted},
-        )
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float()
+        logits = steps.next_logits(ids, mask)
         check_logits(logits, prompts)
         token = sample(logits, temperature, generator)
         token = torch.where(ended, tokenizer.pad_token_id, token)
@@ -107,7 +123,6 @@ def generate(
         ended = ended | torch.isin(token, ends)
         if bool(ended.all()):
             break
-        inputs = token.unsqueeze(1)
     return Rollout(ids, mask, prompt_length, ended, list(prompts), decode(tokenizer, ids, mask, prompt_length, stops))
 
 

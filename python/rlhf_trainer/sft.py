@@ -14,15 +14,15 @@ from rlhf_kernels import selected_logprobs
 from rlhf_trainer import adapters
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
+from rlhf_trainer.forward import hidden_states, logits_of, response_states
 from rlhf_trainer.models import (
-    hidden_states,
     left_pad,
     load_causal,
     load_tokenizer,
-    logits_of,
     resolve_device,
     save_folder,
 )
+from rlhf_trainer.seq2seq import is_encoder_decoder
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -50,6 +50,8 @@ def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) 
     A completion that nothing precedes (empty prompt, no BOS) counts from its second token.
     """
     device = next(model.parameters()).device
+    if is_encoder_decoder(model):
+        return _decoder_losses(model, rows, pad_id, device)
     ids, mask = left_pad([row.ids for row in rows], pad_id)
     counted = torch.zeros_like(mask)
     for i, row in enumerate(rows):
@@ -57,6 +59,17 @@ def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) 
     ids, mask, counted = ids.to(device), mask.to(device), counted[:, 1:].to(device)
     before = hidden_states(model, ids, mask)[:, :-1][counted]
     logprobs = selected_logprobs(logits_of(model, before), ids[:, 1:][counted], inplace_backward=True)
+    return -logprobs.new_zeros(counted.shape).masked_scatter(counted, logprobs).sum(-1)
+
+
+def _decoder_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, device: torch.device) -> Tensor:
+    prompts, prompt_mask = left_pad([row.ids[: row.prompt] for row in rows], pad_id)
+    turned, mask = left_pad([row.ids[row.prompt :][::-1] for row in rows], pad_id)
+    completions, counted = turned.flip(1).to(device), mask.flip(1).to(device)  # padded on the right
+    counted[:, 0] = torch.tensor([row.prompt > 0 for row in rows], device=device)
+    ids = torch.cat([prompts.to(device), completions], 1)
+    states = response_states(model, ids, torch.cat([prompt_mask, mask.flip(1)], 1).to(device), prompts.shape[1])
+    logprobs = selected_logprobs(logits_of(model, states[counted]), completions[counted], inplace_backward=True)
     return -logprobs.new_zeros(counted.shape).masked_scatter(counted, logprobs).sum(-1)
 
 

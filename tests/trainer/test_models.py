@@ -10,14 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer import models
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.forward import hidden_states, logits_of
 from rlhf_trainer.models import (
     encode_completion,
     encode_prompt,
-    hidden_states,
     left_pad,
     load_causal,
     load_tokenizer,
-    logits_of,
     resolve_device,
     same_weights,
     save_folder,
