@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from rlhf_trainer import PPOConfig, ppo, sft, train_ppo
+from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
 from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.forward import logits_of, response_states
@@ -194,3 +197,27 @@ def test_the_detoxify_config(t5, tmp_path):
     assert result.metrics[0]["objective/kl"] == 0.0
     trained = sum(p.numel() for p in result.policy.parameters() if p.requires_grad)
     assert 0 < trained < 0.5 * sum(p.numel() for p in result.policy.parameters())
+
+
+def test_dpo_generate_and_eval(t5, tmp_path):
+    pairs = [{"prompt": prompt, "chosen": " yes", "rejected": " fool"} for prompt in PROMPTS]
+    data = str(write_jsonl(tmp_path / "pairs.jsonl", pairs))
+    prompts = str(write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]))
+    out = str(tmp_path / "dpo")
+    fit = ["--heldout", "0", "--epochs", "8", "--lr", "0.01", "--device", "cpu"]
+    assert main(["dpo", "--model", t5, "--data", data, "--output_dir", out, *fit]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[-1]["rewards/margins"] > 0.5
+    texts = str(tmp_path / "texts.jsonl")
+    options = ["--prompts", prompts, "--max_new_tokens", "4", "--device", "cpu"]
+    assert main(["generate", "--model", out, "--output", texts, "--n", "2", *options]) == 0
+    written = [json.loads(line) for line in Path(texts).read_text().splitlines()]
+    assert [len(row["completions"]) for row in written] == [2] * 4
+    report = ["--output_dir", str(tmp_path / "eval"), "--reward", f"{__file__}:short"]
+    assert main(["eval", "--before", t5, "--after", out, *report, *options]) == 0
+    assert (tmp_path / "eval" / "report.html").is_file()
+
+
+def short(prompts, completions):
+    return [-float(len(text)) for text in completions]
