@@ -25,7 +25,9 @@ def validate_options(cfg: PPOConfig) -> None:
     adapters.validate_options(cfg)
     if cfg.missing_eos not in ("subtract", "replace"):
         raise UserError(f"--missing_eos {cfg.missing_eos}: it takes subtract or replace")
-    at_least_one = ("updates", "batch_size", "minibatches", "epochs", "max_new_tokens", "kl_horizon")
+    if cfg.advantage not in ("gae", "grpo", "rloo", "mean"):
+        raise UserError(f"--advantage {cfg.advantage}: it takes gae, grpo, rloo, mean")
+    at_least_one = ("updates", "batch_size", "group_size", "minibatches", "epochs", "max_new_tokens", "kl_horizon")
     for name in (*at_least_one, *(["micro_batch_size"] if cfg.micro_batch_size is not None else [])):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -33,6 +35,10 @@ def validate_options(cfg: PPOConfig) -> None:
         raise UserError("--stop_gold needs --gold_reward")
     if cfg.minibatches > cfg.batch_size:
         raise UserError(f"--minibatches {cfg.minibatches}: more than --batch_size {cfg.batch_size}")
+    if cfg.batch_size % cfg.group_size:
+        raise UserError(f"--group_size {cfg.group_size} does not divide --batch_size {cfg.batch_size}")
+    if cfg.advantage != "gae" and cfg.group_size < 2:
+        raise UserError(f"--advantage {cfg.advantage} compares responses to one prompt; --group_size must be 2 or more")
     for name, low in (
         ("temperature", True),
         ("lr", True),

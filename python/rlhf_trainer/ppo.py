@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
-from rlhf_kernels import gae, per_token_kl, policy_loss, selected_logprobs, shaped_rewards, value_loss, whiten
+from rlhf_kernels import (
+    gae,
+    group_advantages,
+    per_token_kl,
+    policy_loss,
+    selected_logprobs,
+    shaped_rewards,
+    value_loss,
+    whiten,
+)
 from rlhf_trainer.adapters import Adapter, active, merge
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
@@ -20,8 +29,8 @@ from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import logits_of, response_states
 from rlhf_trainer.models import resolve_device, save_folder
-from rlhf_trainer.ppo_inputs import load_inputs, starts_equal
-from rlhf_trainer.ppo_metrics import samples, stop_reason, summarize
+from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
+from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.rollout import Rollout, generate
 from rlhf_trainer.runlog import RunLog
@@ -46,7 +55,8 @@ class PPOConfig:
     prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
     output_dir: str = option("", "folder for the aligned policy, metrics.jsonl, TensorBoard and checkpoints")
     updates: int = option(100, "number of rollout-and-update iterations, at most")
-    batch_size: int = option(64, "prompts per rollout")
+    batch_size: int = option(64, "responses per rollout")
+    group_size: int = option(1, "responses to each prompt of a rollout; grpo and rloo compare them")
     minibatches: int = option(2, "optimizer steps per epoch over the rollout")
     micro_batch_size: int | None = option(None, "sequences per forward pass; changes memory, never the result")
     epochs: int = option(4, "passes over each rollout")
@@ -64,13 +74,16 @@ class PPOConfig:
     kl_estimator: str = option("k1", "estimator of the penalty; only k1 has the right gradient inside the reward")
     kl_target: float | None = option(None, "nats per response to steer beta to (adaptive KL); none: beta is fixed")
     kl_horizon: int = option(10000, "episodes over which an adaptive beta reacts")
-    gamma: float = option(1.0, "discount")
-    lam: float = option(0.95, "lambda of GAE")
+    advantage: str = option(
+        "gae", "`gae` with a value head; `grpo`, `rloo`, `mean`: reward and KL of a response against its group's"
+    )
+    gamma: float = option(1.0, "discount of gae")
+    lam: float = option(0.95, "lambda of gae")
     clip: float = option(0.2, "PPO's clip range of the ratio")
     value_clip: float = option(0.2, "clip range of the value")
     vf_coef: float = option(0.1, "weight of the value loss")
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1 over the counted tokens")
+    whiten_advantages: bool = option(True, "gae's advantages to mean 0 and variance 1 over the counted tokens")
     whiten_rewards: bool = option(False, "token rewards to variance 1, mean kept")
     score_clip: float | None = option(None, "bound on |score|")
     target_kl: float | None = option(None, "stop an update's epochs once approx_kl of a minibatch exceeds this")
@@ -101,7 +114,7 @@ class PPOResult:
     """What `train_ppo` returns: the trained modules, the metrics of every update, and why it stopped."""
 
     policy: PreTrainedModel
-    value_head: ValueHead
+    value_head: ValueHead | None  # None without gae
     tokenizer: PreTrainedTokenizerBase
     metrics: list[dict[str, float]]
     stopped: str
@@ -152,27 +165,17 @@ def final_scores(scores: Tensor, ended: Tensor, cfg: PPOConfig) -> Tensor:
     return torch.where(ended, scores, unended)
 
 
+def group_baseline(rewards: Tensor, mask: Tensor, cfg: PPOConfig) -> Tensor:
+    """Advantages [B, R] from rewards [B, R]: one number a response, its reward and KL against those of its group.
+
+    The KL is in the sum that grpo divides by the group's deviation, so that beta weighs it against the score as ever.
+    """
+    kind: Any = cfg.advantage
+    return group_advantages(rewards.sum(-1), cfg.group_size, kind=kind).unsqueeze(-1) * mask
+
+
 def micro_batches(rows: Tensor, size: int | None) -> Iterator[Tensor]:
     yield from rows.split(size or len(rows))
-
-
-def prompt_batch(prompts: list[str], update: int, cfg: PPOConfig) -> list[str]:
-    """The prompts of an update (from 0): a fresh permutation for every pass over the file, by the seed alone."""
-    batch = []
-    for index in range(update * cfg.batch_size, (update + 1) * cfg.batch_size):
-        epoch, place = divmod(index, len(prompts))
-        if not batch or place == 0:
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
-        batch.append(prompts[order[place]])
-    return batch
-
-
-def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:
-    """beta after a rollout: fixed, or moved towards cfg.kl_target (Ziegler et al. 2019)."""
-    if cfg.kl_target is None:
-        return beta
-    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return beta * (1 + error * cfg.batch_size / cfg.kl_horizon)
 
 
 @dataclass
@@ -218,18 +221,22 @@ def train_ppo(
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = starts_equal(policy, reference)
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, label=cfg.gold_label, device=device)
-    value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
+    value_head = None
+    if cfg.advantage == "gae":
+        value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
+    heads = {} if value_head is None else {"value_head": value_head}
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
-    parameters = [*trained, *value_head.parameters()]
+    parameters = [*trained, *(parameter for head in heads.values() for parameter in head.parameters())]
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     beta, stopped = cfg.kl_coef, "all updates done"
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
-    modules = {"policy": policy, "value_head": value_head}
-    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, {"prompts": prompts}, separate)
+    checkpoints = Checkpoints(
+        cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
+    )
     start, beta, history = checkpoints.resume(beta)
     watch = Watch(cfg)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
@@ -289,7 +296,8 @@ def train_ppo(
     if cfg.merge:
         merge(policy)
     if cfg.output_dir:
-        save_folder(cfg.output_dir, policy, tokenizer, tensors={VALUE_HEAD: value_head.state_dict()})
+        tensors = {} if value_head is None else {VALUE_HEAD: value_head.state_dict()}
+        save_folder(cfg.output_dir, policy, tokenizer, tensors=tensors)
     return PPOResult(policy, value_head, tokenizer, history, stopped)
 
 
@@ -297,7 +305,7 @@ def train_ppo(
 def assess(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Adapter,
-    value_head: ValueHead,
+    value_head: ValueHead | None,
     rollout: Rollout,
     scores: Tensor,
     order: Tensor,
@@ -317,15 +325,18 @@ def assess(
     rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-    if cfg.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    if cfg.advantage == "gae":
+        advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+        if cfg.whiten_advantages:
+            advantages = whiten(advantages, mask)
+    else:
+        advantages, returns = group_baseline(rewards, mask, cfg), torch.zeros_like(values)
     return Batch(rollout, final, logprobs, values, kl, advantages, returns)
 
 
 def optimize(
     policy: PreTrainedModel,
-    value_head: ValueHead,
+    value_head: ValueHead | None,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     orders: list[Tensor],
@@ -353,24 +364,23 @@ def optimize(
                     clip_high=cfg.clip,
                     denominator=tokens,
                 )
-                vf_loss, vf_stats = value_loss(
-                    values,
-                    batch.values[rows],
-                    batch.returns[rows],
-                    mask[rows],
-                    clip=cfg.value_clip,
-                    denominator=tokens,
-                )
                 entropy_mean = entropy.sum() / tokens
-                loss = pg_loss + cfg.vf_coef * vf_loss - cfg.entropy_coef * entropy_mean
+                share = mask[rows].sum() / tokens
+                parts = {"policy_loss": pg_loss, "entropy": entropy_mean}
+                loss = pg_loss - cfg.entropy_coef * entropy_mean
+                if value_head is not None:
+                    old, returns = batch.values[rows], batch.returns[rows]
+                    vf_loss, vf_stats = value_loss(
+                        values, old, returns, mask[rows], clip=cfg.value_clip, denominator=tokens
+                    )
+                    loss = loss + cfg.vf_coef * vf_loss
+                    parts |= {"value_loss": vf_loss, "value_clipfrac": vf_stats["clip_fraction"] * share}
                 for name, values_ in (("logprob", logprobs), ("value", values), ("loss", loss)):
                     check_finite(name, values_, update + 1, rows, rollout)
                 loss.backward()
-                share = mask[rows].sum() / tokens
-                parts = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": entropy_mean}
                 parts |= {"approx_kl": pg_stats["approx_kl"] * share, "ratio": pg_stats["ratio_mean"] * share}
                 clipped = pg_stats["clip_fraction_low"] + pg_stats["clip_fraction_high"]
-                parts |= {"clipfrac": clipped * share, "value_clipfrac": vf_stats["clip_fraction"] * share}
+                parts |= {"clipfrac": clipped * share}
                 for name, part in parts.items():
                     stats[name] = stats.get(name, 0.0) + part.detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)

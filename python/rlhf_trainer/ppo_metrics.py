@@ -1,4 +1,4 @@
-"""The metrics of a PPO update under TRL's names, sample completions, and the criteria to stop on."""
+"""The metrics of a PPO update under TRL's names, sample completions; adaptive KL and the criteria to stop on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def summarize(
     scores = batch.scores.mean().item()
     average = {name: sum(s[name] for s in minibatches) / len(minibatches) for name in minibatches[0]}
     ratios = torch.tensor([s["ratio"] for s in minibatches])
-    errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
-    spread = targets.var(correction=0).item()
-    return {
+    metrics = {
         "objective/kl": kl,
         "objective/entropy": -batch.logprobs.sum(-1).mean().item(),
         "objective/non_score_reward": -beta * kl,
@@ -33,16 +31,28 @@ def summarize(
         "policy/clipfrac_avg": average["clipfrac"],
         "policy/entropy_avg": average["entropy"],
         "loss/policy_avg": average["policy_loss"],
-        "loss/value_avg": average["value_loss"],
-        "val/clipfrac_avg": average["value_clipfrac"],
         "val/ratio": average["ratio"],
         "val/ratio_var": ratios.var(correction=0).item(),
         "val/num_eos_tokens": float((batch.rollout.responses[mask] == tokenizer.eos_token_id).sum()),
-        "val/var_explained": 1 - errors.var(correction=0).item() / spread if spread > 0 else 0.0,
         "val/missing_eos": 1 - batch.rollout.ended.float().mean().item(),
         "val/response_length": mask.sum(-1).float().mean().item(),
         "grad_norm": average["grad_norm"],
     }
+    if "value_loss" in average:  # there is a value head
+        errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
+        spread = targets.var(correction=0).item()
+        metrics["loss/value_avg"] = average["value_loss"]
+        metrics["val/clipfrac_avg"] = average["value_clipfrac"]
+        metrics["val/var_explained"] = 1 - errors.var(correction=0).item() / spread if spread > 0 else 0.0
+    return metrics
+
+
+def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:
+    """beta after a rollout: fixed, or moved towards cfg.kl_target (Ziegler et al. 2019)."""
+    if cfg.kl_target is None:
+        return beta
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
+    return beta * (1 + error * cfg.batch_size / cfg.kl_horizon)
 
 
 def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:

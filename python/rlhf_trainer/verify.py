@@ -1,4 +1,4 @@
-"""`rlhf verify`: PPO, DPO and best-of-N in a world where their results are known exactly. Exit code 1 if one fails."""
+"""`rlhf verify`: PPO, DPO and best-of-N where their results are known exactly. Exit code 1 if one fails."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.config import option, say
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, oracle
-from rlhf_trainer.ppo import PPOConfig, train_ppo
+from rlhf_trainer.exact_world import PROMPTS, ExactWorld, oracle
+from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.threads import one_thread
-from rlhf_trainer.verify_rows import ROWS, Line, fitted
+from rlhf_trainer.verify_rows import ROWS, Line, fitted, ppo_config
 
 matplotlib.use("Agg")  # a server has no display
 
 SUMMARY = """Train with PPO in a world small enough to enumerate, and compare with its known optimum.
 
-DPO on pairs from the same world must reach the same optimum, best-of-N its exact reward and KL; see --rows."""
+PPO with group baselines (grpo, rloo) and DPO on pairs must reach the same optimum, best-of-N its exact reward and KL:
+see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
 
 QUICK, FULL = 60, 150  # updates
@@ -81,23 +82,6 @@ def run(cfg: Config) -> dict[str, Any]:
     show(verdict, checks, lines)
     print(f"J(pi) per update against J*: {folder / 'verify.png'}")
     return {"passed": all(kept for _, kept in checks.values()) and all(line.kept for line in lines)} | result
-
-
-def ppo_config(updates: int, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> PPOConfig:
-    """The options under which the gates were set."""
-    return PPOConfig(
-        updates=updates,
-        batch_size=512,
-        minibatches=2,
-        epochs=4,
-        max_new_tokens=MAX_TOKENS,
-        temperature=temperature,
-        lr=2e-3,
-        kl_coef=beta,
-        vf_coef=0.5,
-        seed=seed,
-        device="cpu",
-    )
 
 
 def judge(updates: int, *, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> Verdict:

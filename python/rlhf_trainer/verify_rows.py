@@ -1,4 +1,4 @@
-"""Further rows of `rlhf verify`: DPO reaches PPO's optimum, best-of-N has its exact reward and KL."""
+"""Further rows of `rlhf verify`: group baselines and DPO reach PPO's optimum, best-of-N has its exact reward and KL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,16 @@ from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
 from rlhf_trainer.data import Pair
 from rlhf_trainer.dpo import DPOConfig, fit_pairs
 from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
+from rlhf_trainer.ppo import PPOConfig, train_ppo
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.supervised import Row
 
 BETA = 0.3  # under which DPO's gate was set: its pairs come from the reference, which must reach what pi* prefers
 DPO_GAP = 0.95
+GROUP_GAP = 0.95
+GROUP_UPDATES = 30
+GROUP_SIZE = 16
 PAIRS = 2048  # of each prompt
 BEST_OF = 16
 REPEATS = 64  # of each prompt
@@ -45,6 +49,23 @@ def fitted(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     reference = make_model(tokenizer, seed)
     fit_reference(reference, tokenizer, seed)
     return tokenizer, reference
+
+
+def ppo_config(updates: int, seed: int = 0, beta: float = BETA, temperature: float = 1.0) -> PPOConfig:
+    """The options under which the gates were set."""
+    return PPOConfig(
+        updates=updates,
+        batch_size=512,
+        minibatches=2,
+        epochs=4,
+        max_new_tokens=MAX_TOKENS,
+        temperature=temperature,
+        lr=2e-3,
+        kl_coef=beta,
+        vf_coef=0.5,
+        seed=seed,
+        device="cpu",
+    )
 
 
 def sampled_pairs(
@@ -129,4 +150,20 @@ def bon_lines(seed: int) -> list[Line]:
     return [*lines, Line(f"best of {BEST_OF}: exact KL, at most", kl, f"<= {limit:.4f}", kl <= limit)]
 
 
-ROWS: dict[str, Callable[[int], list[Line]]] = {"dpo": dpo_lines, "bon": bon_lines}
+def group_lines(kind: str, seed: int) -> list[Line]:
+    """PPO's loop with a group baseline in place of the value head, and half of PPO's quick updates."""
+    tokenizer, reference = fitted(seed)
+    world = ExactWorld(reference, tokenizer, BETA, 1.0)
+    cfg = replace(ppo_config(GROUP_UPDATES, seed, BETA), advantage=kind, group_size=GROUP_SIZE)
+    policy = copy.deepcopy(reference)
+    train_ppo(cfg, model=policy, tokenizer=tokenizer, reward=oracle, prompts=PROMPTS)
+    gap = world.gap_closed(world.measure(policy).objective, world.measure(reference).objective)
+    return [Line(f"{kind}: gap closed", gap, f">= {GROUP_GAP}", gap >= GROUP_GAP)]
+
+
+ROWS: dict[str, Callable[[int], list[Line]]] = {
+    "grpo": functools.partial(group_lines, "grpo"),
+    "rloo": functools.partial(group_lines, "rloo"),
+    "dpo": dpo_lines,
+    "bon": bon_lines,
+}
