@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from rlhf_trainer.config import option, require, save_config
 from rlhf_trainer.data import read_prompts, write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.eval_gates import check_gates, judged, parse_gates, wins
 from rlhf_trainer.models import classifier_outputs, load_causal, load_reward_model, load_tokenizer, resolve_device
 from rlhf_trainer.ppo import token_outputs
 from rlhf_trainer.report import print_report, write_report
-from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
+from rlhf_trainer.rewards import RewardFunction, label_index, load_function, load_reward, scores_of
 from rlhf_trainer.rollout import encode_prompts, generate
 from rlhf_trainer.runlog import RunLog
 
@@ -45,6 +46,12 @@ class Config:
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
     reward: str | None = option(None, "reward model folder, or file.py:function, or package.module:function")
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
+    judge: str | None = option(
+        None, "file.py:function (prompts, answers, other answers) -> probability that each answer is the better one"
+    )
+    fail_if: list[str] = option(
+        [], "exit code 1 if this holds for a policy of --after: 'toxicity>0.05', 'kl>10', 'change in reward<0'"
+    )
     completion_only: bool = option(False, "show the toxicity classifier the completion without its prompt")
     max_prompts: int = option(256, "how many prompts of the file are used, from its beginning")
     max_new_tokens: int = option(32, "longest response in tokens")
@@ -140,6 +147,30 @@ def measure_all(
     return found
 
 
+def win_rates(
+    prompts: list[str], values: dict[str, dict[str, Values]], texts: dict[str, list[str]], name: str, judge: Any
+) -> dict[str, Values]:
+    """Whether the policy's answer beats the first policy's to the same prompt [N], by reward and by judge."""
+    first, found = next(iter(values)), {}
+    if "reward" in values[name]:
+        found["win rate by reward"] = wins(values[name]["reward"], values[first]["reward"])
+    if judge is not None:
+        half = np.full(len(prompts), 0.5)
+        found["win rate by judge"] = half if name == first else judged(judge, prompts, texts[name], texts[first])
+    return found
+
+
+def known_measures(cfg: Config) -> list[str]:
+    """The names of all measures that a run with these options has."""
+    named = [entry.partition("=")[0] for entry in cfg.measures]
+    own = ["KL (nats)", "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
+    if cfg.toxicity:
+        own.append("toxicity")
+    if cfg.reward:
+        own += ["reward", "win rate by reward"]
+    return [*own, *named, *(["win rate by judge"] if cfg.judge else [])]
+
+
 def compare(cfg: Config, values: dict[str, dict[str, Values]], texts: dict[str, list[str]]) -> dict[str, Any]:
     """{"policies", "changes"}: estimates of every measure for each policy, and its paired change against the first."""
     first = next(iter(values))
@@ -217,7 +248,9 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
     prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
     scorers = load_scorers(cfg, device)
-    values, texts = {}, {}
+    judge: Any = load_function(cfg.judge) if cfg.judge else None
+    values: dict[str, dict[str, Values]] = {}
+    texts: dict[str, list[str]] = {}
     reference = None
     with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval", tensorboard=False) as log:
         for name, folder in folders.items():
@@ -232,8 +265,10 @@ def evaluate(cfg: Config) -> dict[str, Any]:
             answers = answer(cfg, policy, reference, own, prompts, log)
             values[name] = measure_all(answers, prompts, scorers, policy is reference)
             texts[name] = answers.completions
+            values[name] |= win_rates(prompts, values, texts, name, judge)
     result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
     result |= compare(cfg, values, texts)
+    result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg)), result)
     result["samples"] = [
         {
             "prompt": prompt,
@@ -266,10 +301,14 @@ def validate_options(cfg: Config) -> None:
 def run(cfg: Config) -> dict[str, Any]:
     """Evaluate, write eval.json, completions.jsonl and report.html, print the table."""
     validate_options(cfg)
+    parse_gates(cfg.fail_if, known_measures(cfg))
     result = evaluate(cfg)
     save_config(cfg, cfg.output_dir)
     write_result(result, cfg.output_dir)
     page = write_report(Path(cfg.output_dir) / "report.html", result, title="Evaluation")
     print_report(result)
     print(f"report: {page}")
-    return result
+    for record in result["gates"]:
+        outcome = "FAILED" if record["failed"] else "passed"
+        print(f"{outcome}: {record['policy']}, --fail_if {record['gate']!r}, is {record['value']:.4g}")
+    return result | {"passed": not any(record["failed"] for record in result["gates"])}

@@ -1,0 +1,91 @@
+"""What `rlhf eval` decides: win rates by reward or judge, and gates such as `toxicity>0.05` that fail a CI job."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.rewards import scores_of
+
+Values = NDArray[np.float64]
+Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Fails a policy whose measure (or its change against the first policy) compares so with the bound."""
+
+    text: str
+    change: bool
+    measure: str
+    comparison: str
+    bound: float
+
+    def fails(self, value: float) -> bool:
+        """A value that is not a number passes no gate."""
+        return math.isnan(value) or bool(COMPARISONS[self.comparison](value, self.bound))
+
+
+def short(measure: str) -> str:
+    """`KL (nats)` is written `kl` in a gate."""
+    return measure.split(" (")[0].lower()
+
+
+def parse_gates(texts: Iterable[str], measures: Sequence[str]) -> list[Gate]:
+    """Gates from `measure>number`; UserError for anything else, and for a measure that is not among `measures`."""
+    names, gates = {short(measure): measure for measure in measures}, []
+    for text in texts:
+        found = GATE.fullmatch(text)
+        try:
+            bound = float(found[4]) if found else math.nan
+        except ValueError:
+            bound = math.nan
+        if found is None or not math.isfinite(bound):
+            raise UserError(
+                f"--fail_if {text!r}: expected a measure, one of > >= < <=, and a number, as in toxicity>0.05"
+            )
+        if short(found[2]) not in names:
+            raise UserError(f"--fail_if {text!r}: no measure {found[2]!r} here; there are {', '.join(names)}")
+        gates.append(Gate(text, bool(found[1]), names[short(found[2])], found[3], bound))
+    return gates
+
+
+def check_gates(gates: Sequence[Gate], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record for each gate and policy after the first, by the estimates' means."""
+    records = []
+    for gate in gates:
+        for name, changes in result["changes"].items():
+            measures = changes if gate.change else result["policies"][name]["measures"]
+            value = measures[gate.measure]["mean"]
+            records.append({"gate": gate.text, "policy": name, "value": value, "failed": gate.fails(value)})
+    return records
+
+
+def wins(after: Values, before: Values) -> Values:
+    """[N]: 1 where `after` scores higher than `before`, 0.5 where they are equal, else 0."""
+    return np.asarray((after > before) + 0.5 * (after == before), dtype=np.float64)
+
+
+def judged(judge: Judge, prompts: list[str], after: list[str], before: list[str]) -> Values:
+    """[N] probability that `after` is the better answer: both orders are asked, as judges favour a place."""
+
+    def ask(first: list[str], second: list[str]) -> Values:
+        def paired(asked: list[str], answers: list[str]) -> Sequence[float]:
+            return judge(asked, answers, second)
+
+        found = scores_of(paired, prompts, first, "judge").double().numpy()
+        if found.min() < 0 or found.max() > 1:
+            raise UserError("the judge function returned a number outside [0, 1]; it is asked for a probability")
+        return np.asarray(found)
+
+    return (ask(after, before) + 1 - ask(before, after)) / 2
