@@ -73,6 +73,15 @@ def _full_kl(call: strategies.LogitsCall, cast: Callable) -> list[Output]:
     return outputs
 
 
+def _ppo_advantages(call: strategies.BatchCall, cast: Callable) -> list[Output]:
+    logprobs, ref_logprobs, values = (cast(x) for x in call.tensors[:3])
+    mask = torch.ones(values.shape, dtype=torch.bool) if call.mask is None else call.mask
+    options = {"kl_coef": 0.1, "gamma": 0.99, "lam": 0.95, "whiten": False}
+    outputs = rk.ppo_advantages(logprobs, ref_logprobs, cast(call.row), values, mask.to(values.device), **options)
+    involved = _largest(*_counted(call)[:3]) * values.shape[1] ** 0.5
+    return [Output(y, involved, mask) for y in outputs]
+
+
 def _gae(call: strategies.GaeCall, cast: Callable) -> list[Output]:
     rewards, values = cast(call.rewards), cast(call.values)
     mask, bootstrap = (None if x is None else x.to(rewards.device) for x in (call.mask, call.bootstrap))
@@ -150,9 +159,10 @@ def _policy_loss(call: strategies.BatchCall, cast: Callable) -> list[Output]:
             **options,
         )
         (grad,) = torch.autograd.grad(loss, logprobs)
-        # exp doubles the relative error of an exponent of 20 into 20 units of the result's last place.
-        scale = 20 * _largest(terms) * max(1.0, terms.numel() ** 0.5)
-        ratios = 20 * _largest((new_counted - old_counted).clamp(-20, 20).exp())
+        # The last place of an exponent, of 20 or of a mean over larger ones, is a relative error of its exponential.
+        exponent = max(20.0, _largest(new_counted, old_counted) if options.get("ratio") else 20.0)
+        scale = exponent * _largest(terms) * max(1.0, terms.numel() ** 0.5)
+        ratios = exponent * _largest((new_counted - old_counted).clamp(-20, 20).exp())
         outputs += [Output(loss, scale), Output(grad, scale, call.mask)]
         outputs += [Output(x, ratios) for name, x in stats.items() if "fraction" not in name]
     return outputs
@@ -174,6 +184,7 @@ SOAKED = {
     "gae_packed": Soaked(strategies.packed_calls(), _gae_packed),
     "per_token_kl": Soaked(strategies.batch_calls(), _per_token_kl),
     "policy_loss": Soaked(strategies.batch_calls(), _policy_loss),
+    "ppo_advantages": Soaked(strategies.batch_calls(), _ppo_advantages),
     "selected_logprobs": Soaked(strategies.logits_calls(), _selected_logprobs),
     "shaped_rewards": Soaked(strategies.batch_calls(), _shaped_rewards),
     "value_loss": Soaked(strategies.batch_calls(), _value_loss),
@@ -186,6 +197,9 @@ def _error(got: Output, truth: Output, stores: torch.dtype) -> float:
     value, exact = got.value.detach().double().cpu(), truth.value.detach().double().cpu()
     if got.counted is not None and bool((value[~got.counted] != 0).any()):
         return float("inf")
+    if got.value.dtype in (torch.float16, torch.bfloat16):  # finite gradients saturate
+        largest = torch.finfo(got.value.dtype).max
+        exact = torch.where(exact.isfinite(), exact.clamp(-largest, largest), exact)
     finite = exact.isfinite() & value.isfinite()
     if not bool((finite | (value == exact) | (value.isnan() & exact.isnan())).all()):
         return float("inf")

@@ -260,3 +260,18 @@ def test_guard_pages(kernel_backend: Backend, small_blocks: None, side: str) -> 
                 results.append([*policy, *module.value_loss(new, old, a, m, 0.2, math.nan, sequence, True)])
             for first, second in zip(*results, strict=True):
                 assert torch.equal(first, second)
+
+
+def test_fp16_gradients_saturate(backend: Backend) -> None:
+    """A slope of exp(20) or a return of 60,000 is more than fp16 holds: its largest number, not infinity."""
+    device, mask = backend.device, torch.ones(1, 2, dtype=torch.bool).to(backend.device)
+    new = torch.tensor([[15.0, 0.0]], dtype=torch.float16, device=device).requires_grad_()
+    loss, _ = rk.policy_loss(new, torch.zeros_like(new), -torch.ones_like(new), mask, aggregate="token-sum")
+    (grad,) = torch.autograd.grad(loss, new)
+    assert grad[0, 0] == 65504
+    value = torch.full((1, 2), -60000.0, dtype=torch.float16, device=device).requires_grad_()
+    loss, _ = rk.value_loss(value, None, -value.detach(), mask, clip=None, aggregate="token-sum")
+    (grad,) = torch.autograd.grad(loss, value)
+    assert (grad == -65504).all()
+    (grad,) = torch.autograd.grad(rk.value_loss(value, None, -value.detach(), mask, clip=None)[0] * float("inf"), value)
+    assert not grad.isfinite().any()  # an overflow above is what a loss scaler looks for

@@ -13,6 +13,7 @@ from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.registration import register
 from rlhf_kernels.reference import losses as reference
+from rlhf_kernels.reference.common import saturating_cast
 
 Aggregate = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
 POLICY_STATS = ("approx_kl", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean", "ratio_max")
@@ -252,7 +253,7 @@ class _Loss(torch.autograd.Function):
         if upstream is None:
             return None, None, None
         grad, stats = ctx.saved_tensors
-        return None, (grad * (upstream / stats[-1])).to(ctx.dtype), None
+        return None, saturating_cast(grad * (upstream / stats[-1]), ctx.dtype), None
 
 
 _policy_loss_op = register(_policy_loss, lambda logprobs, *rest: _fake(7, logprobs, rest[-1]), _Loss)

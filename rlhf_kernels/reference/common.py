@@ -16,6 +16,17 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def saturating_cast(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad` rounded to `dtype`; a finite one beyond its range becomes its largest number.
+
+    What was infinite stays so: a loss scaler looks for it.
+    """
+    if grad.dtype == dtype:
+        return grad
+    largest = torch.finfo(dtype).max
+    return torch.where(grad.isfinite(), grad.clamp(-largest, largest), grad).to(dtype)
+
+
 class _SaturatingUpcast(torch.autograd.Function):
     """16 bits to fp32; a finite gradient beyond what the 16 bits can say comes back as their largest number."""
 
@@ -31,9 +42,7 @@ class _SaturatingUpcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        largest = torch.finfo(ctx.dtype).max
-        # What was infinite above stays so: a loss scaler looks for it.
-        return torch.where(grad.isfinite(), grad.clamp(-largest, largest), grad).to(ctx.dtype)
+        return saturating_cast(grad, ctx.dtype)
 
 
 def saturating_upcast(x: Tensor) -> Tensor:

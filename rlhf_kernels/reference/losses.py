@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference.common import EXPONENT_LIMIT, clamp, count, exp_minus_one_minus, masked_mean, select, upcast
+from rlhf_kernels.reference.common import (
+    EXPONENT_LIMIT,
+    clamp,
+    count,
+    exp_minus_one_minus,
+    masked_mean,
+    saturating_upcast,
+    select,
+    upcast,
+)
 
 
 def aggregate(per_token: Tensor, mask: Tensor | None, mode: str, denominator: float | Tensor | None) -> Tensor:
@@ -39,7 +48,7 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All tensors [B, T] -> (loss, statistics). Gradient flows into `logprobs` only."""
     advantage = select(mask, upcast(advantages.detach()))
-    log_ratio = select(mask, upcast(logprobs) - upcast(old_logprobs.detach()))
+    log_ratio = select(mask, saturating_upcast(logprobs) - upcast(old_logprobs.detach()))
     if ratio == "sequence":
         length = log_ratio.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)
@@ -82,7 +91,7 @@ def value_loss(
     denominator: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All tensors [B, T] -> (loss, statistics). Gradient flows into `values` only."""
-    value = select(mask, upcast(values))
+    value = select(mask, saturating_upcast(values))
     target = select(mask, upcast(returns.detach()))
     squared = (value - target).square()
     is_clipped = torch.zeros_like(value, dtype=torch.bool)
