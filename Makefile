@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# A process for each core, one thread in each: a small tensor's ops wait for a second thread longer than they gain.
 # Where nvcc is, the CUDA module must have been built too.
 REQUIRE := cpu,triton$(if $(shell command -v nvcc),$(shell echo ,)cuda)
 
@@ -20,7 +21,7 @@ demo: $(VENV)/trainer.stamp
 	$(BIN)/rlhf demo --output_dir runs/demo
 
 test: $(VENV)/dev.stamp
-	RLHF_KERNELS_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest
+	RLHF_KERNELS_REQUIRE=$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # A second copy of the package with an instrumented module; the editable install stays as it is.
 SANITIZED := $(abspath build/sanitized)
@@ -32,8 +33,8 @@ sanitize: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" && cmake -S . -B $(SANITIZED)/cmake -G Ninja -DRLHF_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DRLHF_NATIVE_DIR=$(SANITIZED)/rlhf_kernels \
 	  -DRLHF_NATIVE_NAME=_native.so && cmake --build $(SANITIZED)/cmake
-	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	  $(BIN)/pytest -k "$(INSTRUMENTED)" tests --ignore=tests/trainer
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  $(BIN)/pytest -n auto -k "$(INSTRUMENTED)" tests --ignore=tests/trainer
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/compare.py

@@ -1,7 +1,6 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only forward|backward|full_kl|gae|ppo|tokens|openmp] [--rounds 15] [--quiet 0.05]
-    [--out bench/results/cpu.json]
+python bench/compare.py [--only full_kl] [--rounds 15] [--quiet 0.05] [--out bench/results/cpu.json]
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ import token_cases
 import torch
 from harness import Comparison, Contender, compare, environment
 from linear import ROWS, VOCAB, WIDTH, linear
+from losses import SHAPE, losses
+from sampling import SAMPLED, sampling
 from torch import Tensor
 
 import rlhf_kernels as rk
 
 OURS = "rlhf_kernels"
+KINDS = ("forward", "backward", "full_kl", "gae", "losses", "ppo", "sampling", "tokens", "linear", "openmp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -238,7 +240,8 @@ def show(title: str, result: Comparison) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["forward", "backward", "full_kl", "gae", "ppo", "tokens", "linear", "openmp"]
+        "--only",
+        choices=["forward", "backward", "full_kl", "gae", "losses", "ppo", "sampling", "tokens", "linear", "openmp"],
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -274,6 +277,12 @@ def main() -> None:
     for name, dtype in DTYPES.items():
         title = f"linear family {name}, {ROWS} rows, width {WIDTH}, vocabulary {VOCAB}"
         cases.append(("linear", title, lambda dtype=dtype: linear(dtype, *repeat)))
+    cases.append(
+        ("losses", f"policy_loss + value_loss, forward + backward fp32 {list(SHAPE)}", lambda: losses(*repeat))
+    )
+    for name, dtype in DTYPES.items():
+        title = f"sample_tokens {name} {list(SAMPLED)}"
+        cases.append(("sampling", title, lambda dtype=dtype: sampling(dtype, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
         if options.only in (None, kind):
