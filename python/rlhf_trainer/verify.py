@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -143,7 +144,7 @@ def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[
         gate, kept = checks.get(name, ("", None))
         table.add_row(name, f"{value:.4f}", gate, {True: "passed", False: "FAILED", None: ""}[kept])
     for line in lines:
-        table.add_row(line.name, f"{line.reached:.4f}", line.gate, "passed" if line.kept else "FAILED")
+        table.add_row(escape(line.name), f"{line.reached:.4f}", line.gate, "passed" if line.kept else "FAILED")
     Console().print(table)
 
 

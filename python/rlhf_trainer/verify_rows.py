@@ -139,7 +139,7 @@ def bon_lines(seed: int) -> list[Line]:
     drawn = torch.tensor([place[record["prompt"], record["completion"]] for record in best])
     probability, log_ratio = best_of(world, BEST_OF)
     lines = []
-    for name, values in (("E[reward]", world.rewards), ("KL to the policy", log_ratio)):
+    for name, values in (("mean reward", world.rewards), ("KL to the policy", log_ratio)):
         exact, found = (probability * values).sum(-1), values.flatten()[drawn].mean().item()
         variance = ((probability * values.square()).sum(-1) - exact.square()).mean().item()
         bound, centre = ERRORS * math.sqrt(variance / len(prompts)), exact.mean().item()
