@@ -21,19 +21,19 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.exact_world import PROMPTS, ExactWorld, oracle
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.threads import one_thread
-from rlhf_trainer.verify_rows import ROWS, Line, fitted, ppo_config
+from rlhf_trainer.verify_rows import QUICK, QUICK_GAP, ROWS, Line, fitted, ppo_config
 
 matplotlib.use("Agg")  # a server has no display
 
 SUMMARY = """Train with PPO in a world small enough to enumerate, and compare with its known optimum.
 
-PPO with group baselines (grpo, rloo) and DPO on pairs must reach the same optimum, best-of-N its exact reward and KL:
-see --rows."""
+PPO with LoRA, with group baselines (grpo, rloo), and DPO on pairs must reach the same optimum, best-of-N its exact
+reward and KL: see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
 
-QUICK, FULL = 60, 150  # updates
+FULL = 150  # updates
 EVERY = 5  # updates between two points of the curve: enumerating costs about as much as an update
-QUICK_GAP, FULL_GAP, FULL_KL = 0.95, 0.990, 0.025
+FULL_GAP, FULL_KL = 0.990, 0.025
 
 
 @dataclass

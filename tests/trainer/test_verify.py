@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -217,9 +218,10 @@ def test_the_command_passes_its_quick_gates(tmp_path, capsys):
     assert verdict["gap_closed"] >= 0.95
     assert verdict["updates"] == verify.QUICK
     reached = {row["name"]: row["reached"] for row in verdict["rows"] if row["kept"]}
-    assert list(reached)[:3] == ["grpo: gap closed", "rloo: gap closed", "DPO: gap closed"]
-    assert len(reached) == len(verdict["rows"]) == 6
-    assert min(list(reached.values())[:3]) >= 0.95
+    gaps = [name for name in reached if name.endswith("gap closed")]
+    assert gaps == [f"{way}: gap closed" for way in ("PPO with LoRA", "grpo", "rloo", "DPO")]
+    assert len(reached) == len(verdict["rows"]) == 8
+    assert min(reached[name] for name in gaps) >= 0.95
     assert [step for step, _ in verdict["curve"]] == list(range(0, verify.QUICK + 1, verify.EVERY))
     assert (tmp_path / "verify.png").read_bytes().startswith(b"\x89PNG")
     assert "passed" in capsys.readouterr().out
@@ -244,6 +246,15 @@ def test_a_failed_row_is_exit_code_1(tmp_path, monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
     assert main(["verify", "--rows", "sft", "--output_dir", str(tmp_path)]) == 2
     assert "--rows sft: not one of dpo" in capsys.readouterr().err
+
+
+def test_a_reference_with_the_adapter_on_fails_the_lora_row(monkeypatch):
+    """Then the policy is its own reference, KL is always 0 and the reward is all that counts."""
+    monkeypatch.setattr(ppo, "active", lambda reference: nullcontext(reference.model))
+    monkeypatch.setattr(verify_rows, "QUICK", UPDATES)
+    gap, moved = verify_rows.lora_lines(0)
+    assert not gap.kept
+    assert moved.kept
 
 
 def test_bad_options_are_refused(tmp_path, capsys):
