@@ -87,7 +87,7 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
     for key, value in content.items():
         if key not in known:
             raise UserError(f"{path}: {_unknown(str(key), known, 'key ')}")
-        if value is None:
+        if value is None or value == []:  # not given
             continue
         # One word with "=", so that a value such as "--end" is not taken for an option.
         arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
