@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 # What a model makes of these raw outputs of its head tells its scale and its softcap; both are exact in 16 bits.
 _PROBES = (1.0, 4096.0)
+_FINAL_BIAS = "final_logits_bias"  # BART's, Marian's and their kin's, added to the head's output
 _FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
@@ -20,9 +22,9 @@ def head_of(model: nn.Module, *, softcap: float | None = None, logit_scale: floa
         hidden = head.hidden_states(input_ids=ids, attention_mask=mask)
         logprobs = linear_logprobs(hidden[:, :-1], labels=ids[:, 1:], mask=mask[:, 1:], **head.options())
 
-    Knows tied heads, a bias, a softcap (Gemma 2), a factor of the logits (Cohere, Granite), LoRA or a trained copy on
-    the head (PEFT), DTensor weights (gathered by `options`), and wrappers: PEFT, accelerate, DistributedDataParallel,
-    torch.compile. Needs no transformers: it asks for `get_output_embeddings` and `config`.
+    Knows tied heads, a bias of the layer or of the model (BART), a softcap (Gemma 2), a factor of the logits (Cohere,
+    Granite), LoRA or a trained copy on the head (PEFT), DTensor weights (gathered by `options`), and wrappers: PEFT,
+    accelerate, DistributedDataParallel, torch.compile. Needs no transformers: it asks for `get_output_embeddings` and `config`.
 
     Args:
         model: what `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` gives, wrapped or not.
@@ -54,6 +56,7 @@ class ModelHead:
         self, model: nn.Module, layer: nn.Module, config: Any, softcap: float | None, logit_scale: float | None
     ) -> None:
         self.model, self.layer = model, layer
+        self._holder = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
         self.softcap = softcap or getattr(config, "final_logit_softcapping", None)
         factors = [getattr(config, name, None) for name in _FACTORS]
         known = [float(x) for x in factors if isinstance(x, int | float) and x > 0]
@@ -70,6 +73,9 @@ class ModelHead:
         if not self._probed and len(self._candidates) > 1:
             raise ValueError("head_of: call hidden_states first; it finds the factor that the model puts on its logits")
         weight, bias = _parameters(self.layer)
+        if self._holder is not None:
+            final = self._holder._buffers[_FINAL_BIAS].reshape(-1).to(weight.dtype)
+            bias = final if bias is None else bias + final
         return {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def hidden_states(self, *args: Any, **inputs: Any) -> Tensor:
@@ -88,7 +94,7 @@ class ModelHead:
             seen.append(hidden)
             return hidden.detach().new_tensor(_PROBES).expand(*hidden.shape[:-1], len(_PROBES))
 
-        with _Replaced(self.layer, instead):
+        with _Replaced(self.layer, instead), _no_final_bias(self._holder):
             output = self.model(*args, **{"use_cache": False, **inputs})
         if len(seen) != 1:
             raise RuntimeError(
@@ -129,6 +135,20 @@ class _Replaced:
             del self._module.__dict__["forward"]
         else:
             self._module.__dict__["forward"] = self._own
+
+
+@contextmanager
+def _no_final_bias(holder: nn.Module | None) -> Iterator[None]:
+    """The model's own bias, which has a number for each token, out of the way of the probes."""
+    if holder is None:
+        yield
+        return
+    bias = holder._buffers[_FINAL_BIAS]
+    holder._buffers[_FINAL_BIAS] = bias.new_zeros(1)
+    try:
+        yield
+    finally:
+        holder._buffers[_FINAL_BIAS] = bias
 
 
 def _unwrapped(model: nn.Module) -> Any:

@@ -49,6 +49,16 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bart() -> nn.Module:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        vocab_size=V, d_model=D, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16, **layers
+    )
+    model = transformers.BartForConditionalGeneration(config)
+    nn.init.normal_(model.final_logits_bias)
+    return model
+
+
 def phi() -> nn.Module:
     return transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL))  # a head with a bias
 
@@ -61,6 +71,7 @@ MODELS = {
     "cohere": cohere,
     "granite": granite,
     "t5": t5,
+    "bart": bart,
     "phi": phi,
 }
 
