@@ -24,7 +24,8 @@ def head_of(model: nn.Module, *, softcap: float | None = None, logit_scale: floa
 
     Knows tied heads, a bias of the layer or of the model (BART), a softcap (Gemma 2), a factor of the logits (Cohere,
     Granite), LoRA or a trained copy on the head (PEFT), DTensor weights (gathered by `options`), and wrappers: PEFT,
-    accelerate, DistributedDataParallel, torch.compile. Needs no transformers: it asks for `get_output_embeddings` and `config`.
+    accelerate, DistributedDataParallel, torch.compile. Needs no transformers: it asks for `get_output_embeddings` and
+    `config`.
 
     Args:
         model: what `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` gives, wrapped or not.
@@ -56,7 +57,7 @@ class ModelHead:
         self, model: nn.Module, layer: nn.Module, config: Any, softcap: float | None, logit_scale: float | None
     ) -> None:
         self.model, self.layer = model, layer
-        self._holder = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
+        self._holder: Any = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
         self.softcap = softcap or getattr(config, "final_logit_softcapping", None)
         factors = [getattr(config, name, None) for name in _FACTORS]
         known = [float(x) for x in factors if isinstance(x, int | float) and x > 0]
@@ -138,7 +139,7 @@ class _Replaced:
 
 
 @contextmanager
-def _no_final_bias(holder: nn.Module | None) -> Iterator[None]:
+def _no_final_bias(holder: Any) -> Iterator[None]:
     """The model's own bias, which has a number for each token, out of the way of the probes."""
     if holder is None:
         yield
