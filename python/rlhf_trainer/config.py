@@ -85,8 +85,9 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
         raise UserError(f"{path}: holds a {type(content).__name__}, expected `key: value` lines")
     arguments: list[str] = []
     for key, value in content.items():
+        key = str(key).replace("-", "_")  # as on the command line, where both are taken
         if key not in known:
-            raise UserError(f"{path}: {_unknown(str(key), known, 'key ')}")
+            raise UserError(f"{path}: {_unknown(key, known, 'key ')}")
         if value is None or value == []:  # not given
             continue
         # One word with "=", so that a value such as "--end" is not taken for an option.

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from rlhf_trainer.config import option, require, save_config
 from rlhf_trainer.data import read_prompts, write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.estimates import (
+    Values,
+    bootstrap,
+    bootstrap_sums,
+    distinct,
+    jackknife,
+    perplexity,
+    perplexity_change,
+)
 from rlhf_trainer.eval_gates import check_gates, judged, parse_gates, wins
 from rlhf_trainer.models import classifier_outputs, load_causal, load_reward_model, load_tokenizer, resolve_device
 from rlhf_trainer.ppo import token_outputs
@@ -31,7 +36,6 @@ EXAMPLE = (
     "rlhf eval --before runs/sft --after runs/ppo --prompts heldout.jsonl --reward runs/reward "
     "--toxicity classifier_folder --toxicity_label toxic --output_dir runs/eval"
 )
-Values = NDArray[np.float64]
 
 
 @dataclass
@@ -65,50 +69,23 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
+PERPLEXITY = "perplexity (under the first)"
+
+
 @dataclass
 class Answers:
-    """A policy's completions [N], their length in tokens, whether they ended, and log pi - log ref of each in nats."""
+    """A policy's completions [N]: tokens, whether they ended, log pi - log ref (tempered) and -log ref, in nats."""
 
     completions: list[str]
     lengths: Values
     ended: Values
     log_ratios: Values
+    surprise: Values  # at temperature 1, whatever the sampling temperature
 
-
-def bootstrap(values: Values, resamples: int, seed: int) -> dict[str, float]:
-    """Mean of values [N] with the 95 % percentile interval over `resamples` draws of N with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
-    words = text.split()
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
-
-
-def distinct(completions: Sequence[str], n: int) -> tuple[float, Values]:
-    """Distinct n-grams of words over all n-grams (Li et al. 2016); and the same with each completion left out [N]."""
-    each = [_grams(text, n) for text in completions]
-    together: Counter[tuple[str, ...]] = Counter()
-    for grams in each:
-        together.update(grams)
-    without = []
-    for grams in each:
-        lost = sum(count == together[gram] for gram, count in grams.items())
-        without.append((len(together) - lost) / max(together.total() - grams.total(), 1))
-    return len(together) / max(together.total(), 1), np.array(without)
-
-
-def jackknife(value: float, left_out: Values) -> dict[str, float]:
-    """A statistic of N completions together with its 95 % interval from the N leave-one-out values.
-
-    For diversity, where a bootstrap would draw completions twice and so find less of it than there is.
-    """
-    count = len(left_out)
-    error = 1.96 * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
-    return {"mean": value, "low": value - error, "high": value + error}
+    @property
+    def sums(self) -> Values:
+        """[2, N]: what perplexity sums up, nats and tokens of each completion."""
+        return np.stack([self.surprise, self.lengths])
 
 
 def answer(
@@ -118,7 +95,7 @@ def answer(
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(cfg.seed)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     completions: list[str] = []
-    columns: list[list[float]] = [[], [], []]
+    columns: list[list[float]] = [[], [], [], []]
     for start in range(0, len(prompts), cfg.batch_size):
         batch = prompts[start : start + cfg.batch_size]
         rollout = generate(policy, tokenizer, batch, generator=generator, **sampling)
@@ -126,8 +103,10 @@ def answer(
         with torch.no_grad():
             logprobs, _, _ = token_outputs(policy, None, rollout, rows, cfg.temperature)
             ref_logprobs, _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature)
+            plain = ref_logprobs if cfg.temperature == 1 else token_outputs(reference, None, rollout, rows, 1.0)[0]
         completions += rollout.completions
-        found = (rollout.response_mask.sum(-1), rollout.ended, (logprobs - ref_logprobs).sum(-1))
+        log_ratios = (logprobs - ref_logprobs).sum(-1)
+        found = (rollout.response_mask.sum(-1), rollout.ended, log_ratios, -plain.sum(-1))
         for column, values in zip(columns, found, strict=True):
             column += values.tolist()
         log.progress.advance(log.task, len(batch))
@@ -163,7 +142,7 @@ def win_rates(
 def known_measures(cfg: Config) -> list[str]:
     """The names of all measures that a run with these options has."""
     named = [entry.partition("=")[0] for entry in cfg.measures]
-    own = ["KL (nats)", "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
+    own = ["KL (nats)", PERPLEXITY, "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
     if cfg.toxicity:
         own.append("toxicity")
     if cfg.reward:
@@ -171,14 +150,15 @@ def known_measures(cfg: Config) -> list[str]:
     return [*own, *named, *(["win rate by judge"] if cfg.judge else [])]
 
 
-def compare(cfg: Config, values: dict[str, dict[str, Values]], texts: dict[str, list[str]]) -> dict[str, Any]:
+def compare(cfg: Config, values: dict[str, dict[str, Values]], answers: dict[str, Answers]) -> dict[str, Any]:
     """{"policies", "changes"}: estimates of every measure for each policy, and its paired change against the first."""
     first = next(iter(values))
     policies: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     for name, measures in values.items():
         estimates = {key: bootstrap(column, cfg.bootstrap, cfg.seed) for key, column in measures.items()}
-        diversity = {f"distinct-{n}": distinct(texts[name], n) for n in (1, 2)}
+        estimates[PERPLEXITY] = bootstrap_sums(perplexity, answers[name].sums, cfg.bootstrap, cfg.seed)
+        diversity = {f"distinct-{n}": distinct(answers[name].completions, n) for n in (1, 2)}
         policies[name] = {"measures": estimates | {key: jackknife(*pair) for key, pair in diversity.items()}}
         if name == first:
             first_diversity = diversity
@@ -186,13 +166,11 @@ def compare(cfg: Config, values: dict[str, dict[str, Values]], texts: dict[str, 
         changes[name] = {
             key: bootstrap(column - values[first][key], cfg.bootstrap, cfg.seed) for key, column in measures.items()
         }
+        both = np.concatenate([answers[name].sums, answers[first].sums])
+        changes[name][PERPLEXITY] = bootstrap_sums(perplexity_change, both, cfg.bootstrap, cfg.seed)
         for key, (value, left_out) in diversity.items():
             first_value, first_left_out = first_diversity[key]
             changes[name][key] = jackknife(value - first_value, left_out - first_left_out)
-        if "reward" in measures:
-            difference = measures["reward"] - values[first]["reward"]
-            wins = (difference > 0) + 0.5 * (difference == 0)
-            policies[name]["win_rate"] = bootstrap(wins, cfg.bootstrap, cfg.seed)
     return {"policies": policies, "changes": changes}
 
 
@@ -250,7 +228,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     scorers = load_scorers(cfg, device)
     judge: Any = load_function(cfg.judge) if cfg.judge else None
     values: dict[str, dict[str, Values]] = {}
-    texts: dict[str, list[str]] = {}
+    answers: dict[str, Answers] = {}
     reference = None
     with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval", tensorboard=False) as log:
         for name, folder in folders.items():
@@ -262,22 +240,30 @@ def evaluate(cfg: Config) -> dict[str, Any]:
             policy = load_causal(folder, own, trust_remote_code=cfg.trust_remote_code).to(device).eval()
             reference = reference if reference is not None else policy
             encode_prompts(policy, own, prompts, cfg.max_new_tokens)
-            answers = answer(cfg, policy, reference, own, prompts, log)
-            values[name] = measure_all(answers, prompts, scorers, policy is reference)
-            texts[name] = answers.completions
+            answers[name] = answer(cfg, policy, reference, own, prompts, log)
+            values[name] = measure_all(answers[name], prompts, scorers, policy is reference)
+            texts = {known: each.completions for known, each in answers.items()}
             values[name] |= win_rates(prompts, values, texts, name, judge)
     result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
-    result |= compare(cfg, values, texts)
+    result |= compare(cfg, values, answers)
     result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg)), result)
-    result["samples"] = [
+    result["samples"] = sample_records(prompts, values, answers)
+    return result
+
+
+def sample_records(
+    prompts: list[str], values: dict[str, dict[str, Values]], answers: dict[str, Answers]
+) -> list[dict[str, Any]]:
+    """For each prompt the completion of every policy, and that completion's measures."""
+    columns = {name: values[name] | {PERPLEXITY: perplexity(answers[name].sums.T)} for name in values}
+    return [
         {
             "prompt": prompt,
-            "completions": {name: texts[name][i] for name in folders},
-            "measures": {name: {key: float(column[i]) for key, column in values[name].items()} for name in folders},
+            "completions": {name: answers[name].completions[i] for name in answers},
+            "measures": {name: {key: float(column[i]) for key, column in columns[name].items()} for name in columns},
         }
         for i, prompt in enumerate(prompts)
     ]
-    return result
 
 
 def write_result(result: dict[str, Any], folder: str | Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from dataclasses import dataclass
 
 import pytest
 
 from rlhf_trainer.cli import STAGES, main, usage
-from rlhf_trainer.config import option, parse_config, require, save_config
+from rlhf_trainer.config import option, parse_config, parser_for, require, save_config
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.ppo import PPOConfig
 
@@ -31,6 +33,23 @@ def test_command_line_beats_yaml_beats_default(tmp_path):
     cfg = parse("--config", str(file), "--name", "line")
     assert cfg == Config(learning_rate=0.5, name="line", stop=None, files=["a", "b"], fast=True)
     assert parse() == Config()
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning-rate: 0.5\n")
+    assert parse("--config", str(file)) == parse("--learning-rate", "0.5") == parse("--learning_rate=0.5")
+
+
+def test_every_option_of_every_stage_may_be_spelled_with_dashes():
+    for name, _ in STAGES.values():
+        stage = importlib.import_module(f"rlhf_trainer.{name}")
+        for module in (stage, *getattr(stage, "COMMANDS", {}).values()):
+            actions = {
+                o: action for action in parser_for(module.Config, "", "")._actions for o in action.option_strings
+            }
+            for field in dataclasses.fields(module.Config):
+                assert actions[f"--{field.name}"] is actions["--" + field.name.replace("_", "-")]
 
 
 def test_a_yaml_value_that_looks_like_an_option(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from tiny import WORDS, tiny_folder
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from rlhf_trainer import estimates
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
@@ -75,6 +76,61 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     found = evaluation.jackknife(values.mean(), left_out)
     assert found["high"] - found["mean"] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(200))
     assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
+
+
+def test_perplexity_is_a_ratio_of_sums_whose_interval_covers_the_truth():
+    """Long completions are the less surprising ones, so that a mean over completions is another number."""
+    columns = np.array([[2.0, 3.0], [1.0, 9.0]])
+    assert estimates.bootstrap_sums(estimates.perplexity, columns, 50, 0)["mean"] == pytest.approx(np.exp(5 / 10))
+    rng, covered = np.random.default_rng(0), 0
+    truth = np.exp((1 / 2 + 20 / 8) / (1 + 20))
+    for seed in range(300):
+        long = rng.random(150) < 0.5
+        tokens = np.where(long, 20.0, 1.0)
+        nats = tokens * np.where(long, 1 / 8, 1 / 2) * rng.exponential(1.0, 150)
+        found = estimates.bootstrap_sums(estimates.perplexity, np.stack([nats, tokens]), 300, seed)
+        covered += found["low"] <= truth <= found["high"]
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_change_of_perplexity_is_paired():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 30, 200).astype(float)
+    nats = tokens * rng.exponential(1.0, 200)
+    same = estimates.bootstrap_sums(
+        estimates.perplexity_change, np.stack([nats, tokens, nats, tokens]), resamples=100, seed=0
+    )
+    assert same == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    more = estimates.bootstrap_sums(
+        estimates.perplexity_change, np.stack([nats + tokens, tokens, nats, tokens]), resamples=100, seed=0
+    )
+    ratio = nats.sum() / tokens.sum()
+    assert more["mean"] == pytest.approx(np.exp(ratio + 1) - np.exp(ratio))
+    assert more["low"] > 0
+
+
+def test_perplexity_is_the_first_policys_per_token_and_untempered(places, tmp_path, monkeypatch):
+    right, rollouts = evaluation.generate, []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *args, **options: rollouts.append(right(*args, **options)) or rollouts[-1]
+    )
+    result = evaluation.evaluate(config(places, tmp_path, temperature=0.5, batch_size=7))
+    tokenizer = load_tokenizer(places / "sft")
+    model = load_causal(places / "sft", tokenizer)
+    for name, own in (("sft", rollouts[:3]), ("ppo", rollouts[3:])):
+        nats, tokens, each = 0.0, 0, []
+        for rollout in own:
+            for ids, mask in zip(rollout.ids, rollout.mask, strict=True):
+                row, counted = ids[mask], int(mask[rollout.prompt_length :].sum())
+                with torch.no_grad():
+                    logs = model(input_ids=row.unsqueeze(0)).logits[0, :-1].double().log_softmax(-1)
+                found = -logs.gather(-1, row[1:, None])[-counted:].sum().item()
+                nats, tokens, each = nats + found, tokens + counted, [*each, np.exp(found / counted)]
+        estimate = result["policies"][name]["measures"][evaluation.PERPLEXITY]
+        assert estimate["mean"] == pytest.approx(np.exp(nats / tokens), rel=1e-4)
+        assert estimate["low"] < estimate["mean"] < estimate["high"]
+        shown = [sample["measures"][name][evaluation.PERPLEXITY] for sample in result["samples"]]
+        np.testing.assert_allclose(shown, each, rtol=1e-4)
 
 
 def test_kl_is_that_of_the_two_distributions(places, tmp_path):
@@ -150,7 +206,7 @@ def test_run_leaves_figures_completions_and_a_page(places, tmp_path, capsys):
         scores = [record["measures"][name]["reward"] for record in rows]
         assert scores == [len(record["completions"][name]) for record in rows]
         assert figures["policies"][name]["measures"]["reward"]["mean"] == pytest.approx(np.mean(scores))
-    assert figures["policies"]["other"]["win_rate"]["mean"] == 0.5
+    assert figures["policies"]["other"]["measures"]["win rate by reward"]["mean"] == 0.5
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1
     assert "report.html" in capsys.readouterr().out
