@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlhf_trainer.bon import BonConfig, BonResult, best_of_n
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
+    from rlhf_trainer.reward import RewardConfig, RewardResult, train_reward
 
 STAGE_OF = {
     "BonConfig": "bon",
@@ -23,6 +24,9 @@ STAGE_OF = {
     "PPOConfig": "ppo",
     "PPOResult": "ppo",
     "train_ppo": "ppo",
+    "RewardConfig": "reward",
+    "RewardResult": "reward",
+    "train_reward": "reward",
 }
 __all__ = [
     "BonConfig",
@@ -31,9 +35,12 @@ __all__ = [
     "DPOResult",
     "PPOConfig",
     "PPOResult",
+    "RewardConfig",
+    "RewardResult",
     "best_of_n",
     "train_dpo",
     "train_ppo",
+    "train_reward",
 ]
 
 

@@ -19,11 +19,12 @@ from rlhf_kernels import dpo_loss
 from rlhf_trainer import adapters
 from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import Findings, Pair, read_pairs
+from rlhf_trainer.data import Pair, read_pairs
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, save_folder
+from rlhf_trainer.pair_figures import judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
-from rlhf_trainer.reward import PairRows, encode_pairs, judge, length_baseline, summary
+from rlhf_trainer.reward import PairRows, encode_pairs
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import completion_losses, counted_tokens
 from rlhf_trainer.supervised import FitConfig, Row, Task, fit, length_limit, read_both, say_findings, validate_options
@@ -68,6 +69,7 @@ class DPOResult:
     tokenizer: PreTrainedTokenizerBase
     metrics: dict[str, float]
     figures: dict[str, Any]
+    output_dir: str  # "": nothing was written
 
 
 def check_options(cfg: DPOConfig) -> None:
@@ -220,7 +222,7 @@ def fit_pairs(
         own = [item.rows.pair for item in kept]
         found = judge(*rewards, own)
         found["loss"] = pair_losses(policy, fixed, [pair.label for pair in own], cfg).mean().item()
-        return found | {"margin": (rewards[0] - rewards[1]).mean().item()}
+        return found
 
     def evaluate() -> dict[str, float]:
         names = ("loss", "accuracy", "margin")
@@ -264,13 +266,7 @@ def train_dpo(
     set_seed(cfg.seed)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-
-    def read(path: str, *arguments: Any) -> tuple[list[Pair], Findings]:
-        if pairs is not None and path == cfg.data:
-            return list(pairs), Findings("pairs", cfg.strict)
-        return read_pairs(path, *arguments)
-
-    training, heldout, findings, heldout_findings = read_both(cfg, read, tokenizer)
+    training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
     policy = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code) if model is None else model
     policy = adapters.add_adapter(policy, cfg).to(device).train()
     if ref_model is None and cfg.ref_model is not None:
@@ -292,7 +288,7 @@ def train_dpo(
     if cfg.output_dir:
         save_folder(cfg.output_dir, policy, tokenizer, records={"dpo.json": result})
         write_curves(cfg, result)
-    return DPOResult(policy, tokenizer, metrics, result)
+    return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)
 
 
 def write_curves(cfg: DPOConfig, result: dict[str, Any]) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ from rlhf_trainer.models import (
     quiet,
     resolve_device,
     save_folder,
+    score_sequences,
 )
+from rlhf_trainer.pair_figures import calibration_figure, judge, length_baseline, summary
+from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
+from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -41,14 +45,14 @@ from rlhf_trainer.supervised import (
 SUMMARY = "Train a reward model on preference pairs, starting from a causal language model (usually the SFT model)."
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"
 REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken from
-BINS = 5  # of the calibration table
 
 
 @dataclass
-class Config(FitConfig):
+class RewardConfig(FitConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label" and "margin"; HH-RLHF transcripts; chats."""
 
     heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
+    batch_size: int = option(32, "pairs per optimizer step; those of a prompt stay together, so that a step may differ")
     lr: float = option(5e-5, "AdamW's peak learning rate")
     margin: float = option(0.0, "reward units by which chosen shall win, added to each pair's own margin")
     reference_data: str | None = option(
@@ -56,11 +60,30 @@ class Config(FitConfig):
     )
 
 
+Config = RewardConfig
+
+
 @dataclass(frozen=True)
 class PairRows:
     pair: Pair
     chosen: Row
     rejected: Row
+
+
+@dataclass
+class RewardResult:
+    """What `train_reward` returns: the trained classifier, the last step's metrics, and reward.json's figures."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, float]
+    figures: dict[str, Any]
+    output_dir: str  # "": nothing was written
+
+    def score(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """The normalised rewards, as `train_ppo(reward=...)` and `best_of_n(reward=...)` take them."""
+        raw = score_sequences(self.model.eval(), self.tokenizer, prompts, completions)
+        return ((raw - self.figures["reference_mean"]) / self.figures["reference_std"]).tolist()
 
 
 def init_head(model: PreTrainedModel) -> None:
@@ -71,15 +94,25 @@ def init_head(model: PreTrainedModel) -> None:
         nn.init.zeros_(head.bias)
 
 
-def load_for_training(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_for_training(cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A one-output classifier on cfg.model's backbone; its head is new unless the folder holds a reward model."""
     torch.manual_seed(cfg.seed)
     with quiet():
         model = load_reward_model(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, num_labels=1)
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{cfg.model}: {type(model).__name__} has no linear `score` head; a causal backbone is needed")
+    check_head(model, cfg.model)
     if not has_head(cfg.model, cfg.trust_remote_code):
         init_head(model)
+    return model
+
+
+def check_head(model: PreTrainedModel, name: str) -> None:
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; a causal backbone is needed")
+
+
+def prepare(cfg: RewardConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapter that cfg asks for; its head is trained whatever else is."""
+    check_head(model, cfg.model or "model")
     adapters.add_adapter(model, cfg, "SEQ_CLS")
     model.score.requires_grad_(True)
     return model
@@ -100,13 +133,35 @@ def score_rows(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tens
     return last_token_scores(model, ids.to(device), mask.to(device))[:, 0]
 
 
-def pair_losses(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int, margin: float) -> Tensor:
-    """[M] loss of each pair; chosen and rejected go through the model together."""
-    scores = score_rows(model, [p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id)
-    chosen, rejected = scores.split(len(pairs))
-    margins = torch.tensor([p.pair.margin + margin for p in pairs], device=scores.device)
-    labels = torch.tensor([p.pair.label for p in pairs], device=scores.device)
+def pair_scores(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[M] raw rewards of the chosen and of the rejected answers; an answer of several pairs goes through once."""
+    rows = {tuple(row.ids): row for pair in pairs for row in (pair.chosen, pair.rejected)}
+    place = {ids: index for index, ids in enumerate(rows)}
+    scores = score_rows(model, list(rows.values()), pad_id)
+    chosen = torch.tensor([place[tuple(pair.chosen.ids)] for pair in pairs], device=scores.device)
+    rejected = torch.tensor([place[tuple(pair.rejected.ids)] for pair in pairs], device=scores.device)
+    return scores[chosen], scores[rejected]
+
+
+def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float) -> Tensor:
+    """[M] loss of each pair from its raw rewards [M]."""
+    margins = chosen.new_tensor([pair.margin + margin for pair in pairs])
+    labels = chosen.new_tensor([pair.label for pair in pairs])
     return pairwise_loss(chosen, rejected, margin=margins, label=labels, reduction="none")
+
+
+def pair_losses(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int, margin: float) -> Tensor:
+    """[M] loss of each pair."""
+    chosen, rejected = pair_scores(model, pairs, pad_id)
+    return losses_of(chosen, rejected, [item.pair for item in pairs], margin)
+
+
+def margins_and_accuracies(differences: Tensor, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    """Of every decided pair: the reward of the preferred answer over the other's, and 1 if that is more than 0."""
+    signed = [
+        d if pair.label > 0.5 else -d for d, pair in zip(differences.tolist(), pairs, strict=True) if pair.label != 0.5
+    ]
+    return [(margin, 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0) for margin in signed]
 
 
 @torch.no_grad()
@@ -118,65 +173,6 @@ def all_scores(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_s
         part = order[start : start + batch_size]
         scores[part] = score_rows(model, [rows[i] for i in part], pad_id).cpu()
     return scores
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927); (0, 1) without observations."""
-    if count == 0:
-        return 0.0, 1.0
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
-
-
-def calibration(probabilities: Tensor, right: Tensor) -> tuple[list[dict[str, float]], float]:
-    """Bins of stated confidence in [0.5, 1] against the share that was right, and the expected calibration error."""
-    bins, error = [], 0.0
-    confidence = torch.maximum(probabilities, 1 - probabilities)
-    index = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    for i in range(BINS):
-        members = index == i
-        count = int(members.sum())
-        if count:
-            stated, seen = confidence[members].mean().item(), right[members].mean().item()
-            bins.append({"confidence": stated, "accuracy": seen, "pairs": count})
-            error += abs(stated - seen) * count / len(right)
-    return bins, error
-
-
-def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
-    """Held-out figures from raw rewards [M]: loss, accuracy with its interval over decided pairs, calibration.
-
-    Equal rewards count as half right. Pairs with label 0.5 (ties) count in the loss alone.
-    """
-    labels = torch.tensor([pair.label for pair in pairs])
-    margins = torch.tensor([pair.margin + margin for pair in pairs])
-    decided = labels != 0.5
-    difference = (chosen - rejected)[decided]
-    better = torch.where(labels[decided] > 0.5, difference, -difference)
-    right = (better > 0).float() + 0.5 * (better == 0)
-    accuracy = right.mean().item() if len(right) else 0.0
-    low, high = wilson_interval(accuracy, len(right))
-    bins, error = calibration(difference.sigmoid(), right)
-    return {
-        "pairs": len(right),
-        "loss": pairwise_loss(chosen, rejected, margin=margins, label=labels).item(),
-        "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "calibration_error": error,
-        "calibration": bins,
-    }
-
-
-def length_baseline(training: Sequence[Pair], heldout: Sequence[Pair]) -> float:
-    """Held-out accuracy of preferring the longer answer, or the shorter, whichever wins in training."""
-
-    def longer_wins(pairs: Sequence[Pair]) -> float:
-        signs = [(len(p.chosen) - len(p.rejected)) * (1 if p.label > 0.5 else -1) for p in pairs if p.label != 0.5]
-        return sum((sign > 0) + 0.5 * (sign == 0) for sign in signs) / max(len(signs), 1)
-
-    return longer_wins(heldout) if longer_wins(training) >= 0.5 else 1 - longer_wins(heldout)
 
 
 def encode_pairs(
@@ -193,7 +189,7 @@ def encode_pairs(
 
 
 def reference_rows(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, training: Sequence[PairRows], limit: int
+    cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[PairRows], limit: int
 ) -> list[Row]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if cfg.reference_data:
@@ -202,58 +198,134 @@ def reference_rows(
     return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
 
 
-def run(cfg: Config) -> dict[str, Any]:
-    """Train, save an ordinary classifier folder with its normalisation and reward.json; returns what that holds."""
-    require(cfg, "model", "data", "output_dir")
-    validate_options(cfg)
-    device = resolve_device(cfg.device)
-    tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    pairs, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer)
-    model = load_for_training(cfg, tokenizer).to(device).train()
-    limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
-    rows = encode_pairs(tokenizer, pairs, limit, findings)
-    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
-    say_findings(cfg, len(pairs), len(heldout), findings, heldout_findings, "pairs")
+def together(item: PairRows) -> Hashable:
+    """Pairs of one prompt are learned from in one step; where the prompt is empty each is on its own."""
+    return item.pair.prompt or (item.pair.chosen, item.pair.rejected)
+
+
+def fit_pairs(
+    cfg: RewardConfig, model: PreTrainedModel, rows: Sequence[PairRows], heldout: Sequence[PairRows], pad_id: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures."""
+    longest: dict[Hashable, int] = {}  # of a prompt's answers: its pairs go through the model together
+    for item in rows:
+        length = max(len(item.chosen.ids), len(item.rejected.ids))
+        longest[together(item)] = max(length, longest.get(together(item), 0))
+    seen: list[tuple[float, float]] = []  # margin and accuracy of each pair of the step
+
+    def losses(batch: list[PairRows]) -> Tensor:
+        chosen, rejected = pair_scores(model, batch, pad_id)
+        pairs = [item.pair for item in batch]
+        seen.extend(margins_and_accuracies((chosen - rejected).detach(), pairs))
+        return losses_of(chosen, rejected, pairs, cfg.margin)
+
+    def observe() -> dict[str, float]:
+        if not seen:  # all of them ties
+            return {}
+        margin, accuracy = (sum(column) / len(seen) for column in zip(*seen, strict=True))
+        seen.clear()
+        return {"margin": margin, "accuracy": accuracy}
 
     def figures() -> dict[str, Any]:
-        chosen = all_scores(model, [p.chosen for p in heldout_rows], pad_id, cfg.batch_size)
-        rejected = all_scores(model, [p.rejected for p in heldout_rows], pad_id, cfg.batch_size)
-        return judge(chosen, rejected, heldout, cfg.margin)
+        chosen = all_scores(model, [p.chosen for p in heldout], pad_id, cfg.batch_size)
+        rejected = all_scores(model, [p.rejected for p in heldout], pad_id, cfg.batch_size)
+        return judge(chosen, rejected, [p.pair for p in heldout], cfg.margin)
 
     def evaluate() -> dict[str, float]:
-        names = ("loss", "accuracy", "calibration_error")
+        names = ("loss", "accuracy", "margin", "calibration_error")
         return {f"heldout/{name}": value for name, value in figures().items() if name in names} if heldout else {}
 
     task = Task(
-        losses=lambda batch: pair_losses(model, batch, pad_id, cfg.margin),
-        units=lambda pair: 1,
-        length=lambda pair: max(len(pair.chosen.ids), len(pair.rejected.ids)),
-        line=lambda pair: pair.pair.line,
-        text=lambda pair: f"{pair.pair.prompt}{pair.pair.chosen} | {pair.pair.rejected}",
+        losses=losses,
+        units=lambda item: 1,
+        length=lambda item: longest[together(item)],
+        line=lambda item: item.pair.line,
+        text=lambda item: f"{item.pair.prompt}{item.pair.chosen} | {item.pair.rejected}",
         evaluate=evaluate,
+        observe=observe,
+        group=together,
     )
-    fit(cfg, "reward", model, rows, task)
-    reference = all_scores(model.eval(), reference_rows(cfg, tokenizer, rows, limit), pad_id, cfg.batch_size)
+    metrics = fit(cfg, "reward", model, rows, task)
+    model.eval()
+    return metrics, figures() if heldout else {}
+
+
+def train_reward(
+    cfg: RewardConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pairs: Sequence[Pair] | None = None,
+) -> RewardResult:
+    """Train a reward model on preference pairs. What is not passed as an object is loaded from what cfg names.
+
+    Args:
+        model, tokenizer: a sequence classifier with one output (trained in place), such as an earlier reward model, and
+            its tokenizer, which must have a pad token other than EOS.
+        pairs: the training pairs; cfg.heldout of them are held out.
+
+    Without cfg.output_dir nothing is written.
+
+    Raises:
+        UserError: bad input, one sentence.
+    """
+    needed = {"model": model, "data": pairs}
+    require(cfg, *(name for name, given in needed.items() if given is None))
+    validate_options(cfg)
+    device = resolve_device(cfg.device)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
+    model = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model).to(device).train()
+    limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
+    rows = encode_pairs(tokenizer, training, limit, findings)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
+    metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
+    reference = all_scores(model, reference_rows(cfg, tokenizer, rows, limit), pad_id, cfg.batch_size)
     mean, std = reference.mean().item(), reference.std(correction=0).item()
     if not std > 0:
         raise UserError(
             f"the reward model gives all {len(reference)} reference samples the same score; nothing was saved"
         )
-    result: dict[str, Any] = {"train_pairs": len(pairs), "reference_mean": mean, "reference_std": std}
+    found: dict[str, Any] = {"train_pairs": len(training), "reference_mean": mean, "reference_std": std}
     if heldout:
-        result["heldout"] = figures() | {"length_baseline": length_baseline(pairs, heldout)}
-        say(summary(result["heldout"]))
-    records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": result}
+        found["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
     if cfg.merge:
         adapters.merge(model)
-    save_folder(cfg.output_dir, model, tokenizer, records=records)
-    return result
+    if cfg.output_dir:
+        records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
+        save_folder(cfg.output_dir, model, tokenizer, records=records)
+        write_report(cfg.output_dir, found)
+    return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 
 
-def summary(figures: dict[str, Any]) -> str:
-    low, high = figures["accuracy_low"], figures["accuracy_high"]
-    return (
-        f"held-out pair accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {figures['pairs']} pairs; "
-        f"by length {figures['length_baseline']:.3f}, chance 0.500; "
-        f"calibration error {figures['calibration_error']:.3f}"
-    )
+def write_report(folder: str, found: dict[str, Any]) -> None:
+    """report.html: the learning curves and the figures on held-out pairs; calibration.png where there are any."""
+    records, heldout = read_metrics(folder), found.get("heldout")
+    curves = [
+        metric_curve(records, {key: "training", f"heldout/{key}": "held-out"}, title, unit, limits)
+        for key, title, unit, limits in (
+            ("loss", "loss", "nats", None),
+            ("accuracy", "share of pairs ranked right", "", (0, 1)),
+            ("margin", "reward of the preferred answer over the other's", "raw reward", None),
+        )
+    ]
+    parts = [f"<p>{found['train_pairs']} training pairs.</p>"]
+    if heldout:
+        figure = calibration_figure(heldout)
+        figure.savefig(Path(folder) / "calibration.png", dpi=130)
+        names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
+        rows = [[name.replace("_", " "), show_number(heldout[name])] for name in (*names, "calibration_error")]
+        parts += ["<h2>Held-out pairs</h2>", html_table(["", "value"], rows), embed(figure, "calibration")]
+    parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))
+    write_page(Path(folder) / "report.html", "Reward model", parts)
+
+
+def run(cfg: RewardConfig) -> dict[str, Any]:
+    """Train, save an ordinary classifier folder with its normalisation and reward.json; returns what that holds."""
+    require(cfg, "model", "data", "output_dir")
+    found = train_reward(cfg).figures
+    if "heldout" in found:
+        say(summary(found["heldout"]))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 Record = TypeVar("Record", Example, Pair)
 SCHEDULES = ("cosine", "linear", "constant")
 LONGEST = 1024  # tokens, where neither the user nor the model sets a limit below
+LARGEST_GROUP = 36  # items: all pairs of nine completions, the most that InstructGPT's labellers ranked of a prompt
 
 
 @dataclass
@@ -102,10 +103,19 @@ def length_limit(cfg: FitConfig, model: PreTrainedModel) -> int:
 
 
 def read_both(
-    cfg: FitConfig, read: Callable[..., tuple[list[Record], Findings]], tokenizer: PreTrainedTokenizerBase
+    cfg: FitConfig,
+    read: Callable[..., tuple[list[Record], Findings]],
+    tokenizer: PreTrainedTokenizerBase,
+    given: Sequence[Record] | None = None,
 ) -> tuple[list[Record], list[Record], Findings, Findings]:
-    """Training and held-out records, and what was odd in the file of each. Records of one prompt are not torn apart."""
-    records, findings = read(cfg.data, tokenizer, cfg.strict)
+    """Training and held-out records, and what was odd in the file of each. Records of one prompt are not torn apart.
+
+    `given` records take the place of cfg.data's.
+    """
+    if given is None:
+        records, findings = read(cfg.data, tokenizer, cfg.strict)
+    else:
+        records, findings = list(given), Findings("data", cfg.strict)
     if cfg.eval_data:
         heldout, heldout_findings = read(cfg.eval_data, tokenizer, cfg.strict)
         return records, heldout, findings, heldout_findings
@@ -146,6 +156,7 @@ class Task(Generic[Item]):
     units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
     evaluate: metrics on held-out data, by name.
     observe: metrics of the step just done, from what `losses` saw.
+    group: items of one group are always learned from in the same step; None: every item on its own.
     """
 
     losses: Callable[[list[Item]], Tensor]
@@ -155,11 +166,45 @@ class Task(Generic[Item]):
     text: Callable[[Item], str]
     evaluate: Callable[[], dict[str, float]]
     observe: Callable[[], dict[str, float]] = dict
+    group: Callable[[Item], Hashable] | None = None
 
 
 def order_of(count: int, epoch: int, seed: int) -> list[int]:
     """The permutation of an epoch, by seed and epoch alone: a resumed run sees the same one."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def groups_of(items: Sequence[Item], group: Callable[[Item], Hashable] | None, largest: int) -> list[list[int]]:
+    """Indices of the items of each group, in the order of their first; a group of more than `largest` is split."""
+    if group is None:
+        return [[index] for index in range(len(items))]
+    members: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(group(item), []).append(index)
+    return [one[start : start + largest] for one in members.values() for start in range(0, len(one), largest)]
+
+
+def batches_of(groups: Sequence[list[int]], size: int, epoch: int, seed: int) -> list[list[int]]:
+    """An epoch's batches: the groups in shuffled order, as many as fit into `size` items; a larger one by itself."""
+    batches: list[list[int]] = []
+    for index in order_of(len(groups), epoch, seed):
+        if batches and len(batches[-1]) + len(groups[index]) <= size:
+            batches[-1].extend(groups[index])
+        else:
+            batches.append(list(groups[index]))
+    return batches
+
+
+def all_batches(
+    cfg: FitConfig, items: Sequence[Item], group: Callable[[Item], Hashable] | None
+) -> list[tuple[float, list[int]]]:
+    """(epochs done after it, indices of its items) of every step of the run."""
+    groups = groups_of(items, group, max(cfg.batch_size, LARGEST_GROUP))
+    steps = []
+    for epoch in range(cfg.epochs):
+        batches = batches_of(groups, cfg.batch_size, epoch, cfg.seed)
+        steps += [(epoch + (place + 1) / len(batches), batch) for place, batch in enumerate(batches)]
+    return steps
 
 
 def micro_batches(batch: list[Item], size: int | None, length: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -177,8 +222,8 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     Raises:
         UserError: a loss or gradient that is not finite, before the optimizer steps; it names step and items.
     """
-    per_epoch = math.ceil(len(items) / cfg.batch_size)
-    total = per_epoch * cfg.epochs
+    batches = all_batches(cfg, items, task.group)
+    total = len(batches)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = get_scheduler(
@@ -194,13 +239,12 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     logging = RunLog(cfg.output_dir, total, name, start=start) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_sigterm() as terminated:
         for step in range(start + 1, total + 1):
-            epoch, place = divmod(step - 1, per_epoch)
-            order = order_of(len(items), epoch, cfg.seed)
-            batch = [items[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+            epoch, indices = batches[step - 1]
+            batch = [items[i] for i in indices]
             lr = scheduler.get_last_lr()[0]
             metrics = _optimizer_step(cfg, model, optimizer, batch, task, step)
             scheduler.step()
-            metrics |= task.observe() | {"lr": lr, "epoch": step / per_epoch}
+            metrics |= task.observe() | {"lr": lr, "epoch": epoch}
             if step in evaluations:
                 model.eval()  # LoRA's dropout is the only one there can be
                 metrics |= task.evaluate()

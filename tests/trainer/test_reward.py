@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_trainer import reward
+from rlhf_trainer import RewardConfig, pair_figures, reward, supervised, train_reward
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair, write_jsonl
+from rlhf_trainer.data import Findings, Pair, read_pairs, write_jsonl
 from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rewards import load_reward
@@ -95,47 +97,115 @@ def test_pair_loss_is_the_formula_with_margin_and_half_labels(parts):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_all_pairs_of_a_prompt_are_learned_from_in_one_step(folder, parts, monkeypatch):
+    tokenizer, _ = parts
+    texts = [" yes", " no", " day", " thanks thanks fool"]
+    rankings = [Pair(p, a, b) for p in ("one", "two", "three") for a, b in itertools.combinations(texts, 2)]
+    pairs = [*rankings, *(Pair("", f" {word}", " no") for word in ("red", "blue", "good"))]
+    steps, forwards = [], []
+    real_step, real_scores = supervised._optimizer_step, reward.score_rows
+    monkeypatch.setattr(supervised, "_optimizer_step", lambda *a: steps.append(a[3]) or real_step(*a))
+    monkeypatch.setattr(reward, "score_rows", lambda *a: forwards.append(a[1]) or real_scores(*a))
+    cfg = reward.Config(model=folder, batch_size=7, epochs=3)
+    rows = reward.encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    reward.fit_pairs(cfg, reward.load_for_training(cfg, tokenizer), rows, [], tokenizer.pad_token_id)
+    for batch, scored in zip(steps, forwards, strict=True):
+        prompts = [item.pair.prompt for item in batch if item.pair.prompt]
+        assert 0 < len(batch) <= 7
+        assert all(prompts.count(prompt) == 6 for prompt in prompts)
+        answers = {(i.pair.prompt, text) for i in batch for text in (i.pair.chosen, i.pair.rejected)}
+        assert len(scored) == len(answers)  # six pairs are four answers, and each goes through the model once
+    assert Counter(item.pair for batch in steps for item in batch) == Counter(pairs * 3)
+    assert len({tuple(item.pair.prompt for item in batch) for batch in steps}) > 3  # another order every epoch
+
+
+def test_a_prompt_of_very_many_pairs_is_spread_over_steps():
+    groups = supervised.groups_of(list(range(100)), lambda item: item % 2, 36)
+    assert [len(group) for group in groups] == [36, 14, 36, 14]
+    batches = supervised.batches_of(groups, 32, 0, 0)
+    assert {len(batch) for batch in batches} <= {14, 28, 36}
+    assert sorted(index for batch in batches for index in batch) == list(range(100))
+
+
+def test_an_answer_of_several_pairs_goes_through_once_with_the_same_gradient(parts):
+    tokenizer, model = parts
+    pairs = [
+        Pair("one", " yes", " no"),
+        Pair("one", " yes", " fool", margin=0.3),
+        Pair("one", " no", " fool", label=0.5),
+    ]
+    items = reward.encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    model.zero_grad()
+    reward.pair_losses(model, items, tokenizer.pad_token_id, 0.0).sum().backward()
+    together = model.score.weight.grad.clone()
+    model.zero_grad()
+    for item in items:
+        reward.pair_losses(model, [item], tokenizer.pad_token_id, 0.0).sum().backward()
+    torch.testing.assert_close(together, model.score.weight.grad, rtol=1e-4, atol=1e-6)
+    model.zero_grad()
+
+
+def test_from_objects_without_a_folder(parts, data):
+    tokenizer, _ = parts
+    pairs, _ = read_pairs(data)
+    cfg = RewardConfig(batch_size=4, lr=3e-3, epochs=3, heldout=6, device="cpu")
+    model = reward.load_for_training(reward.Config(model=parts[1].name_or_path), tokenizer)
+    result = train_reward(cfg, model=model, tokenizer=tokenizer, pairs=pairs)
+    assert result.model is model
+    assert result.output_dir == ""
+    assert result.figures["heldout"]["accuracy"] == 1.0
+    good, bad = result.score(["one day"] * 2, [" thanks yes", " fool no"])
+    assert good > 0 > bad
+
+
 def test_wilson_interval():
-    assert reward.wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert reward.wilson_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
-    assert reward.wilson_interval(0.0, 0) == (0.0, 1.0)
+    assert pair_figures.wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert pair_figures.wilson_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert pair_figures.wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
 def test_figures():
     chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 5.0, 0.0]), torch.tensor([0.0, 2.0, 1.0, 0.0, 1.0])
     labels = (1.0, 1.0, 1.0, 0.5, 0.0)  # right, wrong, half right, a tie that does not count, right: rejected is better
-    found = reward.judge(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
+    found = pair_figures.judge(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
     assert found["pairs"] == 4
     assert found["accuracy"] == pytest.approx(2.5 / 4)
     assert found["accuracy_low"] < 2.5 / 4 < found["accuracy_high"]
     losses = [0.1269280, 2.1269280, 0.6931472, 0.5 * (0.0067153 + 5.0067153), 0.3132617]
     assert found["loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert found["margin"] == pytest.approx((2 - 2 + 0 + 1) / 4)
 
 
 def test_calibration_error_is_zero_for_honest_confidence_and_large_for_bluff():
     honest = torch.full((100,), 0.8)
     right = (torch.arange(100) < 80).float()
-    bins, error = reward.calibration(honest, right)
+    bins, error = pair_figures.calibration(honest, right)
     assert error == pytest.approx(0.0, abs=1e-6)
     assert [(entry["pairs"], round(entry["accuracy"], 3)) for entry in bins] == [(100, 0.8)]
-    assert reward.calibration(torch.full((100,), 0.99), right)[1] == pytest.approx(0.19, abs=1e-6)
-    assert reward.calibration(1 - honest, right)[1] == pytest.approx(0.0, abs=1e-6)
+    assert pair_figures.calibration(torch.full((100,), 0.99), right)[1] == pytest.approx(0.19, abs=1e-6)
+    assert pair_figures.calibration(1 - honest, right)[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_length_baseline_takes_its_direction_from_training():
     longer, shorter = Pair("p", "long answer", "short"), Pair("p", "short", "long answer")
-    assert reward.length_baseline([longer], [longer, shorter, longer]) == pytest.approx(2 / 3)
-    assert reward.length_baseline([shorter], [longer, shorter, longer]) == pytest.approx(1 / 3)
-    assert reward.length_baseline([longer], [Pair("p", "a", "b")]) == 0.5
+    assert pair_figures.length_baseline([longer], [longer, shorter, longer]) == pytest.approx(2 / 3)
+    assert pair_figures.length_baseline([shorter], [longer, shorter, longer]) == pytest.approx(1 / 3)
+    assert pair_figures.length_baseline([longer], [Pair("p", "a", "b")]) == 0.5
 
 
 def test_learns_the_preference_and_reports_it(trained):
     output, result = trained
     assert result["heldout"]["accuracy"] == 1.0
     assert result["heldout"]["pairs"] == 6
-    assert result["heldout"]["accuracy_low"] == pytest.approx(reward.wilson_interval(1.0, 6)[0])
+    assert result["heldout"]["accuracy_low"] == pytest.approx(pair_figures.wilson_interval(1.0, 6)[0])
     assert json.loads((output / "reward.json").read_text()) == result
+    assert (output / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "report.html").read_text().count("data:image/png") == 2
+    entry = result["heldout"]["calibration"][-1]
+    assert entry["low"] < entry["accuracy"] <= entry["high"]
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["margin"] > metrics[0]["margin"]
+    assert metrics[-1]["accuracy"] == 1.0
     assert metrics[-1]["heldout/accuracy"] == 1.0
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 

@@ -1,0 +1,111 @@
+"""What a model makes of held-out pairs: accuracy, margin, calibration; its plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rlhf_kernels import pairwise_loss
+from rlhf_trainer.data import Pair
+from rlhf_trainer.report import COLOURS
+
+BINS = 5  # of the calibration table
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927); (0, 1) without observations."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
+
+
+def calibration(probabilities: Tensor, right: Tensor) -> tuple[list[dict[str, float]], float]:
+    """Bins of stated confidence in [0.5, 1] against the share that was right, and the expected calibration error.
+
+    Below 0.5 is the same again: a pair turned round has 1 - p and the other preference. The interval is Wilson's.
+    """
+    bins, error = [], 0.0
+    confidence = torch.maximum(probabilities, 1 - probabilities)
+    index = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    for i in range(BINS):
+        members = index == i
+        count = int(members.sum())
+        if count:
+            stated, seen = confidence[members].mean().item(), right[members].mean().item()
+            low, high = wilson_interval(seen, count)
+            bins.append({"confidence": stated, "accuracy": seen, "low": low, "high": high, "pairs": count})
+            error += abs(stated - seen) * count / len(right)
+    return bins, error
+
+
+def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
+    """Held-out figures from raw rewards [M]: loss, and over decided pairs accuracy, mean margin and calibration.
+
+    Equal rewards count as half right. Pairs with label 0.5 (ties) count in the loss alone. The margin is the reward of
+    the preferred answer over the other's; the probability that the calibration is about is its sigmoid.
+    """
+    labels = torch.tensor([pair.label for pair in pairs])
+    margins = torch.tensor([pair.margin + margin for pair in pairs])
+    decided = labels != 0.5
+    difference = (chosen - rejected)[decided]
+    better = torch.where(labels[decided] > 0.5, difference, -difference)
+    right = (better > 0).float() + 0.5 * (better == 0)
+    accuracy = right.mean().item() if len(right) else 0.0
+    low, high = wilson_interval(accuracy, len(right))
+    bins, error = calibration(difference.sigmoid(), right)
+    return {
+        "pairs": len(right),
+        "loss": pairwise_loss(chosen, rejected, margin=margins, label=labels).item(),
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "margin": better.mean().item() if len(right) else 0.0,
+        "calibration_error": error,
+        "calibration": bins,
+    }
+
+
+def length_baseline(training: Sequence[Pair], heldout: Sequence[Pair]) -> float:
+    """Held-out accuracy of preferring the longer answer, or the shorter, whichever wins in training."""
+
+    def longer_wins(pairs: Sequence[Pair]) -> float:
+        signs = [(len(p.chosen) - len(p.rejected)) * (1 if p.label > 0.5 else -1) for p in pairs if p.label != 0.5]
+        return sum((sign > 0) + 0.5 * (sign == 0) for sign in signs) / max(len(signs), 1)
+
+    return longer_wins(heldout) if longer_wins(training) >= 0.5 else 1 - longer_wins(heldout)
+
+
+def summary(figures: dict[str, Any]) -> str:
+    low, high = figures["accuracy_low"], figures["accuracy_high"]
+    return (
+        f"held-out pair accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {figures['pairs']} pairs; "
+        f"by length {figures['length_baseline']:.3f}, chance 0.500; mean margin {figures['margin']:.3f}; "
+        f"calibration error {figures['calibration_error']:.3f}"
+    )
+
+
+def calibration_figure(figures: dict[str, Any]) -> Figure:
+    """Observed preference with its 95 % interval against the stated probability, and the pairs behind each point."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    bins = figures["calibration"]
+    stated = [one["confidence"] for one in bins]
+    seen = [one["accuracy"] for one in bins]
+    spread = [[one["accuracy"] - one["low"] for one in bins], [one["high"] - one["accuracy"] for one in bins]]
+    axes.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linestyle="--", linewidth=1, label="perfectly calibrated")
+    axes.errorbar(stated, seen, yerr=spread, color=COLOURS[1], marker="o", capsize=3, label="held-out pairs")
+    axes.set(ylabel="share of them preferred by the labellers", xlim=(0.48, 1.02), ylim=(0, 1.02))
+    axes.set_title(f"expected calibration error {figures['calibration_error']:.3f}", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    counts.bar(stated, [one["pairs"] for one in bins], width=0.03, color=COLOURS[1])
+    counts.set(xlabel="probability that the model gives to the answer it prefers", ylabel="pairs")
+    for each in (axes, counts):
+        each.spines[["top", "right"]].set_visible(False)
+    return figure
