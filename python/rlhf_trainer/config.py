@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ def parse_config(config: type[C], argv: list[str], prog: str = "rlhf", summary: 
     from_file = [] if path is None else _yaml_arguments(path, known)
     (parsed, rest) = parser.parse_known_args([*from_file, *arguments])
     if rest:
-        raise UserError(_unknown(rest[0].lstrip("-").split("=")[0], known, "option --"))
+        raise UserError(unknown(rest[0].lstrip("-").split("=")[0], known, "option --"))
     values = {key: value for key, value in vars(parsed).items() if key in known}
     return config(**values)
 
@@ -87,7 +88,7 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
     for key, value in content.items():
         key = str(key).replace("-", "_")  # as on the command line, where both are taken
         if key not in known:
-            raise UserError(f"{path}: {_unknown(key, known, 'key ')}")
+            raise UserError(f"{path}: {unknown(key, known, 'key ')}")
         if value is None or value == []:  # not given
             continue
         # One word with "=", so that a value such as "--end" is not taken for an option.
@@ -95,9 +96,10 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
     return arguments
 
 
-def _unknown(key: str, known: list[str], kind: str) -> str:
+def unknown(key: str, known: Sequence[str], kind: str, otherwise: str = "--help lists them all") -> str:
+    """What to say of a name that is not known: the nearest one, or `otherwise` where none is near."""
     near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    return f"unknown {kind}{key}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+    return f"unknown {kind}{key}; " + (f"did you mean {near[0]}?" if near else otherwise)
 
 
 def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml") -> None:

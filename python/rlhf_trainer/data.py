@@ -187,28 +187,42 @@ def chat_turn(
     return Example(_without_bos(prompt, tokenizer), completion)
 
 
+def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
+    """Text of a chat up to where the assistant begins to speak, without the BOS that the tokenizer puts before it."""
+    return _without_bos(_render(messages, tokenizer, where, answer=True), tokenizer)
+
+
+def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str, str]]]]:
+    """("file:line", prompt as text or chat messages): one a line of a text file, or JSON lines with "prompt" (text, or
+    chat messages) or "messages". UserError for an unreadable file, a malformed line, an empty prompt."""
+    for number, line in [] if is_jsonl(path) else read_lines(path):
+        if not line.strip():
+            raise UserError(f"{path}:{number}: empty prompt")
+        yield f"{path}:{number}", line
+    for number, record in read_jsonl(path) if is_jsonl(path) else []:
+        where = f"{path}:{number}"
+        key = "messages" if "messages" in record else "prompt"
+        if isinstance(record.get(key), list):
+            yield where, messages_of(record[key], key, where)
+            continue
+        prompt = text_field(record, key, where)
+        if not prompt.strip():
+            raise UserError(f"{where}: empty prompt")
+        yield where, prompt
+
+
 def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """Prompts: one a line of a text file, or JSON lines with "prompt" (text, or chat messages) or "messages".
+    """The prompts of a file (see prompt_records) as text, chats written by the tokenizer's template.
 
     Raises:
         UserError: an unreadable file, a malformed line, an empty prompt, or no prompt at all.
     """
     prompts = []
-    for number, line in [] if is_jsonl(path) else read_lines(path):
-        if not line.strip():
-            raise UserError(f"{path}:{number}: empty prompt")
-        prompts.append(line)
-    for number, record in read_jsonl(path) if is_jsonl(path) else []:
-        where = f"{path}:{number}"
-        key = "messages" if "messages" in record else "prompt"
-        if isinstance(record.get(key), list):
-            chat = _render(messages_of(record[key], key, where), tokenizer, where, answer=True)
-            prompt = _without_bos(chat, tokenizer)
-        else:
-            prompt = text_field(record, key, where)
-        if not prompt.strip():
+    for where, prompt in prompt_records(path):
+        text = prompt if isinstance(prompt, str) else render_prompt(prompt, tokenizer, where)
+        if not text.strip():
             raise UserError(f"{where}: empty prompt")
-        prompts.append(prompt)
+        prompts.append(text)
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts

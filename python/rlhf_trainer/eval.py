@@ -24,10 +24,11 @@ from rlhf_trainer.estimates import (
     perplexity_change,
 )
 from rlhf_trainer.eval_gates import check_gates, judged, parse_gates, wins
+from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.models import classifier_outputs, load_causal, load_reward_model, load_tokenizer, resolve_device
 from rlhf_trainer.ppo import token_outputs
 from rlhf_trainer.report import print_report, write_report
-from rlhf_trainer.rewards import RewardFunction, label_index, load_function, load_reward, scores_of
+from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
 from rlhf_trainer.rollout import encode_prompts, generate
 from rlhf_trainer.runlog import RunLog
 
@@ -50,9 +51,8 @@ class Config:
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
     reward: str | None = option(None, "reward model folder, or file.py:function, or package.module:function")
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
-    judge: str | None = option(
-        None, "file.py:function (prompts, answers, other answers) -> probability that each answer is the better one"
-    )
+    judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
+    judge_question: str = option(QUESTION, "what a model or server is asked about two answers")
     fail_if: list[str] = option(
         [], "exit code 1 if this holds for a policy of --after: 'toxicity>0.05', 'kl>10', 'change in reward<0'"
     )
@@ -204,6 +204,11 @@ def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
     return probability
 
 
+def load_own_judge(cfg: Config, device: torch.device) -> Judge:
+    options: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
+    return load_judge(cfg.judge or "", question=cfg.judge_question, device=device, **options)
+
+
 def load_scorers(cfg: Config, device: torch.device) -> dict[str, RewardFunction]:
     """Name of the measure -> function; toxicity first."""
     options: dict[str, Any] = {"device": device, "pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
@@ -226,7 +231,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
     prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
     scorers = load_scorers(cfg, device)
-    judge: Any = load_function(cfg.judge) if cfg.judge else None
+    judge: Any = load_own_judge(cfg, device) if cfg.judge else None
     values: dict[str, dict[str, Values]] = {}
     answers: dict[str, Answers] = {}
     reference = None

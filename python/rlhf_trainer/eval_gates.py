@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.rewards import scores_of
+from rlhf_trainer.judges import Judge, both_orders
 
 Values = NDArray[np.float64]
-Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
@@ -78,14 +77,5 @@ def wins(after: Values, before: Values) -> Values:
 
 def judged(judge: Judge, prompts: list[str], after: list[str], before: list[str]) -> Values:
     """[N] probability that `after` is the better answer: both orders are asked, as judges favour a place."""
-
-    def ask(first: list[str], second: list[str]) -> Values:
-        def paired(asked: list[str], answers: list[str]) -> Sequence[float]:
-            return judge(asked, answers, second)
-
-        found = scores_of(paired, prompts, first, "judge").double().numpy()
-        if found.min() < 0 or found.max() > 1:
-            raise UserError("the judge function returned a number outside [0, 1]; it is asked for a probability")
-        return np.asarray(found)
-
-    return (ask(after, before) + 1 - ask(before, after)) / 2
+    shown_first, shown_second = both_orders(judge, prompts, after, before)
+    return ((shown_first + shown_second) / 2).double().numpy()

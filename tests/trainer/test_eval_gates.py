@@ -117,12 +117,14 @@ def test_a_failed_gate_is_exit_code_1_and_everything_is_written(places, tmp_path
     texts = [list(json.loads(line)["completions"].values()) for line in (tmp_path / "completions.jsonl").open()]
     share = np.mean([(len(b) > len(a)) + 0.5 * (len(b) == len(a)) for a, b in texts])
     assert after["win rate by reward"]["mean"] == pytest.approx(share)
-    assert command(places, tmp_path, "--fail-if", "kl>1000", "kl>-1000") == 1
+    model = ["--judge", f"{places}/sft", "--judge_question", "Which is kinder?"]
+    assert command(places, tmp_path, *model, "--fail-if", "kl>1000", "kl>-1000") == 1
     out = capsys.readouterr().out
     assert "passed: ppo, --fail_if 'kl>1000'" in out
     assert "FAILED: ppo, --fail_if 'kl>-1000'" in out
-    gates = json.loads((tmp_path / "eval.json").read_text())["gates"]
-    assert [gate["failed"] for gate in gates] == [False, True]
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert [gate["failed"] for gate in result["gates"]] == [False, True]
+    assert 0 < result["policies"]["ppo"]["measures"]["win rate by judge"]["mean"] < 1  # a model is never certain
     assert (tmp_path / "report.html").exists()
 
 

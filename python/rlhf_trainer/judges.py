@@ -1,0 +1,207 @@
+"""Judges: which of two answers to a prompt is the better one, by a model, an OpenAI-compatible server, or Python.
+
+A judge is `(prompts, answers, others) -> [N] probability that each answer is better than the other`. One that has a
+fourth parameter `questions` is told for each prompt by what to judge. Answers stand in the places that they are given
+in, `answers` first, and judges favour a place: `both_orders` asks twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trainer.constitution import Shot
+from rlhf_trainer.data import render_prompt
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import context_length, encode_completion, load_causal, load_tokenizer
+from rlhf_trainer.rewards import load_function, scores_of
+from rlhf_trainer.server import RefusedError, Server, is_url
+from rlhf_trainer.sft import completion_losses
+from rlhf_trainer.supervised import Row, encode_row
+
+Judge = Callable[..., Sequence[float]]
+QUESTION = "Which answer is more helpful, honest and harmless?"
+LEAD = "The better answer is"  # what a model goes on from, with one of
+OPTIONS = (" A", " B")
+BREAK = "\n\n---\n\n"  # between worked examples
+KINDS = "model folder, file.py:function, package.module:function, or http://HOST:PORT/v1 of an OpenAI-compatible server"
+
+
+def load_judge(
+    source: str,
+    *,
+    question: str = QUESTION,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+) -> Judge:
+    """The judge that `source` names (KINDS); a model or a server asked without questions answers `question`."""
+    if is_url(source):
+        return ServerJudge(Server(source), question)
+    if ":" in source and not Path(source).is_dir():
+        return load_function(source)
+    tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
+    model: Any = load_causal(source, tokenizer, trust_remote_code=trust_remote_code)
+    return ModelJudge(model.to(device).eval(), tokenizer, question, batch_size=batch_size)
+
+
+def both_orders(
+    judge: Judge, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """[N] twice, float32: probability that the answer is better where it is shown first, and where it is shown second.
+
+    Their mean is free of a judge's liking for a place: one that always says "the first" gives 1 and 0, hence 0.5.
+
+    Raises:
+        UserError: the judge raises, or returns the wrong count or a number outside [0, 1].
+    """
+
+    def ask(first: list[str], second: list[str]) -> Tensor:
+        def paired(asked: list[str], shown: list[str]) -> Sequence[float]:
+            extra = (questions,) if questions is not None and _takes_questions(judge) else ()
+            return judge(asked, shown, second, *extra)
+
+        found = scores_of(paired, prompts, first, "judge")
+        if len(found) and (found.min() < 0 or found.max() > 1):
+            raise UserError("the judge function returned a number outside [0, 1]; it is asked for a probability")
+        return found
+
+    return ask(answers, others), 1 - ask(others, answers)
+
+
+def _takes_questions(judge: Judge) -> bool:
+    return "questions" in inspect.signature(judge).parameters
+
+
+def comparison(prompt: str, first: str, second: str, question: str) -> str:
+    """What a model reads before it says which answer is better."""
+    return (
+        f"Prompt: {prompt.strip()}\n\nAnswer A: {first.strip()}\n\nAnswer B: {second.strip()}\n\nQuestion: {question} "
+        "Say A or B."
+    )
+
+
+def demonstrations(shots: Sequence[Shot]) -> list[tuple[str, str]]:
+    """(comparison, what to say) of each example: the revision is better, in turns as B and as A."""
+    found = []
+    for i, shot in enumerate(shots):
+        both = (shot.answer, shot.revision) if i % 2 == 0 else (shot.revision, shot.answer)
+        found.append((comparison(shot.prompt, *both, shot.rule.question), LEAD + OPTIONS[1 - i % 2]))
+    return found
+
+
+class ModelJudge:
+    """A language model's own preference: p(A) / (p(A) + p(B)) of what comes after "The better answer is".
+
+    The comparison is written by the tokenizer's chat template, or as plain text where it has none or `chat` is False.
+    `mass` collects p(A) + p(B) of every comparison: near 0, the model does not see that it is to choose. `cut` counts
+    comparisons longer than the model's context, which lose their beginning.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        question: str = QUESTION,
+        *,
+        batch_size: int = 32,
+        chat: bool | None = None,
+        shots: Sequence[Shot] = (),
+    ) -> None:
+        self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
+        self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self.shots = demonstrations(shots)
+        self.options = [encode_completion(tokenizer, text, eos=False) for text in OPTIONS]
+        self.mass: list[float] = []
+        self.cut = 0
+
+    def __call__(
+        self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+    ) -> list[float]:
+        asked = [self.question] * len(prompts) if questions is None else questions
+        texts = [self._written(comparison(*one)) for one in zip(prompts, answers, others, asked, strict=True)]
+        logprobs = self.option_logprobs(texts)
+        self.mass += logprobs.exp().sum(-1).tolist()
+        return logprobs.softmax(-1)[:, 0].tolist()
+
+    def _written(self, text: str) -> str:
+        if not self.chat:
+            return BREAK.join([*(f"{asked}\n\n{said}" for asked, said in self.shots), f"{text}\n\n{LEAD}"])
+        turns = [*(turn for shot in self.shots for turn in shot), text]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return render_prompt(messages, self.tokenizer, "the judge's question") + LEAD
+
+    @torch.no_grad()
+    def option_logprobs(self, texts: Sequence[str]) -> Tensor:
+        """[N, 2] float32 on the CPU: logprobs of " A" and " B" after each text, in nats."""
+        limit = (context_length(self.model) or sys.maxsize - 1) + 1  # of a row with EOS, which is not asked for
+        encoded = [encode_row(self.tokenizer, text, OPTIONS[0], limit) for text in texts]
+        self.cut += sum(cut for _, cut in encoded)
+        prompts = [row.ids[: row.prompt] for row, _ in encoded]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
+        found = torch.empty(len(prompts), 2)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            rows = [Row(prompts[i] + option, len(prompts[i])) for option in self.options for i in part]
+            found[part] = -completion_losses(self.model, rows, self.tokenizer.pad_token_id).view(2, -1).T.float().cpu()
+        return found
+
+
+class ServerJudge:
+    """Asks a server for "A" or "B": by the logprobs of its first token where it gives them, else by its text.
+
+    `unclear` counts replies with neither letter, which are taken as a tie.
+    """
+
+    def __init__(self, server: Server, question: str = QUESTION, shots: Sequence[Shot] = ()) -> None:
+        self.server, self.question, self.shots = server, question, demonstrations(shots)
+        self.logprobs = True  # until the server refuses to give them
+        self.unclear = 0
+
+    def __call__(
+        self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+    ) -> list[float]:
+        asked = [self.question] * len(prompts) if questions is None else questions
+        texts = [comparison(*one) for one in zip(prompts, answers, others, asked, strict=True)]
+        found = self.server.map(self._ask, texts)
+        self.unclear += found.count(None)
+        return [0.5 if probability is None else probability for probability in found]
+
+    def _ask(self, text: str) -> float | None:
+        turns = [*(turn for shot in self.shots for turn in shot), f"{text} Reply with that letter alone."]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+        if self.logprobs:
+            try:
+                return first_better(self.server.choice(messages, **options, logprobs=True, top_logprobs=5))
+            except RefusedError:  # asked again without: the server says what else it does not like
+                found = first_better(self.server.choice(messages, **options))
+                self.logprobs = False
+                return found
+        return first_better(self.server.choice(messages, **options))
+
+
+def first_better(choice: dict[str, Any]) -> float | None:
+    """Probability of "A" against "B" in a server's choice; None if it says neither."""
+    mass = {"A": 0.0, "B": 0.0}
+    logprobs = choice.get("logprobs")
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    top = tokens[0].get("top_logprobs") if isinstance(tokens, list) and tokens and isinstance(tokens[0], dict) else None
+    for entry in top if isinstance(top, list) else []:
+        token, logprob = (entry.get("token"), entry.get("logprob")) if isinstance(entry, dict) else (None, None)
+        if isinstance(token, str) and token.strip() in mass and isinstance(logprob, (int, float)):
+            mass[token.strip()] += math.exp(min(logprob, 0.0))
+    if sum(mass.values()) > 0:
+        return mass["A"] / sum(mass.values())
+    letter = re.search(r"\b[AB]\b", choice["text"])
+    return None if letter is None else float(letter[0] == "A")

@@ -1,0 +1,264 @@
+"""Judges: a model's own preference against a sum by hand, both orders, a server on this machine, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+from rlhf_trainer.constitution import load_constitution
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
+from rlhf_trainer.models import encode_completion, encode_prompt, load_causal, load_tokenizer
+from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.server import Server
+
+ASKED = (["one day", "two"], ["good", "yes thanks"], ["bad fool night", "no"])
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@contextmanager
+def serving(answer):
+    """An OpenAI-compatible server: `answer(path, payload)` gives (status, object or bytes); yields (URL, payloads)."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, payload):
+            seen.append((self.path, payload, dict(self.headers)))
+            status, body = answer(self.path, payload)
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.reply(None)
+
+        def do_POST(self):
+            self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def said(text, top=None):
+    logprobs = None if top is None else {"content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]}
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = build_tokenizer(["good bad A B answer better one two the is question prompt"] * 4, 320)
+    return build_model("llama", tokenizer, hidden_size=32, layers=2, heads=2, max_length=512).eval(), tokenizer
+
+
+def test_a_model_is_asked_for_the_two_letters(parts):
+    """Against the whole logits of one unpadded row in float64; the batch has rows of several lengths."""
+    model, tokenizer = parts
+    judge = ModelJudge(model, tokenizer, "Which is kinder?")
+    found = judge(*ASKED)
+    for row, probability in enumerate(found):
+        prompt, first, second = (column[row] for column in ASKED)
+        text = (
+            f"Prompt: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nQuestion: Which is kinder? Say A or B."
+            "\n\nThe better answer is"
+        )
+        sums = []
+        for option in OPTIONS:
+            ids, tail = encode_prompt(tokenizer, text), encode_completion(tokenizer, option, eos=False)
+            logits = model(input_ids=torch.tensor([ids + tail])).logits[0].double().log_softmax(-1)
+            sums.append(sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(tail)))
+        a, b = map(math.exp, sums)
+        assert probability == pytest.approx(a / (a + b), abs=1e-5)
+        assert judge.mass[row] == pytest.approx(a + b, rel=1e-4)
+    assert judge(*ASKED, ["Which is longer?"] * 2) != found
+
+
+def test_a_chat_model_is_asked_by_its_template_with_examples(parts):
+    model, tokenizer = parts
+    tokenizer = tokenizer.__class__(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = CHAT
+    shots = load_constitution().shots
+    judge = ModelJudge(model, tokenizer, shots=shots)
+    written = judge._written("Which?")
+    assert written.startswith(f"<user>Prompt: {shots[0].prompt}\n\nAnswer A: {shots[0].answer}")
+    assert "<assistant>The better answer is B<user>" in written  # the revision, in turns as B and as A
+    assert written.endswith("<assistant>The better answer is A<user>Which?<a>The better answer is")
+    plain = ModelJudge(model, tokenizer, shots=shots[:1], chat=False)._written("Which?")
+    assert plain.endswith("\n\nThe better answer is B\n\n---\n\nWhich?\n\nThe better answer is")
+
+
+def test_a_comparison_beyond_the_context_loses_its_beginning(parts):
+    model, tokenizer = parts
+    judge = ModelJudge(model, tokenizer)
+    (probability,) = judge(["good " * 600], ["one"], ["two"])
+    assert 0 < probability < 1
+    assert judge.cut == 1
+
+
+def test_encoder_decoder_models_judge_too():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = build_tokenizer(["good bad A B"] * 4, 300)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes, **ids)).eval()
+    first, second = (ModelJudge(model, tokenizer, batch_size=size)(*ASKED) for size in (1, 8))
+    assert first == pytest.approx(second, abs=1e-5)
+    assert first[0] != first[1]
+
+
+def test_both_orders_cancel_a_liking_for_a_place():
+    first, second = both_orders(lambda p, a, b: [1.0] * len(p), *ASKED)
+    assert first.tolist() == [1.0, 1.0]
+    assert ((first + second) / 2).tolist() == [0.5, 0.5]
+    fair = both_orders(lambda p, a, b: [float(len(x) < len(y)) for x, y in zip(a, b, strict=True)], *ASKED)
+    assert [side.tolist() for side in fair] == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_a_function_gets_the_questions_if_it_wants_them():
+    seen = []
+
+    def judge(prompts, answers, others, questions):
+        seen.append(questions)
+        return [0.5] * len(prompts)
+
+    both_orders(judge, *ASKED, ["kinder?", "truer?"])
+    assert seen == [["kinder?", "truer?"]] * 2
+    both_orders(lambda p, a, b: [0.5] * len(p), *ASKED, ["kinder?", "truer?"])
+
+
+def test_a_server_is_asked_by_logprobs():
+    def answer(path, payload):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "first"}, {"id": "second"}]}
+        return 200, said("A", [("A", math.log(0.6)), (" B", math.log(0.2)), ("The", math.log(0.1))])
+
+    with serving(answer) as (url, seen):
+        judge = load_judge(url, question="Which is kinder?")
+        assert judge(*ASKED) == pytest.approx([0.75, 0.75])
+        asked = [payload for path, payload, _ in seen if path == "/v1/chat/completions"]
+        assert {payload["model"] for payload in asked} == {"first"}
+        assert all(payload["logprobs"] and payload["temperature"] == 0 for payload in asked)
+        assert any("Answer A: good\n\nAnswer B: bad fool night" in p["messages"][-1]["content"] for p in asked)
+        load_judge(f"{url}#mine")(*ASKED)
+        assert seen[-1][1]["model"] == "mine"
+
+
+def test_a_server_without_logprobs_is_asked_by_text():
+    texts = {"one day": "I prefer B.", "two": "neither"}
+
+    def answer(path, payload):
+        if payload.get("logprobs"):
+            return 400, {"error": {"message": "logprobs are not supported"}}
+        content = payload["messages"][-1]["content"]
+        return 200, said(next(text for prompt, text in texts.items() if f"Prompt: {prompt}\n" in content))
+
+    with serving(answer) as (url, seen):
+        judge = ServerJudge(Server(f"{url}#m", parallel=1))
+        assert judge(*ASKED) == [0.0, 0.5]
+        assert judge.unclear == 1
+        assert [bool(payload.get("logprobs")) for _, payload, _ in seen] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("choice", "probability"),
+    [
+        ({"text": "A"}, 1.0),
+        ({"text": "The better answer is B"}, 0.0),
+        ({"text": "BAD"}, None),
+        ({"text": ""}, None),
+        ({"text": "A", "logprobs": {"content": []}}, 1.0),
+        ({"text": "A", "logprobs": {"content": [{"top_logprobs": None}]}}, 1.0),
+        ({"text": "B", "logprobs": {"content": [{"top_logprobs": [{"token": "x", "logprob": -1.0}]}]}}, 0.0),
+    ],
+)
+def test_what_a_reply_says(choice, probability):
+    assert first_better(choice) == probability
+
+
+def test_a_passing_failure_is_tried_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RLHF_SERVER_KEY", "secret")
+    replies = iter([(503, {"error": "busy"}), (429, b"slow down"), (200, said("B"))])
+    with serving(lambda path, payload: next(replies)) as (url, seen):
+        assert Server(f"{url}#m").choice([{"role": "user", "content": "?"}])["text"] == "B"
+        assert len(seen) == 3
+        assert seen[0][2]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((500, {"error": {"message": "out of\nmemory"}}), "HTTP 500: out of memory"),
+        ((404, b"no such page"), "HTTP 404: no such page"),
+        ((200, b"<html>"), "replied with something that is not JSON: b'<html>'"),
+        ((200, [1]), "replied with a list, expected an object"),
+        ((200, {"choices": []}), "a reply without a choice"),
+        ((200, {"choices": [{"message": None}]}), "a reply without a choice"),
+    ],
+)
+def test_a_server_that_fails_is_one_sentence(monkeypatch, reply, reason):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with serving(lambda path, payload: reply) as (url, _), pytest.raises(UserError) as error:
+        Server(f"{url}#m", retries=1).choice("text")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_server_no_model_and_no_address(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with (
+        serving(lambda path, payload: (200, {"data": []})) as (url, _),
+        pytest.raises(UserError, match="names no model"),
+    ):
+        Server(url)
+    with pytest.raises(UserError, match=r"no reply in 2 tries: .*refused"):
+        Server(url, retries=1)  # it is gone by now
+    with pytest.raises(UserError, match="not a server's address"):
+        Server("http://")
+
+
+def test_a_slow_server_is_not_waited_for_forever():
+    release = threading.Event()
+
+    def answer(path, payload):
+        release.wait(10)
+        return 200, said("A")
+
+    with serving(answer) as (url, _):
+        with pytest.raises(UserError, match=r"no reply in 1 tries: .*timed out"):
+            Server(f"{url}#m", retries=0, timeout=0.1).choice("text")
+        release.set()
+
+
+def test_load_judge_knows_folders_and_functions(tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    judge = load_judge(folder, question="Which?")
+    tokenizer = load_tokenizer(folder)
+    same = ModelJudge(load_causal(folder, tokenizer).eval(), tokenizer, "Which?")
+    assert judge(*ASKED) == same(*ASKED)
+    (tmp_path / "j.py").write_text("def judge(prompts, answers, others):\n    return [0.25] * len(prompts)\n")
+    assert load_judge(f"{tmp_path}/j.py:judge")(*ASKED) == [0.25, 0.25]
+    with pytest.raises(UserError, match="no such tokenizer folder"):
+        load_judge(f"{tmp_path}/nothing")
