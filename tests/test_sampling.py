@@ -288,6 +288,21 @@ def _splitmix(seed: int, row: int) -> float:
     return (mix((mix(seed) + (row + 1) * 0x9E3779B97F4A7C15) & full) >> 11) * 2.0**-53
 
 
+def test_uniform_given(backend: Backend) -> None:
+    """Any numbers in any order of the rows: the u of a row goes with it."""
+    logits = torch.randn(2, 15, 50, device=backend.device)
+    uniform = torch.rand(2, 15, dtype=torch.float64, device=backend.device)
+    tokens, logprobs = rk.sample_tokens(logits, uniform=uniform)
+    alone = [rk.sample_tokens(logits[1, n], uniform=uniform[1, n]) for n in range(15)]
+    assert torch.equal(tokens[1], torch.stack([token for token, _ in alone]))
+    assert torch.equal(logprobs[1], torch.stack([logprob for _, logprob in alone]))
+    order = torch.randperm(15, device=backend.device)[:7]
+    some, their_logprobs = rk.sample_tokens(logits[:, order], uniform=uniform[:, order])
+    assert torch.equal(some, tokens[:, order])
+    assert torch.equal(their_logprobs, logprobs[:, order])
+    assert torch.equal(rk.sample_tokens(logits, uniform=torch.zeros_like(uniform))[0], torch.zeros_like(tokens))
+
+
 def test_generator_and_seed(backend: Backend) -> None:
     logits = edge_cases.logits_of("normal", (8, 40), torch.float32).to(backend.device)
 
@@ -333,6 +348,11 @@ def test_refusals() -> None:
         (ValueError, "temperature holds a value", {"temperature": torch.tensor([1.0, 0.0, 1.0])}),
         (ValueError, r"temperature has shape \[2\]", {"temperature": torch.ones(2)}),
         (ValueError, r"mask has shape \[5\]", {"mask": torch.ones(5)}),
+        (TypeError, "uniform is torch.float32", {"uniform": torch.zeros(3)}),
+        (TypeError, "uniform is float", {"uniform": 0.5}),
+        (ValueError, r"uniform has shape \[2\]", {"uniform": torch.zeros(2, dtype=torch.float64)}),
+        (ValueError, "uniform holds a value outside", {"uniform": torch.ones(3, dtype=torch.float64)}),
+        (ValueError, "uniform is given, and", {"uniform": torch.zeros(3, dtype=torch.float64), "seed": 1}),
     ):
         with pytest.raises(error, match=rf"sample_tokens: {text}"):
             rk.sample_tokens(logits, **options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_kernels import sample_tokens
 from rlhf_trainer import seq2seq
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import position_ids
@@ -58,9 +59,9 @@ def encode_prompts(
     return rows
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw one token per row of logits [B, V] from softmax(logits / temperature): no top-k, no top-p."""
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """One token per row of logits [B, V] from softmax(logits / temperature), by uniform [B]: no top-k, no top-p."""
+    return sample_tokens(logits, temperature=temperature, uniform=uniform)[0]
 
 
 def check_logits(logits: Tensor, prompts: Sequence[str]) -> None:
@@ -104,8 +105,13 @@ def generate(
     temperature: float = 1.0,
     stop_token: str | None = None,
 ) -> Rollout:
-    """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache."""
+    """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
+
+    The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row.
+    """
     device = next(model.parameters()).device
+    shape = (max_new_tokens, len(prompts))
+    uniform = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
     ids, mask = left_pad(encode_prompts(model, tokenizer, prompts, max_new_tokens), tokenizer.pad_token_id)
     ids, mask = ids.to(device), mask.to(device)
     stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
@@ -113,10 +119,10 @@ def generate(
     steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     prompt_length = ids.shape[1]
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = steps.next_logits(ids, mask)
         check_logits(logits, prompts)
-        token = sample(logits, temperature, generator)
+        token = sample(logits, temperature, uniform[step])
         token = torch.where(ended, tokenizer.pad_token_id, token)
         ids = torch.cat([ids, token.unsqueeze(1)], 1)
         mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)

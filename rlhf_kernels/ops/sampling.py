@@ -22,6 +22,7 @@ def sample_tokens(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    uniform: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw each row's next token, and return its logprob under exactly the distribution it was drawn from.
@@ -41,6 +42,8 @@ def sample_tokens(
         generator: source of u, on the device of logits; None is torch's own. The u of row n depends on all rows.
         seed: in [0, 2**63), instead of a generator: the u of row n is a hash of (seed, n), the same on every device, in
             any batch, and inside torch.compile. Take a new seed for every step.
+        uniform: [...] float64 in [0, 1), the u of every row, instead of both: for rows that are sorted or spread over
+            devices, and must be drawn alike. Its range is checked on the CPU, or with RLHF_KERNELS_CHECK=1.
         mask: [...] bool or 0/1, true where a token is wanted; masked rows of logits are never read.
 
     Returns:
@@ -50,7 +53,7 @@ def sample_tokens(
         Workspace: 8 bytes per 4096 logits on a GPU, none on the CPU.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or option; both `generator` and `seed`.
+        TypeError, ValueError: wrong dtype, shape, device or option; more than one of generator, seed and uniform.
     """
     logits = validate.float_tensor(OP, "logits", logits).detach()
     shape, _ = rows.check_logits(OP, "logits", logits)
@@ -62,8 +65,13 @@ def sample_tokens(
         _check_integer("top_k", top_k, 1)
     if top_p is not None:
         validate.number(OP, "top_p", top_p, above=0, high=1)
-    uniform = _uniform(generator, seed, shape.numel(), logits.device)
-    return _draw(logits, uniform, mask, temperature if row_temperature is None else row_temperature, top_k, top_p)
+    if uniform is None:
+        numbers = _uniform(generator, seed, shape.numel(), logits.device)
+    elif generator is None and seed is None:
+        numbers = _given(uniform, shape, logits)
+    else:
+        raise ValueError(f"{OP}: uniform is given, and a generator or a seed too; it takes one of them or none")
+    return _draw(logits, numbers, mask, temperature if row_temperature is None else row_temperature, top_k, top_p)
 
 
 def _check_integer(name: str, value: object, low: int) -> None:
@@ -89,6 +97,17 @@ def _uniform(generator: torch.Generator | None, seed: int | None, count: int, de
                 f"{OP}: generator is on {generator.device}, logits on {device}; both must be on one device"
             )
     return torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+
+
+def _given(uniform: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
+    """The caller's numbers [...] as [N]."""
+    if not isinstance(uniform, Tensor) or uniform.dtype != torch.float64:
+        found = uniform.dtype if isinstance(uniform, Tensor) else type(uniform).__name__
+        raise TypeError(f"{OP}: uniform is {found}; it takes a float64 tensor or None")
+    validate.same_place(OP, "uniform", uniform, "logits", shape, logits.device)
+    if rows.reading_is_free(logits) and not bool(((uniform >= 0) & (uniform < 1)).all()):
+        raise ValueError(f"{OP}: uniform holds a value outside [0, 1)")
+    return uniform.reshape(-1).contiguous()
 
 
 def _draw(

@@ -42,8 +42,10 @@ def test_cached_sampling_equals_the_full_forward(model, tokenizer, monkeypatch):
     """The logprob under which each token was sampled, against the training forward."""
     sampled = []
 
-    def recording(logits, temperature, generator):
-        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+    draw = rollout_module.sample
+
+    def recording(logits, temperature, uniform):
+        token = draw(logits, temperature, uniform)
         sampled.append((logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0])
         return token
 
@@ -97,7 +99,8 @@ def test_seeds_reproduce(model, tokenizer):
 
 def test_sampling_draws_from_the_whole_tempered_distribution():
     logits = torch.tensor([2.0, 0.0, -3.0, float("-inf")]).expand(200_000, 4)
-    drawn = rollout_module.sample(logits, 0.5, torch.Generator().manual_seed(0))
+    uniform = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = rollout_module.sample(logits, 0.5, uniform)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=2e-3, rtol=0)
     assert shares[2] > 0  # 4.5e-5: no top-k, no top-p
