@@ -29,7 +29,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAIN, REFERENCE, REWARD = "default", "reference", "reward"  # peft's name for the only one, and ours for its neighbours
 PREFIX = "base_model.model."  # of every name in peft's files
-HEAD = "score"  # a reward model's head, kept beside its adapter
+HEADS = ("score", "classification_head")  # a reward model's head by architecture, kept beside its adapter
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def add_adapter(model: PreTrainedModel, cfg: Any, task: str | None = None) -> Pr
         lora_alpha=cfg.lora_alpha,
         lora_dropout=getattr(cfg, "lora_dropout", 0.0),  # PPO has none: its ratios compare two forward passes
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        exclude_modules=rf"{HEADS[1]}\..*" if hasattr(model, HEADS[1]) else None,  # peft knows the other by itself
         task_type=task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"),
         base_model_name_or_path=base_name(model),
     )
@@ -173,7 +174,7 @@ def config_of(path: str | Path) -> LoraConfig | None:
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA is supported")
     if not config.base_model_name_or_path:
         raise UserError(f"{path}/{CONFIG} names no base model; write its folder to base_model_name_or_path")
-    if set(config.modules_to_save or []) - {HEAD}:
+    if set(config.modules_to_save or []) - set(HEADS):
         raise UserError(f"{path}: besides LoRA it replaces {sorted(config.modules_to_save)}; merge it with peft first")
     return config
 
@@ -214,8 +215,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot read the adapter: {' '.join(str(error).split())[:300]}") from None
     named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    head = {key.removeprefix(f"{HEAD}."): tensor for key, tensor in named.items() if key.startswith(f"{HEAD}.")}
-    return {key: tensor for key, tensor in named.items() if not key.startswith(f"{HEAD}.")}, head
+    head = {key.partition(".")[2]: tensor for key, tensor in named.items() if key.partition(".")[0] in HEADS}
+    return {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in HEADS}, head
 
 
 def attach(model: PreTrainedModel, path: str | Path, name: str = MAIN, trained: bool = True) -> dict[str, Tensor]:
@@ -233,7 +234,7 @@ def attach_reward(model: PreTrainedModel, path: str | Path) -> nn.Linear:
     """Put a reward model's adapter on the base that `model` already carries, and return its head."""
     head = attach(model, path, REWARD, trained=False)
     if "weight" not in head:
-        raise UserError(f"{path}: the adapter has no `{HEAD}` head, so that it is no reward model")
+        raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
     linear = nn.Linear(head["weight"].shape[1], head["weight"].shape[0], bias="bias" in head)
     linear.load_state_dict(head)
     return linear.requires_grad_(False)
@@ -244,10 +245,10 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
     tensors = get_peft_model_state_dict(model, adapter_name=MAIN, save_embedding_layers=False)
-    head = getattr(model, HEAD, None)
-    if isinstance(head, nn.Module):
-        tensors = tensors | {f"{HEAD}.{key}": tensor for key, tensor in head.state_dict().items()}
-        lora.modules_to_save = [HEAD]
+    for name in HEADS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in getattr(model, name).state_dict().items()}
+            lora.modules_to_save = [name]
     lora.inference_mode = True
     lora.save_pretrained(str(folder))
     tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

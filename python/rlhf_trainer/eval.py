@@ -25,7 +25,14 @@ from rlhf_trainer.estimates import (
 )
 from rlhf_trainer.eval_gates import check_gates, judged, parse_gates, wins
 from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
-from rlhf_trainer.models import classifier_outputs, load_causal, load_reward_model, load_tokenizer, resolve_device
+from rlhf_trainer.models import (
+    classifier_outputs,
+    load_causal,
+    load_reward_model,
+    load_tokenizer,
+    resolve_device,
+    score_head,
+)
 from rlhf_trainer.ppo import token_outputs
 from rlhf_trainer.report import print_report, write_report
 from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
@@ -192,7 +199,9 @@ def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
     if not Path(cfg.toxicity).is_dir():
         return load_reward(cfg.toxicity)
     model = load_reward_model(cfg.toxicity, trust_remote_code=cfg.trust_remote_code).to(device).eval()
-    tokenizer = load_tokenizer(cfg.toxicity, cfg.pad_token, cfg.trust_remote_code, generates=hasattr(model, "score"))
+    tokenizer = load_tokenizer(
+        cfg.toxicity, cfg.pad_token, cfg.trust_remote_code, generates=score_head(model) is not None
+    )
     index = label_index(model.config, cfg.toxicity_label, cfg.toxicity, "--toxicity_label")
     independent = model.config.num_labels == 1 or model.config.problem_type == "multi_label_classification"
 

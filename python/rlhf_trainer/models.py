@@ -27,7 +27,7 @@ from transformers.utils import logging
 from rlhf_trainer import adapters
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
-from rlhf_trainer.seq2seq import settle_attention
+from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
 
 NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} beside a reward model
 
@@ -172,15 +172,18 @@ def _load_reward_adapter(
     num_labels: int | None,
 ) -> PreTrainedModel:
     _, head = adapters.read_weights(path)
-    if "weight" not in head and num_labels is None:
-        raise UserError(f"{path}: the adapter has no `{adapters.HEAD}` head, so that it is no reward model")
-    labels = len(head["weight"]) if "weight" in head else num_labels
+    weight = head.get("weight", head.get("out_proj.weight"))
+    if weight is None and num_labels is None:
+        raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
+    labels = len(weight) if weight is not None else num_labels
     with quiet():
         model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels)
     adapters.attach(model, path)
-    model.score.requires_grad_(True)
-    if "weight" in head:
-        model.score.load_state_dict(head)
+    own = score_head(model)
+    if own is not None:
+        own.requires_grad_(True)
+        if head:
+            own.load_state_dict(head)
     return model
 
 
@@ -283,16 +286,24 @@ def context_length(model: PreTrainedModel) -> int | None:
 # Scores
 
 
+def score_head(model: nn.Module) -> nn.Module | None:
+    """The head that reads a decoder's state at the last token; None of a classifier that pools in its own way."""
+    return next((getattr(model, name) for name in adapters.HEADS if hasattr(model, name)), None)
+
+
 def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: nn.Module | None = None) -> Tensor:
     """ids, mask [B, L] -> the classifier's outputs [B, num_labels] at each row's last real token by the mask.
 
-    `head` in place of the model's own.
+    `head` in place of the model's own. An encoder-decoder model has the whole row in its encoder and again, one later,
+    in its decoder, as its own classifier does.
 
     Not the model's own pooling, which looks for the pad id and errs where PAD is EOS.
     """
-    hidden = hidden_states(model, ids, mask)
-    last = mask.long().cumsum(-1).argmax(-1)
-    head = model.score if head is None else head
+    if is_encoder_decoder(model):
+        hidden, last = sequence_states(model, ids, mask), mask.sum(-1) - 1
+    else:
+        hidden, last = hidden_states(model, ids, mask), mask.long().cumsum(-1).argmax(-1)
+    head = score_head(model) if head is None else head
     return head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
 
 
@@ -327,7 +338,7 @@ def classifier_outputs(
     """
     device = next(model.parameters()).device
     outputs = torch.empty(len(prompts), model.config.num_labels if head is None else head.out_features)
-    if head is None and not hasattr(model, "score"):
+    if head is None and score_head(model) is None:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]

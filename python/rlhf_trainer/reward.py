@@ -1,4 +1,4 @@
-"""`rlhf reward`: a scalar head on a causal backbone, -log sigmoid(r(chosen) - r(rejected) - margin) per pair."""
+"""`rlhf reward`: a scalar head on any backbone, -log sigmoid(r(chosen) - r(rejected) - margin) per pair."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from rlhf_trainer.models import (
     quiet,
     resolve_device,
     save_folder,
+    score_head,
     score_sequences,
 )
 from rlhf_trainer.pair_figures import calibration_figure, judge, length_baseline, summary
@@ -42,7 +43,7 @@ from rlhf_trainer.supervised import (
     validate_options,
 )
 
-SUMMARY = "Train a reward model on preference pairs, starting from a causal language model (usually the SFT model)."
+SUMMARY = "Train a reward model on preference pairs, starting from a language model (usually the SFT model)."
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"
 REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken from
 
@@ -86,9 +87,17 @@ class RewardResult:
         return ((raw - self.figures["reference_mean"]) / self.figures["reference_std"]).tolist()
 
 
+def linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The layer that gives the score: the head of a decoder, the last of an encoder-decoder model's."""
+    head = score_head(model)
+    last = getattr(head, "out_proj", head)
+    return last if isinstance(last, nn.Linear) else None
+
+
 def init_head(model: PreTrainedModel) -> None:
     """Score head ~ N(0, 1/(d + 1)): scores of order 1 from unit-variance states (Stiennon et al. 2020)."""
-    head = model.score
+    head = linear_head(model)
+    assert head is not None
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
@@ -106,15 +115,20 @@ def load_for_training(cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_head(model: PreTrainedModel, name: str) -> None:
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; a causal backbone is needed")
+    if linear_head(model) is None:
+        raise UserError(
+            f"{name}: {type(model).__name__} has no head at the last token; a causal or encoder-decoder backbone "
+            "is needed"
+        )
 
 
 def prepare(cfg: RewardConfig, model: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter that cfg asks for; its head is trained whatever else is."""
     check_head(model, cfg.model or "model")
     adapters.add_adapter(model, cfg, "SEQ_CLS")
-    model.score.requires_grad_(True)
+    head = score_head(model)
+    assert head is not None
+    head.requires_grad_(True)
     return model
 
 

@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.adapters import REWARD, Adapter, active, attach_reward, shares_base
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import fit_vocabulary, load_normalisation, load_reward_model, load_tokenizer, score_sequences
+from rlhf_trainer.models import (
+    fit_vocabulary,
+    load_normalisation,
+    load_reward_model,
+    load_tokenizer,
+    score_head,
+    score_sequences,
+)
+from rlhf_trainer.seq2seq import is_encoder_decoder
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -39,22 +47,23 @@ def load_reward(
             from `rlhf reward` (its scores normalised as its folder says) or any classifier.
         label: for a classifier of several classes, the class whose *logit* is the reward, by name or number.
         completion_only: show a classifier the completion without its prompt.
-        base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy.
+        base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy
+            (decoders only).
     """
     if ":" in source and not Path(source).is_dir():
         return load_function(source)
     mean, std = load_normalisation(source)
     model: PreTrainedModel | Adapter
     head: nn.Linear | None = None
-    if base is not None and shares_base(base, source):
+    if base is not None and not is_encoder_decoder(base) and shares_base(base, source):
         head = attach_reward(base, source).to(device)
         model, index = Adapter(base, REWARD), output_index(head.out_features, label, source)
         tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
     else:
         model = load_reward_model(source, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=hasattr(model, "score"))
+        tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=score_head(model) is not None)
         index = label_index(model.config, label, source)
-        model = fit_vocabulary(model, tokenizer if hasattr(model, "score") else None).to(device).eval()
+        model = fit_vocabulary(model, tokenizer if score_head(model) is not None else None).to(device).eval()
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts

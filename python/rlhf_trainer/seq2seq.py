@@ -41,6 +41,11 @@ def close_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Te
     if eos is not None:
         ids = torch.cat([ids, ids.new_full((len(ids), 1), eos)], 1)
         mask = torch.cat([mask, mask.new_ones((len(ids), 1))], 1)
+    return pad_right(ids, mask)
+
+
+def pad_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask [B, L] with the padding moved to the right."""
     order = (~mask).int().argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
 
@@ -64,6 +69,25 @@ def response_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: in
         attention_mask=torch.ones_like(inputs),
         encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=encoder_mask,
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def sequence_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Left-padded rows [B, L] -> the decoder's states [B, L, D], padded on the right, as its classifiers do.
+
+    The row is the encoder's input and, after the start token, the decoder's: every state has read all of it.
+    """
+    ids, mask = pad_right(ids, mask)
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask.long())
+    first = ids.new_full((len(ids), 1), start_token(model))
+    inputs = torch.cat([first, ids[:, :-1]], 1)
+    output = model.get_decoder()(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask.long(),
         use_cache=False,
     )
     return output.last_hidden_state

@@ -264,7 +264,7 @@ def test_a_model_without_linear_score_head_is_refused(tmp_path, data, capsys):
     BertForSequenceClassification(bert).save_pretrained(folder)
     arguments = ["--model", folder, "--data", data, "--output_dir", str(tmp_path / "out")]
     assert main(["reward", *arguments]) == 2
-    assert "a causal backbone is needed" in capsys.readouterr().err
+    assert "a causal or encoder-decoder backbone is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from peft import PeftModel
 from tiny import WORDS
 from transformers import (
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     BertForSequenceClassification,
@@ -20,13 +21,22 @@ from transformers import (
     UMT5Config,
 )
 
-from rlhf_trainer import PPOConfig, ppo, sft, train_ppo
+from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_reward
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
 from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.forward import logits_of, response_states
-from rlhf_trainer.models import encode_prompt, left_pad, load_causal, load_tokenizer, save_folder
+from rlhf_trainer.models import (
+    encode_prompt,
+    left_pad,
+    load_causal,
+    load_normalisation,
+    load_tokenizer,
+    quiet,
+    save_folder,
+)
 from rlhf_trainer.new_model import build_tokenizer
+from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.seq2seq import close_prompts
 from rlhf_trainer.supervised import encode_row
@@ -197,6 +207,35 @@ def test_the_detoxify_config(t5, tmp_path):
     assert result.metrics[0]["objective/kl"] == 0.0
     trained = sum(p.numel() for p in result.policy.parameters() if p.requires_grad)
     assert 0 < trained < 0.5 * sum(p.numel() for p in result.policy.parameters())
+
+
+def test_reward_model(folder, tmp_path):
+    train_and_compare_reward(folder, tmp_path)
+
+
+def test_reward_model_with_lora(t5, tmp_path):
+    train_and_compare_reward(t5, tmp_path, lora_r=4, lora_targets=["all-linear"])
+
+
+def train_and_compare_reward(folder, tmp_path, **lora):
+    """The folder's own class scores a text as we do; the reward prefers what the labellers did."""
+    pairs = [{"prompt": prompt, "chosen": " thanks yes", "rejected": " fool"} for prompt in PROMPTS]
+    data, out = str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), tmp_path / "reward"
+    options = {"heldout": 1, "batch_size": 4, "epochs": 8, "lr": 1e-2, "device": "cpu", **lora}
+    result = train_reward(RewardConfig(model=folder, data=data, output_dir=str(out), **options))
+    assert result.figures["heldout"]["accuracy"] == 1.0
+    score = load_reward(str(out))
+    good, bad = score(PROMPTS, [" thanks yes"] * 4), score(PROMPTS, [" fool"] * 4)
+    assert min(good) > max(bad)
+    assert result.score(PROMPTS, [" fool"] * 4) == pytest.approx(bad, abs=1e-4)
+    tokenizer = load_tokenizer(folder)
+    with torch.no_grad(), quiet():
+        theirs = AutoModelForSequenceClassification.from_pretrained(folder if lora else out, num_labels=1)
+        theirs = (PeftModel.from_pretrained(theirs, out) if lora else theirs).eval()
+        ids = torch.tensor([[*encode_prompt(tokenizer, PROMPTS[1] + " fool"), tokenizer.eos_token_id]])
+        raw = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+    mean, std = load_normalisation(out)
+    assert bad[1] == pytest.approx((raw - mean) / std, abs=1e-3)
 
 
 def test_dpo_generate_and_eval(t5, tmp_path):
