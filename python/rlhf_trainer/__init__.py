@@ -1,6 +1,6 @@
 """The pipeline of RLHF on rlhf_kernels' ops: SFT, reward model, DPO, PPO, evaluation; `rlhf --help`.
 
-From Python: `from rlhf_trainer import PPOConfig, train_ppo`, or `DPOConfig, train_dpo`.
+Every command is a function too, `train_sft(SFTConfig(...))`: a config, and objects in place of what it would load.
 """
 
 from __future__ import annotations
@@ -10,42 +10,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_trainer.bon import BonConfig, BonResult, best_of_n
+    from rlhf_trainer.data import Example, Pair
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
+    from rlhf_trainer.errors import InvariantError, UserError
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
+    from rlhf_trainer.prefs import PrefsConfig, PrefsResult, make_pairs
     from rlhf_trainer.reward import RewardConfig, RewardResult, train_reward
+    from rlhf_trainer.rewards import load_reward
+    from rlhf_trainer.sft import SFTConfig, SFTResult, train_sft
 
-STAGE_OF = {
-    "BonConfig": "bon",
-    "BonResult": "bon",
-    "best_of_n": "bon",
-    "DPOConfig": "dpo",
-    "DPOResult": "dpo",
-    "train_dpo": "dpo",
-    "PPOConfig": "ppo",
-    "PPOResult": "ppo",
-    "train_ppo": "ppo",
-    "RewardConfig": "reward",
-    "RewardResult": "reward",
-    "train_reward": "reward",
+MODULES = {
+    "bon": ("BonConfig", "BonResult", "best_of_n"),
+    "data": ("Example", "Pair"),
+    "dpo": ("DPOConfig", "DPOResult", "train_dpo"),
+    "errors": ("InvariantError", "UserError"),
+    "ppo": ("PPOConfig", "PPOResult", "train_ppo"),
+    "prefs": ("PrefsConfig", "PrefsResult", "make_pairs"),
+    "reward": ("RewardConfig", "RewardResult", "train_reward"),
+    "rewards": ("load_reward",),
+    "sft": ("SFTConfig", "SFTResult", "train_sft"),
 }
+MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
 __all__ = [
     "BonConfig",
     "BonResult",
     "DPOConfig",
     "DPOResult",
+    "Example",
+    "InvariantError",
     "PPOConfig",
     "PPOResult",
+    "Pair",
+    "PrefsConfig",
+    "PrefsResult",
     "RewardConfig",
     "RewardResult",
+    "SFTConfig",
+    "SFTResult",
+    "UserError",
     "best_of_n",
+    "load_reward",
+    "make_pairs",
     "train_dpo",
     "train_ppo",
     "train_reward",
+    "train_sft",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The loop is imported on first use: transformers takes seconds, which `rlhf --help` need not wait for."""
-    if name not in STAGE_OF:
+    """A stage is imported on first use: transformers takes seconds, which `rlhf --help` need not wait for."""
+    if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"rlhf_trainer.{STAGE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"rlhf_trainer.{MODULE_OF[name]}"), name)

@@ -39,7 +39,7 @@ COMMANDS = {"instructions": prefs_instructions}
 
 
 @dataclass
-class Config:
+class PrefsConfig:
     data: list[str] = option([], "files, folders or data set names; rankings of the same completions are merged")
     output: str = option("", "file of pairs to write: {prompt, chosen, rejected} a line, `label` 0.5 for a tie")
     check: bool = option(False, "only print what was understood, with three examples; write nothing")
@@ -63,8 +63,11 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
+Config = PrefsConfig
+
+
 @dataclass
-class Result:
+class PrefsResult:
     """Pairs to write, what became of the comparisons, and how far the labellers agree (None without labellers)."""
 
     pairs: list[Pair]
@@ -74,7 +77,7 @@ class Result:
     ranked: list[Ranked] = field(default_factory=list)
 
 
-def read_options(cfg: Config) -> Options:
+def read_options(cfg: PrefsConfig) -> Options:
     columns = {}
     for entry in cfg.columns:
         ours, equals, theirs = entry.partition("=")
@@ -86,7 +89,22 @@ def read_options(cfg: Config) -> Options:
     return Options(tokenizer, columns, markers)
 
 
-def prepare(cfg: Config) -> Result:
+def make_pairs(cfg: PrefsConfig) -> PrefsResult:
+    """Read everything, vote, check the pairs; with cfg.output they are written, the report beside them.
+
+    Raises:
+        UserError: a file that cannot be read or understood, a name that is no labeller's, or no pair at all.
+    """
+    require(cfg, "data")
+    result = prepare(cfg)
+    if not result.pairs:
+        raise UserError(f"{', '.join(cfg.data)}: no pair came of it")
+    if cfg.output and not cfg.check:
+        write_files(cfg, result)
+    return result
+
+
+def prepare(cfg: PrefsConfig) -> PrefsResult:
     """Read everything, vote, check the pairs; nothing is written."""
     if cfg.format not in ("auto", *FORMATS):
         raise UserError(f"--format {cfg.format}: not one of auto, {', '.join(FORMATS)}")
@@ -97,7 +115,7 @@ def prepare(cfg: Config) -> Result:
     voted = ((pair, where) for record, where in kept for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
     pairs = check_pairs([*read.pairs, *voted])
     ranked = [record for record, _ in kept if record.rankings]
-    return Result(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked)
+    return PrefsResult(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked)
 
 
 def _leave_out(record: Ranked, names: list[str]) -> Ranked:
@@ -122,7 +140,7 @@ def pair_record(pair: Pair) -> dict[str, Any]:
     return record
 
 
-def report_lines(result: Result) -> list[str]:
+def report_lines(result: PrefsResult) -> list[str]:
     """What was read, what the labellers agree on, what became of the comparisons."""
     read, votes, lines = result.read, result.votes, []
     for findings, kind, count in zip(read.findings, read.formats, read.records, strict=True):
@@ -161,7 +179,7 @@ def example_lines(pairs: list[Pair], count: int = 3) -> list[str]:
     return lines
 
 
-def run(cfg: Config) -> dict[str, Any]:
+def run(cfg: PrefsConfig) -> dict[str, Any]:
     """Write `output` and beside it `.report.json`, and print the report; with `check` only print."""
     require(cfg, "data", *([] if cfg.check else ["output"]))
     result = prepare(cfg)
@@ -171,14 +189,20 @@ def run(cfg: Config) -> dict[str, Any]:
     if not result.pairs:
         raise UserError(f"{', '.join(cfg.data)}: no pair came of it")
     if not cfg.check:
-        write_jsonl(cfg.output, map(pair_record, result.pairs))
-        path = Path(cfg.output).with_suffix(".report.json")
-        path.write_text(json.dumps(report_record(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path = write_files(cfg, result)
         say(f"{cfg.output}: {len(result.pairs)} pairs; {path}")
     return {"pairs": len(result.pairs)}
 
 
-def report_record(result: Result) -> dict[str, Any]:
+def write_files(cfg: PrefsConfig, result: PrefsResult) -> Path:
+    """Write the pairs, and beside them the report, whose path is returned."""
+    write_jsonl(cfg.output, map(pair_record, result.pairs))
+    path = Path(cfg.output).with_suffix(".report.json")
+    path.write_text(json.dumps(report_record(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def report_record(result: PrefsResult) -> dict[str, Any]:
     read = result.read
     files = [
         {"path": str(findings.path), "format": kind, "records": count, "findings": findings.lines}

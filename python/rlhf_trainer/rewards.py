@@ -49,6 +49,9 @@ def load_reward(
         completion_only: show a classifier the completion without its prompt.
         base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy
             (decoders only).
+
+    Raises:
+        UserError: no such folder, file, function or class.
     """
     if ":" in source and not Path(source).is_dir():
         return load_function(source)

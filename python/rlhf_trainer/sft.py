@@ -40,8 +40,21 @@ EXAMPLE = "rlhf sft --model runs/base --data examples.jsonl --output_dir runs/sf
 
 
 @dataclass
-class Config(FitConfig):
+class SFTConfig(FitConfig):
     """Data: {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"} a line, or plain text."""
+
+
+Config = SFTConfig
+
+
+@dataclass
+class SFTResult:
+    """What `train_sft` returns: the trained model, its tokenizer, and the last step's metrics."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, float]
+    output_dir: str  # "": nothing was written
 
 
 def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
@@ -98,20 +111,40 @@ def encode_examples(
     return rows
 
 
-def run(cfg: Config) -> dict[str, Any]:
-    """Train, save an ordinary Hugging Face folder; returns the last metrics."""
-    require(cfg, "model", "data", "output_dir")
+def train_sft(
+    cfg: SFTConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    examples: Sequence[Example] | None = None,
+) -> SFTResult:
+    """Fine-tune a language model on completions. What is not passed as an object is loaded from what cfg names.
+
+    Args:
+        model, tokenizer: the model (trained in place; lora_r puts an adapter on it) and its tokenizer, which must have
+            a pad token other than EOS.
+        examples: the training examples; cfg.heldout of them are held out.
+
+    Without cfg.output_dir nothing is written.
+
+    Raises:
+        UserError: bad input, one sentence.
+    """
+    needed = {"model": model, "data": examples}
+    require(cfg, *(name for name, given in needed.items() if given is None))
     validate_options(cfg)
     device = resolve_device(cfg.device)
-    tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    examples, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    training, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
-    model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    if model is None:
+        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = adapters.add_adapter(model, cfg).to(device).train()
     limit = length_limit(cfg, model)
-    rows = encode_examples(tokenizer, examples, limit, findings)
+    rows = encode_examples(tokenizer, training, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
-    say_findings(cfg, len(examples), len(heldout), findings, heldout_findings, "examples")
+    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "examples")
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:
@@ -129,5 +162,12 @@ def run(cfg: Config) -> dict[str, Any]:
     metrics = fit(cfg, "sft", model, rows, task)
     if cfg.merge:
         adapters.merge(model)
-    save_folder(cfg.output_dir, model, tokenizer)
-    return metrics
+    if cfg.output_dir:
+        save_folder(cfg.output_dir, model, tokenizer)
+    return SFTResult(model.eval(), tokenizer, metrics, cfg.output_dir)
+
+
+def run(cfg: SFTConfig) -> dict[str, Any]:
+    """Train, save an ordinary Hugging Face folder; returns the last metrics."""
+    require(cfg, "model", "data", "output_dir")
+    return train_sft(cfg).metrics
