@@ -19,8 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_kernels import selected_logprobs
-from rlhf_trainer.forward import hidden_states, logits_of
+from rlhf_kernels import linear_logprobs
+from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import encode_completion, encode_prompt, left_pad
 
 LETTERS = "abcd"
@@ -123,8 +123,7 @@ def _sequences(
 
 def _logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Logprob of every target token [B, L - 1], 0 elsewhere."""
-    logits = logits_of(model, hidden_states(model, ids, mask)[:, :-1])
-    return selected_logprobs(logits, ids[:, 1:], mask=targets[:, 1:], temperature=temperature)
+    return linear_logprobs(**head_inputs(model, ids, mask, 1), mask=targets[:, 1:], temperature=temperature)
 
 
 @dataclass

@@ -1,14 +1,14 @@
-"""What one forward pass of a language model yields: hidden states, and the logits that belong to them."""
+"""What one forward pass of a language model yields: hidden states, and what the linear family makes logprobs of."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_kernels import head_of
 from rlhf_trainer import seq2seq
 
 
@@ -17,37 +17,37 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def decoder_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What the forward of a decoder, or of its backbone, takes for ids, mask [B, L]."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = position_ids(mask)
+    return inputs
+
+
 def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """ids, mask [B, L] -> last hidden states [B, L, D] of a causal LM's or classifier's backbone."""
     backbone = model.base_model
-    options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        options["position_ids"] = position_ids(mask)
-    return backbone(**options).last_hidden_state
+    return backbone(**decoder_inputs(backbone, ids, mask)).last_hidden_state
 
 
-def response_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -> Tensor:
-    """ids, mask [B, L] -> the states [B, L - start, D] from which the tokens at start.. are predicted."""
+def head_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -> dict[str, Any]:
+    """The arguments of the linear family for the tokens ids[:, start:]: hidden, labels, weight, bias and the like.
+
+    ids, mask [B, L]; hidden [B, L - start, D] holds the states from which the tokens are predicted, as the head gets
+    them. Of an encoder-decoder model the encoder gets ids[:, :start]. No logits are made.
+    """
+    head = head_of(model)
     if seq2seq.is_encoder_decoder(model):
-        return seq2seq.response_states(model, ids, mask, start)
-    return hidden_states(model, ids, mask)[:, start - 1 : -1]
+        hidden = head.hidden_states(**seq2seq.inputs(model, ids, mask, start))
+    else:
+        hidden = head.hidden_states(**decoder_inputs(model, ids, mask))[:, start - 1 : -1]
+    return {"hidden": hidden, "labels": ids[:, start:], **head.options()}
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The LM's logits [..., V] for hidden states [..., D], with its scaling and soft cap if it has them."""
-    if scales_states(model.config):
-        hidden = hidden * model.config.d_model**-0.5
-    logits = model.get_output_embeddings()(hidden)
-    if getattr(model, "final_logits_bias", None) is not None:  # BART
-        logits = logits + model.final_logits_bias
-    config = model.config.get_text_config()
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
-    return logits
+def backbone_states(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The head's input [..., D] as the decoder put it out, at the scale that a value head is initialised for."""
+    return hidden * model.config.d_model**0.5 if scales_states(model.config) else hidden
 
 
 def scales_states(config: Any) -> bool:

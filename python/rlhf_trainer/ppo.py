@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from rlhf_kernels import (
     gae,
     group_advantages,
+    linear_logprobs,
     per_token_kl,
     policy_loss,
-    selected_logprobs,
     shaped_rewards,
     value_loss,
     whiten,
@@ -27,7 +28,7 @@ from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.forward import logits_of, response_states
+from rlhf_trainer.forward import backbone_states, head_inputs
 from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
@@ -133,23 +134,22 @@ def token_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs, entropies and values [b, R] of the responses in `rows`, 0 at padding.
 
-    The logprob and the value of a token read the hidden state before it. Padding is cut to what these rows need, and
-    only counted positions reach the lm_head: the same rows always go through the same shapes, hence the same bits.
+    The logprob and the value of a token read the hidden state before it; logits are never in memory. Padding is cut to
+    what these rows need, and only counted positions reach the lm_head: the same rows always go through the same shapes,
+    hence the same bits.
     """
-    start, width = rollout.prompt_length, int(rollout.response_mask[rows].sum(-1).max())
+    start, length = rollout.prompt_length, rollout.response_mask.shape[1]
+    width = int(rollout.response_mask[rows].sum(-1).max())
     skip = start - int(rollout.mask[rows, :start].sum(-1).max())
     ids, mask = rollout.ids[rows, skip : start + width], rollout.mask[rows, skip : start + width]
     start -= skip
     counted = mask[:, start:]
-    before = response_states(policy, ids, mask, start)
-    chosen = ids[:, start:][counted]
-    logprobs, entropy = selected_logprobs(
-        logits_of(policy, before[counted]), chosen, temperature=temperature, with_entropy=True, inplace_backward=True
-    )
-    values = value_head(before[counted]) if value_head is not None else torch.zeros_like(logprobs)
-    shape = (len(rows), rollout.response_mask.shape[1])
-    place = rollout.response_mask[rows]
-    return tuple(logprobs.new_zeros(shape).masked_scatter(place, x) for x in (logprobs, entropy, values))
+    inputs = head_inputs(policy, ids, mask, start)
+    logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=True)
+    values = torch.zeros_like(logprobs)
+    if value_head is not None:
+        values = torch.where(counted, value_head(backbone_states(policy, inputs["hidden"])), 0.0)
+    return tuple(pad(x, (0, length - width)) for x in (logprobs, entropy, values))
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -367,7 +367,7 @@ def optimize(
                 entropy_mean = entropy.sum() / tokens
                 share = mask[rows].sum() / tokens
                 parts = {"policy_loss": pg_loss, "entropy": entropy_mean}
-                loss = pg_loss - cfg.entropy_coef * entropy_mean
+                loss = pg_loss - cfg.entropy_coef * entropy_mean if cfg.entropy_coef else pg_loss
                 if value_head is not None:
                     old, returns = batch.values[rows], batch.returns[rows]
                     vf_loss, vf_stats = value_loss(

@@ -56,22 +56,21 @@ def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Any, Tens
     return model.get_encoder()(input_ids=ids, attention_mask=mask.long()), mask.long()
 
 
-def response_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -> Tensor:
-    """Prompts [B, :start], responses [B, start:] -> the decoder's states [B, R, D] from which each token is predicted.
+def inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -> dict[str, Any]:
+    """The forward's inputs for prompts [B, :start] and responses [B, start:], whose tokens the decoder predicts [B, R].
 
     Responses are padded on the right, where nothing that counts can see it.
     """
-    encoded, encoder_mask = encode(model, ids[:, :start], mask[:, :start])
+    prompts, prompt_mask = close_prompts(model, ids[:, :start], mask[:, :start])
     first = ids.new_full((len(ids), 1), start_token(model))
-    inputs = torch.cat([first, ids[:, start:-1]], 1)
-    output = model.get_decoder()(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        encoder_hidden_states=encoded.last_hidden_state,
-        encoder_attention_mask=encoder_mask,
-        use_cache=False,
-    )
-    return output.last_hidden_state
+    decoder_ids = torch.cat([first, ids[:, start:-1]], 1)
+    return {
+        "input_ids": prompts,
+        "attention_mask": prompt_mask.long(),
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": torch.ones_like(decoder_ids),
+        "use_cache": False,
+    }
 
 
 def sequence_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_kernels import selected_logprobs
+from rlhf_kernels import linear_logprobs
 from rlhf_trainer import adapters
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
-from rlhf_trainer.forward import hidden_states, logits_of, response_states
+from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import (
     left_pad,
     load_causal,
@@ -63,27 +63,29 @@ def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) 
     A completion that nothing precedes (empty prompt, no BOS) counts from its second token.
     """
     device = next(model.parameters()).device
-    if is_encoder_decoder(model):
-        return _decoder_losses(model, rows, pad_id, device)
+    lay_out = _prompts_then_completions if is_encoder_decoder(model) else _texts
+    ids, mask, start, counted = lay_out(rows, pad_id)
+    inputs = head_inputs(model, ids.to(device), mask.to(device), start)
+    return -linear_logprobs(**inputs, mask=counted.to(device)).sum(-1)
+
+
+def _texts(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor, int, Tensor]:
+    """ids, mask [M, L], start, and which of the tokens from there on count [M, L - start], for a causal model."""
     ids, mask = left_pad([row.ids for row in rows], pad_id)
     counted = torch.zeros_like(mask)
     for i, row in enumerate(rows):
         counted[i, ids.shape[1] - len(row.ids) + max(row.prompt, 1) :] = True
-    ids, mask, counted = ids.to(device), mask.to(device), counted[:, 1:].to(device)
-    before = hidden_states(model, ids, mask)[:, :-1][counted]
-    logprobs = selected_logprobs(logits_of(model, before), ids[:, 1:][counted], inplace_backward=True)
-    return -logprobs.new_zeros(counted.shape).masked_scatter(counted, logprobs).sum(-1)
+    return ids, mask, 1, counted[:, 1:]
 
 
-def _decoder_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, device: torch.device) -> Tensor:
+def _prompts_then_completions(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor, int, Tensor]:
+    """The same for an encoder-decoder model: prompts padded on the left, completions on the right."""
     prompts, prompt_mask = left_pad([row.ids[: row.prompt] for row in rows], pad_id)
     turned, mask = left_pad([row.ids[row.prompt :][::-1] for row in rows], pad_id)
-    completions, counted = turned.flip(1).to(device), mask.flip(1).to(device)  # padded on the right
-    counted[:, 0] = torch.tensor([row.prompt > 0 for row in rows], device=device)
-    ids = torch.cat([prompts.to(device), completions], 1)
-    states = response_states(model, ids, torch.cat([prompt_mask, mask.flip(1)], 1).to(device), prompts.shape[1])
-    logprobs = selected_logprobs(logits_of(model, states[counted]), completions[counted], inplace_backward=True)
-    return -logprobs.new_zeros(counted.shape).masked_scatter(counted, logprobs).sum(-1)
+    mask = mask.flip(1)
+    counted = mask.clone()
+    counted[:, 0] = torch.tensor([row.prompt > 0 for row in rows])
+    return torch.cat([prompts, turned.flip(1)], 1), torch.cat([prompt_mask, mask], 1), prompts.shape[1], counted
 
 
 def counted_tokens(row: Row) -> int:

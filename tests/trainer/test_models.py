@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer import models
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.forward import hidden_states, logits_of
+from rlhf_trainer.forward import decoder_inputs
 from rlhf_trainer.models import (
     encode_completion,
     encode_prompt,
@@ -59,7 +59,7 @@ def test_left_padding_changes_no_logit(arch, tmp_path):
     rows = [encode_prompt(tokenizer, "a good day"), encode_prompt(tokenizer, "one two three red blue yes")]
     ids, mask = left_pad(rows, tokenizer.pad_token_id)
     with torch.no_grad():
-        padded = logits_of(model, hidden_states(model, ids, mask))
+        padded = model(**decoder_inputs(model, ids, mask)).logits
         for row, out in zip(rows, padded, strict=True):
             torch.testing.assert_close(out[-len(row) :], model(torch.tensor([row])).logits[0], atol=1e-5, rtol=1e-5)
 

@@ -25,7 +25,7 @@ from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_rew
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
 from rlhf_trainer.data import write_jsonl
-from rlhf_trainer.forward import logits_of, response_states
+from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import (
     encode_prompt,
     left_pad,
@@ -38,7 +38,7 @@ from rlhf_trainer.models import (
 from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rollout import generate
-from rlhf_trainer.seq2seq import close_prompts
+from rlhf_trainer.seq2seq import close_prompts, inputs
 from rlhf_trainer.supervised import encode_row
 
 PROMPTS = ["a good day", "one two three red blue yes", "no thanks", "night"]
@@ -113,9 +113,9 @@ def test_the_cache_gives_the_training_forwards_distribution(parts, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=5, generator=generator)
     with torch.no_grad():
-        states = response_states(model, rollout.ids, rollout.mask, rollout.prompt_length)
+        logits = model(**inputs(model, rollout.ids, rollout.mask, rollout.prompt_length)).logits
     stepped = torch.stack(seen, 1)[rollout.response_mask]
-    torch.testing.assert_close(stepped, logits_of(model, states)[rollout.response_mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stepped, logits[rollout.response_mask], atol=1e-5, rtol=1e-5)
 
 
 def test_sft_loss_is_that_of_the_models_own_labels(parts):
@@ -136,12 +136,12 @@ def test_left_padding_changes_no_response_state(parts):
     answer = torch.tensor([[7, 8, 9]])
     with torch.no_grad():
         ids = torch.cat([prompts, answer.expand(4, 3)], 1)
-        together = response_states(model, ids, torch.cat([mask, torch.ones(4, 3).bool()], 1), prompts.shape[1])
+        mask = torch.cat([mask, torch.ones(4, 3).bool()], 1)
+        together = head_inputs(model, ids, mask, prompts.shape[1])["hidden"]
         for row, states in zip(rows, together, strict=True):
             alone = torch.cat([torch.tensor([row]), answer], 1)
-            torch.testing.assert_close(
-                response_states(model, alone, torch.ones_like(alone).bool(), len(row))[0], states, atol=1e-5, rtol=1e-5
-            )
+            apart = head_inputs(model, alone, torch.ones_like(alone).bool(), len(row))["hidden"][0]
+            torch.testing.assert_close(apart, states, atol=1e-5, rtol=1e-5)
 
 
 def sft_then_ppo(folder, tmp_path, **lora):

@@ -1,0 +1,98 @@
+"""Training and scoring hold no logits: no op's result is as large as those of the tokens that count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from rlhf_trainer import PPOConfig, dpo, ppo, sft
+from rlhf_trainer.data import Pair
+from rlhf_trainer.reward import PairRows
+from rlhf_trainer.rollout import Rollout
+from rlhf_trainer.seq2seq import settle_attention
+from rlhf_trainer.supervised import Row
+from rlhf_trainer.value_head import ValueHead
+
+V, D, B, P, R = 5000, 16, 32, 4, 32
+LLAMA = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
+T5 = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+CAUSAL = lambda: LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, **LLAMA))  # noqa: E731
+MODELS = {
+    "causal": CAUSAL,
+    "encoder-decoder": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=V, d_model=D, decoder_start_token_id=0, **T5)
+    ),
+}
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of any op that runs in the block, forward or backward, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = 0 if tensor.is_meta else tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, min(storage, math.prod(tensor.shape)))
+        return result
+
+
+def made(name):
+    torch.manual_seed(0)
+    return settle_attention(MODELS[name]().eval())
+
+
+def rows_of_text(count):
+    generator = torch.Generator().manual_seed(0)
+    return [Row(torch.randint(2, V, (P + R,), generator=generator).tolist(), P) for _ in range(count)]
+
+
+def test_the_watch_sees_logits():
+    model, ids = made("causal"), torch.ones(B, R, dtype=torch.long)
+    with Largest() as largest:
+        model(ids)
+    assert largest.elements == B * R * V
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ppo_assesses_and_updates_without_logits(name):
+    model, head = made(name), ValueHead(D)
+    ids = torch.randint(2, V, (B, P + R), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids).bool()
+    rollout = Rollout(ids, mask, P, torch.ones(B).bool(), ["x"] * B, ["y"] * B)
+    cfg = PPOConfig(batch_size=B, minibatches=1, entropy_coef=0.01, micro_batch_size=None)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    with Largest() as largest:
+        batch = ppo.assess(model, made(name), head, rollout, torch.randn(B), torch.arange(B), 0.1, cfg)
+        stats = ppo.optimize(model, head, optimizer, batch, [torch.arange(B)] * 2, 0, cfg)
+    assert stats[0]["ratio"] == 1.0 != stats[1]["ratio"]
+    assert V * D <= largest.elements < B * R * V / 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_supervised_losses_without_logits(name):
+    model = made(name)
+    with Largest() as largest:
+        sft.completion_losses(model, rows_of_text(B), 0).sum().backward()
+        sft.mean_loss(model, rows_of_text(B), 0, B)
+    assert V * D <= largest.elements < B * R * V / 4
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_dpo_without_logits():
+    model, rows, cfg = made("causal"), rows_of_text(B), dpo.DPOConfig()
+    items = [
+        dpo.Item(PairRows(Pair("p", "c", "r"), *pair), -1.0, -1.0) for pair in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    with Largest() as largest:
+        dpo.Trained(model, 0, cfg).losses(items).sum().backward()
+        dpo.all_logprobs(model, rows, 0, cfg)
+    assert V * D <= largest.elements < B * R * V / 4
