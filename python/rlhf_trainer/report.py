@@ -17,24 +17,23 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_trainer.report_completions import completions_table
+from rlhf_trainer.report_style import STYLE
+
 matplotlib.use("Agg")  # a server has no display
 
 SMOOTH = 20  # steps of the moving average in long curves
-COLOURS = ("#8a8f98", "#1f6feb", "#2da44e", "#bf8700", "#8250df", "#cf222e")
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d1d9e0; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .6rem; border-bottom: 1px solid #d1d9e0; }
-th { text-align: left; background: #f6f8fa; } td { vertical-align: top; } td.number { text-align: right; }
-img { max-width: 100%; } .note { color: #59636e; } .pre { white-space: pre-wrap; }
-.kept { color: #1a7f37; font-weight: 600; } .broken { color: #cf222e; font-weight: 600; }
-"""
+COLOURS = ("#8a8f98", "#1f6feb", "#2da44e", "#bf8700", "#8250df", "#cf222e", "#0f8f8f", "#c2558f")
+INKS = {"light": ("#1f2328", "#ffffff"), "dark": ("#e6edf3", "#0d1117")}  # text and lines, background
+INK = "ink"  # gid of lines that take the colour of the text
+ROWS = 200  # prompts at most whose completions are in the page
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ def measures_figure(result: dict[str, Any]) -> Figure:
     """One panel a measure: a bar for each policy with its 95 % interval."""
     names = list(result["policies"])
     measures = list(result["policies"][names[0]]["measures"])
-    figure, axes = _grid(len(measures), 4, 2.6, 2.4)
+    figure, axes = _grid(len(measures), 4, 2.6, 2.2)
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     for axis, measure in zip(axes, measures, strict=True):
         estimates = [result["policies"][name]["measures"][measure] for name in names]
         means = [estimate["mean"] for estimate in estimates]
@@ -105,17 +105,21 @@ def measures_figure(result: dict[str, Any]) -> Figure:
             [max(0.0, estimate["mean"] - estimate["low"]) for estimate in estimates],
             [max(0.0, estimate["high"] - estimate["mean"]) for estimate in estimates],
         ]
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-        axis.bar(names, means, yerr=errors, color=colours, width=0.6, capsize=4)
+        bars = axis.bar(range(len(names)), means, yerr=errors, color=colours, width=0.7, capsize=3)
+        _, caps, lines = bars.errorbar.lines
+        for artist in (*caps, *lines):
+            artist.set_gid(INK)
         for place, estimate in enumerate(estimates):
             top = (place, max(0.0, estimate["high"]))
             text = show_number(estimate["mean"])
-            axis.annotate(text, top, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-        axis.axhline(0, color="#59636e", linewidth=0.8)
+            size = 8 if len(names) <= 3 else 6
+            axis.annotate(text, top, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=size)
+        axis.axhline(0, linewidth=0.8, gid=INK)
         axis.margins(y=0.12)
         axis.set_title(measure, fontsize=9)
-        if len(names) > 3:
-            axis.tick_params(axis="x", rotation=30)
+        axis.set_xticks([])
+    handles = [Patch(color=colour) for colour in colours]
+    figure.legend(handles, names, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -138,11 +142,25 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
 
 
 def embed(figure: Figure, description: str) -> str:
-    """<img> with the figure inside as a PNG."""
+    """<picture> with the figure inside as a PNG for light pages and one for dark ones."""
+    light, dark = (_png(figure, *INKS[kind]) for kind in ("light", "dark"))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{html.escape(description)}" src="{light}"></picture>'
+
+
+def _png(figure: Figure, ink: str, paper: str) -> str:
+    """The figure in these colours as a data URL."""
+    figure.set_facecolor(paper)
+    for axis in figure.axes:
+        axis.set_facecolor(paper)
+        axis.tick_params(colors=ink)
+        for spine in axis.spines.values():
+            spine.set_edgecolor(ink)
+    for artist in figure.findobj(lambda found: isinstance(found, Text) or found.get_gid() == INK):
+        artist.set_color(ink)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -155,7 +173,36 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: b
         + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def estimates_table(result: dict[str, Any]) -> str:
+    """A row a measure, a column a policy: its estimate, and below its change against the first policy.
+
+    A change is strong where its interval has no 0 in it.
+    """
+    names = list(result["policies"])
+    head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in names)
+    rows = []
+    for measure in result["policies"][names[0]]["measures"]:
+        cells = [f"<td>{html.escape(measure)}</td>"]
+        for name in names:
+            cell = _estimate(result["policies"][name]["measures"][measure])
+            if name in result["changes"]:
+                change = result["changes"][name][measure]
+                shown = _estimate(change, sign="+")
+                cell += f"<br>{f'<strong>{shown}</strong>' if change['low'] * change['high'] > 0 else shown}"
+            cells.append(f'<td class="number">{cell}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _estimate(estimate: dict[str, float], sign: str = "") -> str:
+    mean, _, interval = show_estimate(estimate).partition(" ")
+    if sign and estimate["mean"] > 0:
+        mean = sign + mean
+    return f"{mean} <small>{interval}</small>" if interval else mean
 
 
 def measures_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -206,31 +253,40 @@ def write_report(
     curves: Sequence[Curve] = (),
     checks: Sequence[Check] = (),
     notes: Sequence[str] = (),
-    samples: int = 20,
+    samples: int = ROWS,
 ) -> Path:
     """Write the page, whole or not at all.
 
     Args:
-        result: what `rlhf eval` writes to eval.json: "prompts", "policies", "changes", "samples".
+        result: what `rlhf eval` finds: "prompts", "policies", "changes", "samples", and "gates" if there are some.
         curves: learning curves, one panel each. checks: promises with their outcome. notes: paragraphs at the top.
+        samples: prompts at most whose completions are shown.
     """
-    columns, rows = measures_rows(result)
     parts = [f"<p>{html.escape(note)}</p>" for note in notes]
     if checks:
-        parts.append("<h2>Promises</h2>" + _checks_table(checks))
-    parts.append("<h2>Before and after, on the same prompts</h2>")
-    parts.append(html_table(columns, rows))
-    intervals = "mean and 95 % interval: bootstrap over prompts, jackknife for distinct-n"
-    parts.append(f'<p class="note">{result["prompts"]} prompts; {intervals}.</p>')
+        parts.append("<h2>Promises</h2>" + _checks_table(checks, ("kept", "broken")))
+    if result.get("gates"):
+        gates = [
+            Check(f"not {gate['gate']}, {gate['policy']}", show_number(gate["value"]), not gate["failed"])
+            for gate in result["gates"]
+        ]
+        parts.append("<h2>Gates</h2>" + _checks_table(gates, ("passed", "FAILED")))
+    parts.append("<h2>Before and after, on the same prompts</h2>" + estimates_table(result))
+    names = list(result["policies"])
+    explained = (
+        f"{result['prompts']} prompts; mean and 95 % interval: bootstrap over prompts, jackknife for distinct-n."
+    )
+    if result["changes"]:
+        explained += f" Below each: the paired change against {names[0]}, bold where its interval excludes 0."
+    parts.append(f'<p class="note">{html.escape(explained)}</p>')
     parts.append(embed(measures_figure(result), "each measure for each policy"))
     if curves:
         parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))
     if samples and result["samples"]:
-        names = list(result["policies"])
-        shown = [
-            [sample["prompt"], *(sample["completions"][n] for n in names)] for sample in result["samples"][:samples]
-        ]
-        parts.append("<h2>Completions side by side</h2>" + html_table(["prompt", *names], shown, numbers=False))
+        parts.append("<h2>Completions side by side</h2>")
+        if len(result["samples"]) > samples:
+            parts.append(f'<p class="note">The first {samples} of {len(result["samples"])} prompts.</p>')
+        parts.append(completions_table(names, result["samples"][:samples], show_number))
     return write_page(path, title, parts)
 
 
@@ -248,10 +304,10 @@ def write_page(path: str | Path, title: str, parts: Sequence[str]) -> Path:
     return path
 
 
-def _checks_table(checks: Sequence[Check]) -> str:
+def _checks_table(checks: Sequence[Check], words: tuple[str, str]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(check.promise)}</td><td>{html.escape(check.seen)}</td>"
-        f'<td class="{"kept" if check.kept else "broken"}">{"kept" if check.kept else "broken"}</td></tr>'
+        f'<td class="{"kept" if check.kept else "broken"}">{words[0] if check.kept else words[1]}</td></tr>'
         for check in checks
     )
-    return f"<table><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'

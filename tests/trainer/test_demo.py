@@ -195,7 +195,7 @@ def test_chain_leaves_ordinary_files_and_says_that_promises_are_broken(small):
     for name in ("base", "sft", "ppo", "reward"):
         assert (folder / name / "model.safetensors").is_file()
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") == 2
+    assert page.count("data:image/png") == 4  # two figures, light and dark
     assert "broken" in page
 
 

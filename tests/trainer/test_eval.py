@@ -208,7 +208,7 @@ def test_run_leaves_figures_completions_and_a_page(places, tmp_path, capsys):
         assert figures["policies"][name]["measures"]["reward"]["mean"] == pytest.approx(np.mean(scores))
     assert figures["policies"]["other"]["measures"]["win rate by reward"]["mean"] == 0.5
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2  # light and dark
     assert "report.html" in capsys.readouterr().out
 
 
