@@ -9,7 +9,9 @@ from torch import Tensor
 
 from rlhf_trainer import adapters
 from rlhf_trainer.errors import InvariantError, UserError
+from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.rollout import Rollout
+from rlhf_trainer.trackers import chosen_trackers
 
 if TYPE_CHECKING:
     from rlhf_trainer.ppo import PPOConfig
@@ -23,6 +25,8 @@ def validate_options(cfg: PPOConfig) -> None:
             "k2, k3 and abs there reward dropping tokens that the reference likes"
         )
     adapters.validate_options(cfg)
+    chosen_trackers(cfg.report_to)
+    parse_gates(cfg.alert, None, "--alert")
     if cfg.missing_eos not in ("subtract", "replace"):
         raise UserError(f"--missing_eos {cfg.missing_eos}: it takes subtract or replace")
     if cfg.advantage not in ("gae", "grpo", "rloo", "mean"):

@@ -244,7 +244,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     values: dict[str, dict[str, Values]] = {}
     answers: dict[str, Answers] = {}
     reference = None
-    with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval", tensorboard=False) as log:
+    with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval") as log:
         for name, folder in folders.items():
             own = load_tokenizer(folder, cfg.pad_token, cfg.trust_remote_code)
             if own.get_vocab() != tokenizer.get_vocab():

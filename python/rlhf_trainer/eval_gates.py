@@ -40,9 +40,12 @@ def short(measure: str) -> str:
     return measure.split(" (")[0].lower()
 
 
-def parse_gates(texts: Iterable[str], measures: Sequence[str]) -> list[Gate]:
-    """Gates from `measure>number`; UserError for anything else, and for a measure that is not among `measures`."""
-    names, gates = {short(measure): measure for measure in measures}, []
+def parse_gates(texts: Iterable[str], measures: Sequence[str] | None, option: str = "--fail_if") -> list[Gate]:
+    """Gates from `measure>number`; UserError for anything else, and for a measure that is not among `measures`.
+
+    measures: None where any name may do. option: the one that errors name.
+    """
+    names, gates = {short(measure): measure for measure in measures or ()}, []
     for text in texts:
         found = GATE.fullmatch(text)
         try:
@@ -51,11 +54,11 @@ def parse_gates(texts: Iterable[str], measures: Sequence[str]) -> list[Gate]:
             bound = math.nan
         if found is None or not math.isfinite(bound):
             raise UserError(
-                f"--fail_if {text!r}: expected a measure, one of > >= < <=, and a number, as in toxicity>0.05"
+                f"{option} {text!r}: expected a measure, one of > >= < <=, and a number, as in toxicity>0.05"
             )
-        if short(found[2]) not in names:
-            raise UserError(f"--fail_if {text!r}: no measure {found[2]!r} here; there are {', '.join(names)}")
-        gates.append(Gate(text, bool(found[1]), names[short(found[2])], found[3], bound))
+        if measures is not None and short(found[2]) not in names:
+            raise UserError(f"{option} {text!r}: no measure {found[2]!r} here; there are {', '.join(names)}")
+        gates.append(Gate(text, bool(found[1]), names.get(short(found[2]), found[2]), found[3], bound))
     return gates
 
 

@@ -24,6 +24,7 @@ from rlhf_kernels import (
     whiten,
 )
 from rlhf_trainer.adapters import Adapter, active, merge
+from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, save_config
@@ -35,6 +36,7 @@ from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summar
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.rollout import Rollout, generate
 from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.trackers import REPORT_TO
 from rlhf_trainer.value_head import VALUE_HEAD, ValueHead, load_value_head
 from rlhf_trainer.watch import Watch
 
@@ -91,6 +93,9 @@ class PPOConfig:
     stop_reward: float | None = option(None, "stop training once the mean score of a rollout reaches this")
     stop_gold: float | None = option(None, "stop training once the mean gold reward of a rollout reaches this")
     stop_kl: float | None = option(None, "stop training once KL to the reference exceeds this many nats per response")
+    report_to: list[str] = option(["tensorboard"], REPORT_TO)
+    alert: list[str] = option([], ALERT)
+    stop_on_alert: bool = option(False, STOP_ON_ALERT)
     save_every: int = option(25, "updates between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many checkpoints to keep")
     resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
@@ -238,13 +243,14 @@ def train_ppo(
         cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
     )
     start, beta, history = checkpoints.resume(beta)
-    watch = Watch(cfg)
+    watch, alerts = Watch(cfg), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
 
-    log = RunLog(cfg.output_dir, cfg.updates, "ppo", start=start) if cfg.output_dir else nullcontext()
-    with log, stop_on_sigterm() as terminated:
+    reporting: dict[str, Any] = {"start": start, "report_to": cfg.report_to, "cfg": cfg}
+    logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
+    with logging as log, stop_on_sigterm() as terminated:
         for update in range(start, cfg.updates):
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
@@ -277,17 +283,17 @@ def train_ppo(
             beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
             if on_update is not None:
                 on_update(update + 1, policy)
-            stop = stop_reason(metrics, cfg)
-            if cfg.output_dir:
-                warnings = watch.check(history, rollout)  # adds its own metrics
+            warnings = [] if log is None else watch.check(history, rollout)  # adds its own metrics
+            alarms = alerts.check(metrics)
+            stop = stop_reason(metrics, cfg, alarms)
+            if log is not None:
                 note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
                 log.step(update + 1, metrics, note)
-                for warning in warnings:
-                    log.say(warning)
                 if (update + 1) % max(1, cfg.updates // 10) == 0:
                     log.completions(update + 1, samples(batch))
                 if terminated or (cfg.save_every and (update + 1) % cfg.save_every == 0):
                     checkpoints.save(update + 1, beta)
+            announce(log, update + 1, [*warnings, *alarms], rollout.completions)
             if terminated:
                 raise SystemExit(143)
             if stop is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from rlhf_trainer.alerts import Alert
 
 if TYPE_CHECKING:
     from rlhf_trainer.ppo import Batch, PPOConfig
@@ -62,8 +65,10 @@ def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
     return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
 
 
-def stop_reason(metrics: dict[str, float], cfg: PPOConfig) -> str | None:
-    """Why to stop after this update, None to go on."""
+def stop_reason(metrics: dict[str, float], cfg: PPOConfig, alarms: Sequence[Alert] = ()) -> str | None:
+    """Why to stop after this update, None to go on. alarms: the update's alerts."""
+    if cfg.stop_on_alert and alarms:
+        return f"alert: {alarms[0].metric}: {alarms[0].reason}"
     score, kl = metrics["objective/scores"], metrics["objective/kl"]
     if cfg.stop_reward is not None and score >= cfg.stop_reward:
         return f"mean score {score:.3f} reached --stop_reward {cfg.stop_reward}"

@@ -6,19 +6,22 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_trainer import adapters
+from rlhf_trainer.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.data import Example, Findings, Pair, split_heldout
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.models import context_length, encode_completion, encode_prompt
-from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.runlog import RunLog, read_metrics
+from rlhf_trainer.trackers import REPORT_TO, chosen_trackers
 
 Item = TypeVar("Item")
 Record = TypeVar("Record", Example, Pair)
@@ -48,6 +51,9 @@ class FitConfig:
     evals: int = option(10, "how many times the held-out records are scored")
     save_every: int = option(0, "steps between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many checkpoints to keep")
+    report_to: list[str] = option(["tensorboard"], REPORT_TO)
+    alert: list[str] = option([], ALERT)
+    stop_on_alert: bool = option(False, STOP_ON_ALERT)
     resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
     overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
@@ -73,6 +79,8 @@ def validate_options(cfg: FitConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     adapters.validate_options(cfg)
+    chosen_trackers(cfg.report_to)
+    parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
@@ -236,7 +244,9 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
         save_config(cfg, cfg.output_dir)
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     metrics: dict[str, float] = {}
-    logging = RunLog(cfg.output_dir, total, name, start=start) if cfg.output_dir else nullcontext()
+    reporting: dict[str, Any] = {"report_to": cfg.report_to, "cfg": cfg}
+    logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
+    alerts = Alerts(cfg.alert, read_metrics(cfg.output_dir) if cfg.output_dir else [])
     with logging as log, stop_on_sigterm() as terminated:
         for step in range(start + 1, total + 1):
             epoch, indices = batches[step - 1]
@@ -251,10 +261,15 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
                 model.train()
             if log is not None:
                 log.step(step, metrics, _note(metrics))
+            alarms = alerts.check(metrics)
+            announce(log, step, alarms, [task.text(item) for item in batch[:SHOWN]] if alarms else [])
             if cfg.output_dir and (terminated or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0)
             if terminated:
                 raise SystemExit(143)
+            if alarms and cfg.stop_on_alert:
+                say(f"stopped at step {step} of {total}: {alarms[0].metric}: {alarms[0].reason}")
+                break
     return metrics
 
 

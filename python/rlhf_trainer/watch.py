@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from rlhf_trainer.alerts import Alert
 from rlhf_trainer.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -40,14 +41,13 @@ class Watch:
         self.cfg = cfg
         self.quiet_until: dict[str, int] = {}
 
-    def check(self, history: list[dict[str, float]], rollout: Rollout) -> list[str]:
-        """Add `watch/distinct_2` and `watch/repetition` to the newest metrics; return the warnings."""
+    def check(self, history: list[dict[str, float]], rollout: Rollout) -> list[Alert]:
+        """Add `watch/distinct_2` and `watch/repetition` to the newest metrics; return what to warn of."""
         now, first = history[-1], history[0]
         now["watch/distinct_2"] = distinct(rollout.completions, 2)
         now["watch/repetition"] = repetition(rollout.completions)
-        found = {name: text for name, text in self._signs(now, first, history).items() if self._speaks(name, history)}
-        examples = "\n".join(f"    {text[:100]!r}" for text in rollout.completions[:3])
-        return [f"warning: {name}: {text}; completions now:\n{examples}" for name, text in found.items()]
+        signs = self._signs(now, first, history).items()
+        return [Alert(name, now[name], reason) for name, reason in signs if self._speaks(name, history)]
 
     def _speaks(self, name: str, history: list[dict[str, float]]) -> bool:
         if len(history) < self.quiet_until.get(name, 0):

@@ -1,0 +1,271 @@
+"""What leaves a run while it trains: trackers by way of accelerate, alerts, completions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from typing import ClassVar
+
+import pytest
+from accelerate import tracking
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_folder
+
+from rlhf_trainer import sft, trackers
+from rlhf_trainer.alerts import Alerts
+from rlhf_trainer.cli import main
+from rlhf_trainer.data import read_jsonl, write_jsonl
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.runlog import RunLog, read_metrics
+
+REWARD = "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+ROWS = [{"prompt": "a|b", "completion": "line\nline", "score": 0.5}]
+
+
+class Stub(tracking.GeneralTracker):
+    """Keeps what it is given; registered with accelerate as a user's own tracker would be."""
+
+    name = "stub"
+    requires_logging_directory = True
+    runs: ClassVar[list[Stub]] = []
+
+    def __init__(self, project, folder):
+        super().__init__()
+        self.project, self.folder, self.config, self.logged, self.finished = project, folder, None, [], False
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def start(self):
+        Stub.runs.append(self)
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **_):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", dict(tracking.LOGGER_TYPE_TO_CLASS))
+    tracking.register_tracker_class(Stub)
+    Stub.runs.clear()
+    return Stub
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("monitoring")
+    tiny_folder(root / "base")
+    (root / "prompts.txt").write_text("one day\ntwo good\nred night\nblue bad\n")
+    (root / "reward.py").write_text(REWARD)
+    write_jsonl(root / "examples.jsonl", [{"prompt": f"{w} day", "completion": " good"} for w in ("one", "two")] * 8)
+    return root
+
+
+def ppo(places, output, *options):
+    given = {"model": f"{places}/base", "prompts": f"{places}/prompts.txt", "reward": f"{places}/reward.py:score"}
+    given |= {"output_dir": str(output), "updates": 3, "batch_size": 4, "max_new_tokens": 4, "epochs": 1, "lr": 1e-3}
+    return main(["ppo", *(f"--{key}={value}" for key, value in given.items()), *options])
+
+
+def fit(places, output, **options):
+    given = {"model": f"{places}/base", "data": f"{places}/examples.jsonl", "output_dir": str(output)}
+    return sft.run(sft.Config(**{**given, "heldout": 0, "batch_size": 4, "lr": 1e-2, "device": "cpu", **options}))
+
+
+def records(path):
+    return [record for _, record in read_jsonl(path)]
+
+
+# Trackers
+
+
+def test_ppo_reports_metrics_config_completions_and_alerts(places, tmp_path, stub, capsys):
+    condition = "val/response_length>0"
+    assert ppo(places, tmp_path, "--report_to", "stub", "tensorboard", "--alert", condition) == 0
+    (run,) = stub.runs
+    assert (run.project, run.folder, run.finished) == ("rlhf", str(tmp_path), True)
+    assert run.config["updates"] == 3
+    assert run.config["alert"] == f"[{condition!r}]"
+    metrics = read_metrics(tmp_path)
+    scalars = [(step, values) for step, values in run.logged if "objective/kl" in values]
+    assert [{"step": step, **values} for step, values in scalars] == metrics
+    tables = [values["completions"] for _, values in run.logged if "completions" in values]
+    assert len(tables) == 3
+    assert tables[0].startswith("prompt|completion|score|kl\n---|---|---|---\n")
+    alert = next(values["alert"] for _, values in run.logged if "alert" in values)  # the watch may have its own
+    assert "val/response_length" in alert
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("objective/kl")] == pytest.approx(
+        [record["objective/kl"] for record in metrics]
+    )
+    assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2, 3]
+    assert events.Tensors("alert/text_summary")[0].step == 1
+    assert b"kl_coef|0.05" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    assert not list((tmp_path / "tensorboard").rglob("hparams.yml"))
+
+    (kept,) = [record for record in records(tmp_path / "alerts.jsonl") if record["metric"] == "val/response_length"]
+    completions = [record["completion"] for record in records(tmp_path / "completions.jsonl") if record["step"] == 1]
+    assert (kept["step"], kept["metric"]) == (1, "val/response_length")
+    assert kept["value"] == metrics[0]["val/response_length"]
+    assert kept["texts"] == completions[:3]
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert f"warning: val/response_length: {kept['value']:.4g}, --alert {condition!r}; at step 1:" in shown
+    assert repr(completions[0]) in shown
+
+
+def test_supervised_stages_report_too_and_none_is_silent(places, tmp_path, stub):
+    fit(places, tmp_path / "a", report_to=["stub"])
+    (run,) = stub.runs
+    assert [step for step, values in run.logged if "loss" in values] == [1, 2, 3, 4]
+    assert run.finished
+    assert not (tmp_path / "a" / "tensorboard").exists()
+    fit(places, tmp_path / "b", report_to=["none"])
+    assert len(stub.runs) == 1
+    assert len(read_metrics(tmp_path / "b")) == 4
+    fit(places, tmp_path / "c")
+    assert (tmp_path / "c" / "tensorboard").is_dir()
+
+
+def test_a_tracker_with_tables_gets_a_table(tmp_path, stub, monkeypatch):
+    found = []
+    monkeypatch.setattr(stub, "log_table", lambda self, *args, **options: found.append((args, options)), raising=False)
+    with RunLog(tmp_path, 1, "x", report_to=["stub"]) as log:
+        log.completions(7, ROWS)
+    table = {"columns": ["prompt", "completion", "score"], "data": [["a|b", "line\nline", 0.5]], "step": 7}
+    assert found == [(("completions",), table)]
+
+
+def test_cells_stay_in_their_row():
+    assert trackers.markdown(ROWS) == "prompt|completion|score\n---|---|---\na\\|b|line line|0.5"
+
+
+def test_trackers_that_cannot_be_had_are_refused_before_anything_is_written(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
+    for names, reason in {
+        ("wandb",): "--report_to wandb: the package is not installed; `pip install wandb` installs it",
+        ("tensorboard", "trackio"): "--report_to trackio: the package is not installed",
+        ("paper",): "--report_to paper: it takes none, aim,",
+        ("none", "tensorboard"): "--report_to none: nothing else goes with it",
+    }.items():
+        assert ppo(places, tmp_path / "out", "--report_to", *names) == 2
+        assert reason in capsys.readouterr().err
+        with pytest.raises(UserError) as error:
+            fit(places, tmp_path / "out", report_to=list(names))
+        assert reason in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_tensorboard_its_default_is_passed_over(monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    assert trackers.chosen_trackers(["tensorboard"]) == []
+
+
+def test_a_tracker_that_fails_to_start_is_one_sentence(places, tmp_path, stub, monkeypatch, capsys):
+    def fail(self):
+        raise ConnectionError("no login\nand a long story")
+
+    monkeypatch.setattr(stub, "start", fail)
+    assert ppo(places, tmp_path, "--report_to", "stub") == 2
+    assert capsys.readouterr().err.strip().endswith("error: --report_to stub: it could not be started: no login")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is optional, and not installed")
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with RunLog(tmp_path, 1, "x", report_to=["wandb"], cfg=sft.Config(model="m")) as log:
+        log.step(1, {"loss": 0.5})
+        log.completions(1, ROWS)
+        log.alert(1, {"metric": "loss"}, "loss", "loss is high")
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is optional, and not installed")
+def test_trackio_local(tmp_path):
+    import trackio
+
+    with RunLog(tmp_path, 1, "x", report_to=["trackio"], cfg=sft.Config(model="m")) as log:
+        log.step(1, {"loss": 0.5})
+        log.completions(1, ROWS)
+        log.alert(1, {"metric": "loss"}, "loss", "loss is high")
+    (run,) = [run for run in trackio.Api().runs("rlhf") if run.name == str(tmp_path)]
+    assert run.config["model"] == "m"
+    assert [(alert["title"], alert["text"], alert["step"]) for alert in run.alerts()] == [("loss", "loss is high", 1)]
+
+
+# Alerts
+
+
+def test_an_alert_is_given_when_its_bound_is_crossed_and_again_after_it_was_kept():
+    alerts = Alerts(["kl>2", "loss<0.5"])
+    found = [[alert.metric for alert in alerts.check({"kl": kl, "loss": 1.0})] for kl in (1.0, 3.0, 4.0, 2.0, 2.5)]
+    assert found == [[], ["kl"], [], [], ["kl"]]
+    (alert,) = alerts.check({"kl": 0.0, "loss": 0.25})
+    assert (alert.metric, alert.value, alert.reason) == ("loss", 0.25, "0.25, --alert 'loss<0.5'")
+
+
+def test_a_metric_that_is_not_a_number_is_an_alert():
+    (alert,) = Alerts(["kl>2"]).check({"kl": math.nan})
+    assert math.isnan(alert.value)
+
+
+def test_a_change_is_against_the_first_step_a_resumed_runs_too():
+    alerts = Alerts(["change in length>5"])
+    assert not alerts.check({"length": 10.0})
+    assert not alerts.check({"length": 15.0})
+    (alert,) = alerts.check({"length": 16.0})
+    assert alert.value == 6.0
+    assert Alerts(["change in length>5"], [{"length": 10.0}, {"length": 20.0}]).check({"length": 16.0})
+
+
+def test_an_unknown_metric_is_refused_at_the_first_step():
+    with pytest.raises(UserError, match="no metric 'objective/k'; there are objective/kl"):
+        Alerts(["objective/k>1"]).check({"objective/kl": 0.0})
+    later = Alerts(["heldout/loss>1"])
+    assert later.check({"loss": 2.0}) == []
+    assert later.check({"heldout/loss": 2.0})
+
+
+def test_stop_on_alert_ends_ppo_and_saves_the_policy(places, tmp_path):
+    condition = ["--alert", "episode>=8", "--stop_on_alert"]
+    assert ppo(places, tmp_path, *condition) == 0
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_stop_on_alert_ends_a_supervised_stage(places, tmp_path, capsys):
+    fit(places, tmp_path, alert=["epoch>0.4"], stop_on_alert=True)
+    assert len(read_metrics(tmp_path)) == 2
+    (kept,) = records(tmp_path / "alerts.jsonl")
+    assert (kept["step"], kept["metric"], len(kept["texts"])) == (2, "epoch", 3)
+    assert all(" day" in text for text in kept["texts"])
+    assert "stopped at step 2 of 4: epoch: 0.5, --alert 'epoch>0.4'" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("condition", ["kl", "kl>", "kl=2"])
+def test_what_is_no_condition_is_refused(places, tmp_path, condition, capsys):
+    assert ppo(places, tmp_path / "out", "--alert", condition) == 2
+    assert f"--alert {condition!r}: expected a measure, one of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_drops_what_will_be_repeated(tmp_path):
+    with RunLog(tmp_path, 3, "x") as log:
+        for step in (1, 2, 3):
+            log.step(step, {"loss": 1.0})
+            log.completions(step, ROWS)
+            log.alert(step, {"metric": "loss"}, "title", "message")
+    with RunLog(tmp_path, 3, "x", start=1):
+        pass
+    for name in ("metrics", "completions", "alerts"):
+        kept = [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert kept == [1]
