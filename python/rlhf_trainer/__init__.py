@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rlhf_trainer.data import Example, Pair
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.errors import InvariantError, UserError
+    from rlhf_trainer.label import LabelConfig, label_server
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
     from rlhf_trainer.prefs import PrefsConfig, PrefsResult, make_pairs
     from rlhf_trainer.reward import RewardConfig, RewardResult, train_reward
@@ -24,6 +25,7 @@ MODULES = {
     "data": ("Example", "Pair"),
     "dpo": ("DPOConfig", "DPOResult", "train_dpo"),
     "errors": ("InvariantError", "UserError"),
+    "label": ("LabelConfig", "label_server"),
     "ppo": ("PPOConfig", "PPOResult", "train_ppo"),
     "prefs": ("PrefsConfig", "PrefsResult", "make_pairs"),
     "reward": ("RewardConfig", "RewardResult", "train_reward"),
@@ -38,6 +40,7 @@ __all__ = [
     "DPOResult",
     "Example",
     "InvariantError",
+    "LabelConfig",
     "PPOConfig",
     "PPOResult",
     "Pair",
@@ -49,6 +52,7 @@ __all__ = [
     "SFTResult",
     "UserError",
     "best_of_n",
+    "label_server",
     "load_reward",
     "make_pairs",
     "train_dpo",

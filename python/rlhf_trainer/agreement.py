@@ -35,6 +35,7 @@ class Agreement:
     alpha: float | None  # Krippendorff's, ordinal; None where undefined
     alpha_without_outliers: float | None
     labellers: tuple[Labeller, ...]
+    missing: str = ""  # why alpha was not computed; empty where it was, or is undefined
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +53,9 @@ def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -
 
     A completion's value is its place in the labeller's ranking, or its score where scores were given. None if nobody
     overlaps or all values are equal. 1 is perfect agreement, 0 that of chance.
+
+    Raises:
+        UserError: the krippendorff package is not installed. Its licence is the GPL, so that it is only used from here.
     """
     units: list[list[float]] = []
     for record in records:
@@ -73,7 +77,7 @@ def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -
         import krippendorff
     except ImportError:
         raise UserError(
-            "Krippendorff's alpha needs `pip install krippendorff`, part of rlhf-kernels[trainer]"
+            "Krippendorff's alpha needs `pip install krippendorff`, which rlhf-kernels[trainer] does"
         ) from None
     counts = np.zeros((len(units), len(domain)))
     np.add.at(counts, (np.repeat(np.arange(len(units)), [len(unit) for unit in units]), codes), 1)
@@ -89,8 +93,11 @@ def agreement(records: Sequence[Ranked], fails: Literal["remove", "lose"] = "los
     tally = _Tally(records, fails)
     labellers = tuple(tally.labeller(name) for name in sorted(tally.prompts))
     outliers = [labeller.name for labeller in labellers if labeller.outlier]
-    without = krippendorff_alpha(records, outliers) if outliers else None
-    return Agreement(krippendorff_alpha(records), without, labellers)
+    try:
+        without = krippendorff_alpha(records, outliers) if outliers else None
+        return Agreement(krippendorff_alpha(records), without, labellers)
+    except UserError as error:  # the library is not installed; all else does not need it
+        return Agreement(None, None, labellers, missing=str(error))
 
 
 class _Tally:

@@ -34,7 +34,7 @@ EVERYWHERE = ("", "0.0.0.0")
 
 
 @dataclass
-class Config:
+class LabelConfig:
     data: str = option("", "JSON lines with `prompt` and `completions`; .gz too")
     output: str = option("", "file of rankings, gone on with if it exists; default: beside the data, .rankings.jsonl")
     criterion: str = option("helpful", f"instructions shown: {', '.join(CRITERIA)}, or a sentence of your own")
@@ -44,14 +44,21 @@ class Config:
     port: int = option(8765, "port to listen on; 0 takes a free one")
 
 
+Config = LabelConfig
+
+
 class Server(ThreadingHTTPServer):
     """The page's server with what its handlers share."""
 
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], store: Store, text: str) -> None:
-        super().__init__(address, Handler)
         self.store, self.instructions, self.host = store, text, address[0]
+        super().__init__(address, Handler)
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.store.close()
 
     @property
     def url(self) -> str:
@@ -183,8 +190,14 @@ def _name(form: dict[str, str]) -> str:
     return name if len(name) <= 64 and name.isprintable() else ""
 
 
-def make_server(cfg: Config) -> Server:
-    """A server that is bound but not yet serving; UserError for bad files, options or a port in use."""
+def label_server(cfg: LabelConfig) -> Server:
+    """A server that is bound but not yet serving: `serve_forever()` does, `shutdown()` from another thread ends that.
+
+    As a context manager it closes the port and the file of rankings.
+
+    Raises:
+        UserError: bad files or options, or a port in use.
+    """
     require(cfg, "data")
     if cfg.per_prompt < 0:
         raise UserError(f"--per_prompt {cfg.per_prompt}: must be at least 0")
@@ -200,16 +213,16 @@ def make_server(cfg: Config) -> Server:
     try:
         return Server((cfg.host, cfg.port), store, text)
     except (OSError, OverflowError) as error:
-        store.close()
+        store.close()  # an overflow comes before the server would
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot listen on {cfg.host}:{cfg.port}: {reason.lower()}; --port 0 takes a free one"
         ) from None
 
 
-def run(cfg: Config) -> dict[str, Any]:
+def run(cfg: LabelConfig) -> dict[str, Any]:
     """Serve until Ctrl-C or SIGTERM."""
-    server = make_server(cfg)
+    server = label_server(cfg)
     say(f"{len(server.store.tasks)} prompts; answers go to {server.store.path}\nopen {server.url}   (Ctrl-C ends)")
     try:
         if threading.current_thread() is threading.main_thread():
@@ -219,7 +232,6 @@ def run(cfg: Config) -> dict[str, Any]:
         pass
     finally:
         server.server_close()
-        server.store.close()
     done = server.store.done()
     say(", ".join(f"{name}: {count}" for name, count in done.items()) or "nothing ranked")
     return {"answers": sum(done.values())}

@@ -158,7 +158,8 @@ def report_lines(result: PrefsResult) -> list[str]:
 
 
 def agreement_lines(report: Agreement, prompts: int) -> list[str]:
-    alpha = "undefined (no two labellers judged the same)" if report.alpha is None else f"{report.alpha:.3f}"
+    undefined = report.missing or "undefined (no two labellers judged the same)"
+    alpha = undefined if report.alpha is None else f"{report.alpha:.3f}"
     lines = [f"Krippendorff's alpha, ordinal: {alpha}, over {len(report.labellers)} labellers and {prompts} prompts"]
     if report.alpha_without_outliers is not None:
         outliers = ", ".join(one.name for one in report.labellers if one.outlier)

@@ -19,7 +19,7 @@ import pytest
 from rlhf_trainer import label_page
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.label import Config, make_server
+from rlhf_trainer.label import Config, label_server
 from rlhf_trainer.label_store import Store, Task, read_tasks
 from rlhf_trainer.prefs import Config as PrefsConfig
 from rlhf_trainer.prefs import prepare
@@ -105,7 +105,7 @@ def serve(tmp_path):
     running = []
 
     def begin(**options):
-        server = make_server(Config(data=str(tmp_path / "c.jsonl"), port=0, **options))
+        server = label_server(Config(data=str(tmp_path / "c.jsonl"), port=0, **options))
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         running.append(server)
         return Browser(server.server_port)
@@ -304,7 +304,7 @@ def test_one_server_per_file(serve, tmp_path):
     serve.end()
     browser = serve()
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{browser.port}: address already in use"):
-        make_server(Config(data=str(tmp_path / "c.jsonl"), output=str(tmp_path / "o.jsonl"), port=browser.port))
+        label_server(Config(data=str(tmp_path / "c.jsonl"), output=str(tmp_path / "o.jsonl"), port=browser.port))
 
 
 def test_command_line_kill_and_come_back(tmp_path):

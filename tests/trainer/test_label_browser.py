@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from rlhf_trainer.label import Config, make_server
+from rlhf_trainer.label import Config, label_server
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,7 +30,7 @@ def test_a_person_ranks_and_sees_the_instructions(tmp_path, browser_page):
     page.on("pageerror", lambda error: problems.append(str(error)))
     records = [{"prompt": f"prompt {i}", "completions": ["long " * 400, "<b>bold</b>", "c"]} for i in range(2)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    server = make_server(Config(data=str(tmp_path / "c.jsonl"), port=0))
+    server = label_server(Config(data=str(tmp_path / "c.jsonl"), port=0))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
     out = tmp_path / "c.rankings.jsonl"
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from itertools import permutations
 
 import pytest
 
 from rlhf_trainer.agreement import agreement, krippendorff_alpha, positions, table
+from rlhf_trainer.prefs import agreement_lines
 from rlhf_trainer.rankings import Ranked, Ranking
 
 
@@ -131,3 +133,11 @@ def test_ties_and_fails_are_shown():
     lines = table(report)
     assert len(lines) == 3
     assert lines[2].split()[:4] == ["lazy", "6", "50%", "25%"]
+
+
+def test_without_the_library_everything_else_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "krippendorff", None)  # as if it were not installed
+    report = agreement(records(20, a=truth, b=truth, c=lambda i: [5 - rank for rank in truth(i)]))
+    assert report.alpha is None
+    assert report.labellers[0].agreement == 0.5
+    assert "pip install krippendorff" in agreement_lines(report, 20)[0]
