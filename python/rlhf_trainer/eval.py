@@ -23,7 +23,7 @@ from rlhf_trainer.estimates import (
     perplexity,
     perplexity_change,
 )
-from rlhf_trainer.eval_gates import check_gates, judged, parse_gates, wins
+from rlhf_trainer.eval_gates import check_gates, parse_gates
 from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.models import (
     classifier_outputs,
@@ -38,6 +38,7 @@ from rlhf_trainer.report import print_report, write_report
 from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
 from rlhf_trainer.rollout import encode_prompts, generate
 from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.win_rates import judged, wins
 
 SUMMARY = "Compare policies on the same prompts: measures with bootstrap intervals, completions, an HTML report."
 EXAMPLE = (

@@ -1,4 +1,4 @@
-"""What `rlhf eval` decides: win rates by reward or judge, and gates such as `toxicity>0.05` that fail a CI job."""
+"""Conditions such as `toxicity>0.05`: gates of `rlhf eval` that fail a CI job, alerts of the training stages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.judges import Judge, both_orders
 
-Values = NDArray[np.float64]
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
@@ -71,14 +66,3 @@ def check_gates(gates: Sequence[Gate], result: dict[str, Any]) -> list[dict[str,
             value = measures[gate.measure]["mean"]
             records.append({"gate": gate.text, "policy": name, "value": value, "failed": gate.fails(value)})
     return records
-
-
-def wins(after: Values, before: Values) -> Values:
-    """[N]: 1 where `after` scores higher than `before`, 0.5 where they are equal, else 0."""
-    return np.asarray((after > before) + 0.5 * (after == before), dtype=np.float64)
-
-
-def judged(judge: Judge, prompts: list[str], after: list[str], before: list[str]) -> Values:
-    """[N] probability that `after` is the better answer: both orders are asked, as judges favour a place."""
-    shown_first, shown_second = both_orders(judge, prompts, after, before)
-    return ((shown_first + shown_second) / 2).double().numpy()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_folder
 
-from rlhf_trainer import eval_gates
+from rlhf_trainer import eval_gates, win_rates
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.eval_gates import Gate, parse_gates
@@ -79,13 +79,13 @@ def test_gates_are_checked_for_every_policy_after_the_first():
 
 
 def test_wins_count_ties_as_half():
-    assert eval_gates.wins(np.array([2.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])).tolist() == [1.0, 0.5, 0.0]
+    assert win_rates.wins(np.array([2.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_a_judge_that_favours_a_place_is_even():
-    found = eval_gates.judged(lambda p, a, b: [0.9] * len(p), ["p", "q"], ["a", "b"], ["c", "d"])
+    found = win_rates.judged(lambda p, a, b: [0.9] * len(p), ["p", "q"], ["a", "b"], ["c", "d"])
     np.testing.assert_allclose(found, 0.5)
-    fair = eval_gates.judged(lambda p, a, b: [float(x > y) for x, y in zip(a, b, strict=True)], ["p"], ["b"], ["a"])
+    fair = win_rates.judged(lambda p, a, b: [float(x > y) for x, y in zip(a, b, strict=True)], ["p"], ["b"], ["a"])
     assert fair.tolist() == [1.0]
 
 
