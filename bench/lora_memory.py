@@ -19,6 +19,7 @@ from pathlib import Path
 LORA = {"lora_r": 16, "lora_targets": ["all-linear"]}
 MODES = {
     "LoRA, one base": {"model": "base", "reward": "reward", **LORA},
+    "LoRA, one base, value adapter": {"model": "base", "reward": "reward", "value_adapter": True, **LORA},
     "LoRA, separate copies": {"model": "base", "ref_model": "copy", "reward": "reward_merged", **LORA},
     "every weight, separate copies": {"model": "base", "reward": "reward_merged"},
 }
@@ -82,9 +83,9 @@ def main() -> None:
             found = json.loads(output.splitlines()[-1])
             peaks[mode] = found["peak"] - found["before"]
             print(f"{mode:32} {peaks[mode]:6} MiB  {peaks[mode] / size:5.2f} x the base", flush=True)
-        shared = peaks["LoRA, one base"]
-        for mode in list(MODES)[1:]:
-            print(f"one base / {mode}: {shared / peaks[mode]:.2f}")
+        for shared in list(MODES)[:2]:
+            for mode in list(MODES)[2:]:
+                print(f"{shared} / {mode}: {peaks[shared] / peaks[mode]:.2f}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from rlhf_trainer.errors import UserError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MAIN, REFERENCE, REWARD = "default", "reference", "reward"  # peft's name for the only one, and ours for its neighbours
+# peft's name for the only one, and ours for its neighbours
+MAIN, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
 PREFIX = "base_model.model."  # of every name in peft's files
 HEADS = ("score", "classification_head")  # a reward model's head by architecture, kept beside its adapter
 
@@ -130,15 +131,21 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) 
     _switch(model, MAIN)
 
 
-def copy_adapter(model: PreTrainedModel, source: str, target: str) -> Adapter:
-    """A frozen copy of an adapter beside it, on the same base."""
-    _inject(model, copy.deepcopy(model.peft_config[source]), target, trained=False)
-    _fill(model, target, get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False), source)
+def copy_adapter(model: PreTrainedModel, source: str, target: str, trained: bool = False) -> Adapter:
+    """A copy of an adapter beside it, on the same base."""
+    _inject(model, copy.deepcopy(model.peft_config[source]), target, trained)
+    fill(model, target, tensors_of(model, source), source)
     return Adapter(model, target)
 
 
-def _fill(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: str) -> None:
-    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+def tensors_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """The weights of one adapter under peft's names, which do not say whose they are."""
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def fill(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: str) -> None:
+    """Give an adapter these weights; UserError naming `source` where they are not its own."""
+    expected = tensors_of(model, name)
     wrong = sorted(expected.keys() ^ tensors.keys()) or [
         key for key in expected if expected[key].shape != tensors[key].shape
     ]
@@ -226,7 +233,7 @@ def attach(model: PreTrainedModel, path: str | Path, name: str = MAIN, trained: 
     config.modules_to_save = None
     tensors, head = read_weights(path)
     _inject(model, config, name, trained)
-    _fill(model, name, tensors, str(path))
+    fill(model, name, tensors, str(path))
     return head
 
 
@@ -244,7 +251,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Write the main adapter, with the head of a reward model, as peft does; nothing of the base."""
     folder.mkdir(parents=True, exist_ok=True)
     lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
-    tensors = get_peft_model_state_dict(model, adapter_name=MAIN, save_embedding_layers=False)
+    tensors = tensors_of(model, MAIN)
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             tensors |= {f"{name}.{key}": tensor for key, tensor in getattr(model, name).state_dict().items()}

@@ -41,6 +41,8 @@ def validate_options(cfg: PPOConfig) -> None:
         raise UserError(f"--minibatches {cfg.minibatches}: more than --batch_size {cfg.batch_size}")
     if cfg.batch_size % cfg.group_size:
         raise UserError(f"--group_size {cfg.group_size} does not divide --batch_size {cfg.batch_size}")
+    if cfg.value_adapter and cfg.advantage != "gae":
+        raise UserError(f"--value_adapter: --advantage {cfg.advantage} has no value function")
     if cfg.advantage != "gae" and cfg.group_size < 2:
         raise UserError(f"--advantage {cfg.advantage} compares responses to one prompt; --group_size must be 2 or more")
     for name, low in (

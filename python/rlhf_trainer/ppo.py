@@ -29,7 +29,7 @@ from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
 from rlhf_trainer.config import option, save_config
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.forward import backbone_states, head_inputs
+from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
@@ -104,6 +104,9 @@ class PPOConfig:
     lora_targets: list[str] = option(
         [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
     )
+    value_adapter: bool = option(
+        False, "give the value a LoRA adapter of its own on the same base; false: its head reads the policy's states"
+    )
     merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of sampling, permutations and the value head")
     device: str = option("auto", "auto, cpu or cuda")
@@ -124,6 +127,7 @@ class PPOResult:
     tokenizer: PreTrainedTokenizerBase
     metrics: list[dict[str, float]]
     stopped: str
+    output_dir: str = ""  # "": nothing was written
 
 
 def run(cfg: PPOConfig) -> dict[str, Any]:
@@ -153,7 +157,7 @@ def token_outputs(
     logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=True)
     values = torch.zeros_like(logprobs)
     if value_head is not None:
-        values = torch.where(counted, value_head(backbone_states(policy, inputs["hidden"])), 0.0)
+        values = torch.where(counted, value_head.values(policy, inputs["hidden"], ids, mask, start), 0.0)
     return tuple(pad(x, (0, length - width)) for x in (logprobs, entropy, values))
 
 
@@ -226,9 +230,7 @@ def train_ppo(
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = starts_equal(policy, reference)
     gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, label=cfg.gold_label, device=device)
-    value_head = None
-    if cfg.advantage == "gae":
-        value_head = load_value_head(cfg.model, policy.config.get_text_config().hidden_size).to(device)
+    value_head = load_value_head(cfg, policy, device) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
@@ -299,12 +301,13 @@ def train_ppo(
             if stop is not None:
                 stopped = stop
                 break
+    tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
     if cfg.merge:
-        merge(policy)
+        merge(policy)  # the value's own adapter was one of the base as it had been
+        tensors = {} if cfg.value_adapter else tensors
     if cfg.output_dir:
-        tensors = {} if value_head is None else {VALUE_HEAD: value_head.state_dict()}
         save_folder(cfg.output_dir, policy, tokenizer, tensors=tensors)
-    return PPOResult(policy, value_head, tokenizer, history, stopped)
+    return PPOResult(policy, value_head, tokenizer, history, stopped, cfg.output_dir)
 
 
 @torch.no_grad()

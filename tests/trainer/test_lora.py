@@ -17,6 +17,7 @@ from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import encode_prompt, load_causal, load_tokenizer
 from rlhf_trainer.rewards import load_reward
+from rlhf_trainer.value_head import load_value_head
 
 WORDS = ("one", "two", "red", "blue")
 EXAMPLES = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in WORDS for b in ("day", "good")]
@@ -295,6 +296,74 @@ def test_merged_policy_is_an_ordinary_folder(base, tmp_path):
     assert not adapters.has_adapter(result.policy)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(plain, base), logits(result.policy, base))
+
+
+# The value's own adapter
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_the_value_has_an_adapter_of_its_own(start, base, sft_adapter, tmp_path):
+    options = {"model": base, **LORA} if start == "base" else {"model": sft_adapter}
+    result = ppo(output=tmp_path / "out", value_adapter=True, vf_coef=0.5, **options)
+    assert result.metrics[0]["objective/kl"] == 0.0
+    main, value = (adapters.parameters_of(result.policy, name) for name in (MAIN, adapters.VALUE))
+    assert len(main) == len(value)
+    assert not adapters.same_adapters(result.policy, MAIN, adapters.VALUE)
+    assert any(bool(p.any()) for name, p in value.items() if ".lora_B." in name)
+    before = load_file(f"{base}/model.safetensors")
+    for name, parameter in result.policy.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(parameter, before[name.replace(".base_layer", "")])
+    # peft's folder holds the policy alone, and the next run goes on with the value that this one ended with
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(saved) == len(main)
+    again = ppo(tmp_path / "out", value_adapter=True, updates=1, lr=1e-9)
+    for name, parameter in adapters.parameters_of(again.policy, adapters.VALUE).items():
+        torch.testing.assert_close(parameter, value[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(again.value_head.linear.weight, result.value_head.linear.weight, rtol=0, atol=1e-6)
+    other = ppo(tmp_path / "out", updates=1, lr=1e-9)  # the head of other states is not taken over
+    assert not torch.allclose(other.value_head.linear.weight, result.value_head.linear.weight, atol=1e-3)
+
+
+def test_the_value_loss_moves_the_values_adapter_and_not_the_policys(base):
+    policy = adapters.add_adapter(load_causal(base), PPOConfig(model=base, **LORA))
+    cfg = PPOConfig(value_adapter=True)
+    head = load_value_head(cfg, policy, torch.device("cpu"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    head.values(policy, torch.empty(0), ids, torch.ones_like(ids).bool(), 2).sum().backward()
+    moved = {name for name, p in policy.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved
+    assert moved <= adapters.parameters_of(policy, adapters.VALUE).keys()
+    hidden = torch.randn(1, 2, 32)
+    plain = load_value_head(PPOConfig(), policy, torch.device("cpu"))
+    torch.testing.assert_close(plain.values(policy, hidden, ids, ids > 0, 2), plain(hidden))
+
+
+def test_a_run_with_a_value_adapter_is_resumed_to_the_bit(base, tmp_path):
+    options = {"model": base, "value_adapter": True, "updates": 3, "save_every": 1, **LORA}
+    ppo(output=tmp_path / "whole", **options)
+
+    def killed(done, policy):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo(output=tmp_path / "cut", on_update=killed, **options)
+    ppo(output=tmp_path / "cut", resume=True, **options)
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--value_adapter needs a policy that is an adapter"),
+        ({**LORA, "advantage": "rloo", "group_size": 2}, "--advantage rloo has no value function"),
+    ],
+)
+def test_a_value_adapter_that_cannot_be(base, options, message):
+    with pytest.raises(UserError, match=message):
+        ppo(base, value_adapter=True, **options)
 
 
 def test_a_named_reference_over_the_same_base_is_no_copy(base, sft_adapter):
