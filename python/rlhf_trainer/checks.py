@@ -32,8 +32,8 @@ def validate_options(cfg: PPOConfig) -> None:
     if cfg.advantage not in ("gae", "grpo", "rloo", "mean"):
         raise UserError(f"--advantage {cfg.advantage}: it takes gae, grpo, rloo, mean")
     at_least_one = ("updates", "batch_size", "group_size", "minibatches", "epochs", "max_new_tokens", "kl_horizon")
-    for name in (*at_least_one, *(["micro_batch_size"] if cfg.micro_batch_size is not None else [])):
-        if getattr(cfg, name) < 1:
+    for name in (*at_least_one, "micro_batch_size", "rollout_batch_size"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if cfg.stop_gold is not None and cfg.gold_reward is None:
         raise UserError("--stop_gold needs --gold_reward")

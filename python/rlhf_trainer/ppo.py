@@ -61,6 +61,9 @@ class PPOConfig:
     batch_size: int = option(64, "responses per rollout")
     group_size: int = option(1, "responses to each prompt of a rollout; grpo and rloo compare them")
     minibatches: int = option(2, "optimizer steps per epoch over the rollout")
+    rollout_batch_size: int | None = option(
+        None, "responses sampled at once, prompts of similar length together; none: all of the batch"
+    )
     micro_batch_size: int | None = option(None, "sequences per forward pass; changes memory, never the result")
     epochs: int = option(4, "passes over each rollout")
     max_new_tokens: int = option(32, "longest response in tokens")
@@ -256,7 +259,9 @@ def train_ppo(
         for update in range(start, cfg.updates):
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
-            rollout = generate(policy, tokenizer, texts, generator=generator, **sampling)
+            rollout = generate(
+                policy, tokenizer, texts, generator=generator, batch_size=cfg.rollout_batch_size, **sampling
+            )
             rolled = time.perf_counter()
             # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
             orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]

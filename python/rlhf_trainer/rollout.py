@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import sample_tokens
@@ -59,17 +60,13 @@ def encode_prompts(
     return rows
 
 
-def sample(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """One token per row of logits [B, V] from softmax(logits / temperature), by uniform [B]: no top-k, no top-p."""
-    return sample_tokens(logits, temperature=temperature, uniform=uniform)[0]
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [B, V] from softmax(logits / temperature), by uniform [B], and its logprob.
 
-
-def check_logits(logits: Tensor, prompts: Sequence[str]) -> None:
-    """UserError where a row of logits [B, V] is no distribution; -inf for some of its tokens is."""
-    bad = ~logits.logsumexp(-1).isfinite()
-    if bool(bad.any()):
-        row = int(bad.int().argmax())
-        raise UserError(f"the policy's logits are not finite after prompt {prompts[row][:60]!r}: its weights diverged")
+    No top-k, no top-p. The logprob tells of logits that are no distribution: NaN. Training takes none from here: its
+    old logprobs come from its own forward pass, so that the first ratio is 1 to the bit.
+    """
+    return sample_tokens(logits, temperature=temperature, uniform=uniform)
 
 
 class Steps:
@@ -91,7 +88,12 @@ class Steps:
             **{key: value for key, value in options.items() if key in self.accepted},
         )
         self.cache = output.past_key_values
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)  # an index_select of every layer's state, whatever its kind
 
 
 @torch.no_grad()
@@ -104,32 +106,93 @@ def generate(
     generator: torch.Generator,
     temperature: float = 1.0,
     stop_token: str | None = None,
+    batch_size: int | None = None,
 ) -> Rollout:
     """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
 
+    With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
     The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row.
     """
     device = next(model.parameters()).device
     shape = (max_new_tokens, len(prompts))
     uniform = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-    ids, mask = left_pad(encode_prompts(model, tokenizer, prompts, max_new_tokens), tokenizer.pad_token_id)
-    ids, mask = ids.to(device), mask.to(device)
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
     stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
-    ends = torch.tensor(stops, device=device)
-    steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
+    longest, pad_id = max(map(len, encoded)), tokenizer.pad_token_id
+    ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    prompt_length = ids.shape[1]
-    for step in range(max_new_tokens):
-        logits = steps.next_logits(ids, mask)
-        check_logits(logits, prompts)
-        token = sample(logits, temperature, uniform[step])
-        token = torch.where(ended, tokenizer.pad_token_id, token)
-        ids = torch.cat([ids, token.unsqueeze(1)], 1)
-        mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
-        ended = ended | torch.isin(token, ends)
-        if bool(ended.all()):
+    for rows in batches_by_length(encoded, batch_size):
+        padded, real = left_pad([encoded[row] for row in rows], pad_id)
+        place = slice(longest - padded.shape[1], None)
+        ids[rows, place], mask[rows, place], ended[rows] = respond(
+            model,
+            padded.to(device),
+            real.to(device),
+            uniform[:, rows],
+            ends=torch.tensor(stops, device=device),
+            pad_id=pad_id,
+            temperature=temperature,
+            prompts=[prompts[row] for row in rows],
+        )
+    length = longest + int(mask[:, longest:].sum(-1).max())
+    ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
+    return Rollout(ids, mask, longest, ended, list(prompts), decode(tokenizer, ids, mask, longest, stops))
+
+
+def check_logprobs(logprobs: Tensor, prompts: Sequence[str], running: Tensor) -> None:
+    """UserError where the logprob of a running row's token is NaN."""
+    bad = logprobs.isnan()
+    if bool(bad.any()):
+        prompt = prompts[int(running[bad][0])]
+        raise UserError(f"the policy's logits are not finite after prompt {prompt[:60]!r}: its weights diverged")
+
+
+def batches_by_length(encoded: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+    """The rows' numbers in batches of at most `size`, sorted by length where there are several."""
+    order = list(range(len(encoded)))
+    if size is None or size >= len(order):
+        return [order]
+    order.sort(key=lambda row: len(encoded[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def respond(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    uniform: Tensor,
+    *,
+    ends: Tensor,
+    pad_id: int,
+    temperature: float,
+    prompts: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded prompts ids, mask [B, P], uniform [T, B] -> ids, mask [B, P + T], ended [B].
+
+    Rows that have ended leave the running batch once they are half of it: each copy of the cache halves it.
+    """
+    (count, width), longest = ids.shape, len(uniform)
+    steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
+    ids, mask = pad(ids, (0, longest), value=pad_id), pad(mask, (0, longest))
+    ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
+    running = torch.arange(count, device=ids.device)
+    for step, end in enumerate(range(width, width + longest)):
+        logits = steps.next_logits(ids[running, :end], mask[running, :end])
+        token, logprob = sample(logits, temperature, uniform[step, running])
+        check_logprobs(logprob, prompts, running)
+        going = ~ended[running]
+        ids[running, end] = torch.where(going, token, pad_id)
+        mask[running, end] = going
+        going = going & ~torch.isin(token, ends)
+        ended[running] = ~going
+        left = going.nonzero().squeeze(-1)
+        if not len(left):
             break
-    return Rollout(ids, mask, prompt_length, ended, list(prompts), decode(tokenizer, ids, mask, prompt_length, stops))
+        if len(left) <= len(running) // 2:
+            steps.keep(left)
+            running = running[left]
+    return ids, mask, ended
 
 
 def stop_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -111,4 +111,11 @@ class Steps:
             use_cache=True,
         )
         self.cache = output.past_key_values
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        self.encoded.last_hidden_state, self.mask = self.encoded.last_hidden_state[rows], self.mask[rows]
+        self.first = self.first[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)

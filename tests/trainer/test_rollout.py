@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny import tiny_folder
@@ -31,8 +33,13 @@ def run(model, tokenizer, prompts=PROMPTS, seed=0, **options):
     return generate(model, tokenizer, prompts, generator=torch.Generator().manual_seed(seed), **options)
 
 
+def scripted(tokens):
+    """A `sample` that says the same token in every row, one of `tokens` after the other."""
+    return lambda logits, *_: (torch.full((len(logits),), next(tokens)), torch.zeros(len(logits)))
+
+
 def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.argmax(-1))
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.max(-1)[::-1])
     together = run(model, tokenizer)
     assert together.completions == [run(model, tokenizer, [prompt]).completions[0] for prompt in PROMPTS]
     assert any(together.completions)
@@ -40,21 +47,28 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer, monkeypatc
 
 def test_cached_sampling_equals_the_full_forward(model, tokenizer, monkeypatch):
     """The logprob under which each token was sampled, against the training forward."""
-    sampled = []
+    sampled, batches, step = torch.zeros(32, 6), [], itertools.count()
 
-    draw = rollout_module.sample
+    def recording(logprobs, prompts, running):
+        sampled[running, next(step)] = logprobs
+        batches.append(len(running))
 
-    def recording(logits, temperature, uniform):
-        token = draw(logits, temperature, uniform)
-        sampled.append((logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0])
-        return token
-
-    monkeypatch.setattr(rollout_module, "sample", recording)
+    monkeypatch.setattr(rollout_module, "check_logprobs", recording)
     result = run(model, tokenizer, PROMPTS * 8, temperature=0.7)
+    assert batches[0] == 32 > 2 * batches[-1] > 0  # rows that ended have left the batch
     with torch.no_grad():
         logprobs, _, _ = token_outputs(model, None, result, torch.arange(32), 0.7)
-    expected = torch.stack(sampled, 1).where(result.response_mask, 0)
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    width = result.response_mask.shape[1]
+    torch.testing.assert_close(logprobs, sampled[:, :width].where(result.response_mask, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_of_similar_length_give_the_same_responses(model, tokenizer):
+    together = run(model, tokenizer, PROMPTS * 8)
+    apart = run(model, tokenizer, PROMPTS * 8, batch_size=5)
+    assert rollout_module.batches_by_length([[1], [1, 2, 3], [1], [1, 2]], 3) == [[0, 2, 3], [1]]
+    assert apart.prompts == together.prompts == PROMPTS * 8
+    assert apart.completions == together.completions
+    assert all(torch.equal(getattr(apart, name), getattr(together, name)) for name in ("ids", "mask", "ended"))
 
 
 def test_each_row_ends_at_its_eos(model, tokenizer):
@@ -74,7 +88,7 @@ def test_each_row_ends_at_its_eos(model, tokenizer):
 def test_a_sampled_pad_token_counts(model, tokenizer, monkeypatch):
     """Masks go by length: a PAD that the policy itself said is a token like any other."""
     script = iter([3, 0, 4, 1])
-    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: torch.full((len(logits),), next(script)))
+    monkeypatch.setattr(rollout_module, "sample", scripted(script))
     result = run(model, tokenizer, ["a", "bc"])
     assert result.responses.tolist() == [[3, 0, 4, 1]] * 2
     assert result.response_mask.all()
@@ -82,7 +96,7 @@ def test_a_sampled_pad_token_counts(model, tokenizer, monkeypatch):
 
 
 def test_a_stop_token_ends_as_eos_does(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: torch.full((len(logits),), 5))
+    monkeypatch.setattr(rollout_module, "sample", scripted(itertools.repeat(5)))
     result = run(model, tokenizer, ["a"], stop_token="c")
     assert result.responses.tolist() == [[5]]
     assert result.ended.tolist() == [True]
@@ -100,7 +114,8 @@ def test_seeds_reproduce(model, tokenizer):
 def test_sampling_draws_from_the_whole_tempered_distribution():
     logits = torch.tensor([2.0, 0.0, -3.0, float("-inf")]).expand(200_000, 4)
     uniform = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = rollout_module.sample(logits, 0.5, uniform)
+    drawn, logprobs = rollout_module.sample(logits, 0.5, uniform)
+    torch.testing.assert_close(logprobs, (logits / 0.5).log_softmax(-1).gather(-1, drawn[:, None])[:, 0])
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=2e-3, rtol=0)
     assert shares[2] > 0  # 4.5e-5: no top-k, no top-p
@@ -120,7 +135,7 @@ def test_real_architectures(arch, tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path / "m", arch)
     tokenizer = load_tokenizer(folder)
     model = load_causal(folder, tokenizer).eval()
-    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.argmax(-1))
+    monkeypatch.setattr(rollout_module, "sample", lambda logits, *_: logits.max(-1)[::-1])
     prompts = ["a", "one two three red blue"]
     together = run(model, tokenizer, prompts)
     for prompt, mine in zip(prompts, together.responses.tolist(), strict=True):

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_reward
+from rlhf_trainer import rollout as rollout_module
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
 from rlhf_trainer.data import write_jsonl
@@ -108,14 +109,24 @@ def test_rollout_logprobs_are_the_models_own(parts):
 
 def test_the_cache_gives_the_training_forwards_distribution(parts, monkeypatch):
     model, tokenizer = parts
-    seen = []
-    monkeypatch.setattr("rlhf_trainer.rollout.check_logits", lambda logits, prompts: seen.append(logits))
+    seen, running, sample = [], [], rollout_module.sample
+
+    def ending(logits, *rest):
+        tokens, logprobs = sample(logits, *rest)
+        tokens[: 9 if len(seen) == 1 else 0] = tokenizer.eos_token_id
+        seen.append(logits)
+        return tokens, logprobs
+
+    monkeypatch.setattr(rollout_module, "sample", ending)
+    monkeypatch.setattr(rollout_module, "check_logprobs", lambda logprobs, prompts, rows: running.append(rows))
     generator = torch.Generator().manual_seed(1)
-    rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=5, generator=generator)
+    rollout = generate(model, tokenizer, PROMPTS * 4, max_new_tokens=5, generator=generator)
+    assert len(running[-1]) <= 7  # rows that ended have left the batch
     with torch.no_grad():
         logits = model(**inputs(model, rollout.ids, rollout.mask, rollout.prompt_length)).logits
-    stepped = torch.stack(seen, 1)[rollout.response_mask]
-    torch.testing.assert_close(stepped, logits[rollout.response_mask], atol=1e-5, rtol=1e-5)
+    for step, (stepped, rows) in enumerate(zip(seen, running, strict=True)):
+        real = rollout.response_mask[rows, step]
+        torch.testing.assert_close(stepped[real], logits[rows, step][real], atol=1e-5, rtol=1e-5)
 
 
 def test_sft_loss_is_that_of_the_models_own_labels(parts):
