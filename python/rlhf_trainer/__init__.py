@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_trainer.bon import BonConfig, BonResult, best_of_n
+    from rlhf_trainer.cai_label import CAILabelConfig, CAILabelResult, label_answers
+    from rlhf_trainer.cai_revise import CAIReviseConfig, CAIReviseResult, revise_answers
+    from rlhf_trainer.constitution import Constitution, Rule, load_constitution
     from rlhf_trainer.data import Example, Pair
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.errors import InvariantError, UserError
+    from rlhf_trainer.judges import load_judge
     from rlhf_trainer.label import LabelConfig, label_server
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
     from rlhf_trainer.prefs import PrefsConfig, PrefsResult, make_pairs
@@ -22,9 +26,13 @@ if TYPE_CHECKING:
 
 MODULES = {
     "bon": ("BonConfig", "BonResult", "best_of_n"),
+    "cai_label": ("CAILabelConfig", "CAILabelResult", "label_answers"),
+    "cai_revise": ("CAIReviseConfig", "CAIReviseResult", "revise_answers"),
+    "constitution": ("Constitution", "Rule", "load_constitution"),
     "data": ("Example", "Pair"),
     "dpo": ("DPOConfig", "DPOResult", "train_dpo"),
     "errors": ("InvariantError", "UserError"),
+    "judges": ("load_judge",),
     "label": ("LabelConfig", "label_server"),
     "ppo": ("PPOConfig", "PPOResult", "train_ppo"),
     "prefs": ("PrefsConfig", "PrefsResult", "make_pairs"),
@@ -36,6 +44,11 @@ MODULE_OF = {name: module for module, names in MODULES.items() for name in names
 __all__ = [
     "BonConfig",
     "BonResult",
+    "CAILabelConfig",
+    "CAILabelResult",
+    "CAIReviseConfig",
+    "CAIReviseResult",
+    "Constitution",
     "DPOConfig",
     "DPOResult",
     "Example",
@@ -48,13 +61,18 @@ __all__ = [
     "PrefsResult",
     "RewardConfig",
     "RewardResult",
+    "Rule",
     "SFTConfig",
     "SFTResult",
     "UserError",
     "best_of_n",
+    "label_answers",
     "label_server",
+    "load_constitution",
+    "load_judge",
     "load_reward",
     "make_pairs",
+    "revise_answers",
     "train_dpo",
     "train_ppo",
     "train_reward",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
-from rlhf_trainer.config import option, require, save_config, say
-from rlhf_trainer.data import read_jsonl, read_prompts, write_jsonl
+from rlhf_trainer.config import option, require, say
+from rlhf_trainer.data import read_prompts, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import bootstrap
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
@@ -115,7 +113,9 @@ def best_of_n(
             trust_remote_code=cfg.trust_remote_code,
         )
     batches = generate.sample_batches(raw, model, tokenizer, prompts, start, batch)
-    samples = _collect(raw, (score(records, reward, cfg) for records in batches), start, len(prompts))
+    samples = generate.collect(
+        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n"
+    )
     best = [chosen(record) for record in samples]
     figures = statistics(cfg, samples)
     if cfg.output:
@@ -131,27 +131,6 @@ def score(records: list[dict[str, Any]], reward: RewardFunction, cfg: BonConfig)
     scores = scores_of(reward, prompts, completions) - cfg.missing_eos_penalty * (~ended).float()
     found = scores.view(len(records), cfg.n).tolist()
     return [record | {"scores": row} for record, row in zip(records, found, strict=True)]
-
-
-def _collect(raw: BonConfig, batches: Iterator[list[dict[str, Any]]], start: int, total: int) -> list[dict[str, Any]]:
-    """All records, those of an interrupted run first; each batch is on disk before the next one is sampled."""
-    records: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(generate.progress("best of n"))
-        task = bar.add_task("", total=total, completed=start)
-        file = None
-        if raw.output:
-            path = Path(raw.output)
-            save_config(raw, path.parent, generate.config_path(raw).name)
-            file = stack.enter_context(open(path, "a", encoding="utf-8"))
-        for found in batches:
-            records += found
-            if file is not None:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-                file.flush()
-                os.fsync(file.fileno())
-            bar.advance(task, len(found))
-    return [record for _, record in read_jsonl(raw.output)] if raw.output else records
 
 
 def chosen(record: dict[str, Any]) -> dict[str, Any]:

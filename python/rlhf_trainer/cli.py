@@ -20,6 +20,7 @@ STAGES = {
     "bon": ("bon", "best-of-N: the best of several completions by a reward, as data for sft"),
     "dpo": ("dpo", "align a policy on preference pairs directly, with DPO or IPO"),
     "ppo": ("ppo", "align a policy with PPO against a reward and a frozen reference"),
+    "cai": ("cai", "rules instead of labellers: a model revises and compares answers by a constitution"),
     "eval": ("eval", "compare models on the same prompts, before and after; HTML report"),
     "verify": ("verify", "check PPO on this machine against a world with a known optimum"),
     "demo": ("demo", "the whole chain on a tiny model, offline, in minutes"),

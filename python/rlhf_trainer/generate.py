@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def _same_options(cfg: Config) -> None:
         raise UserError(f"--resume: {cfg.output} was begun with --{key} {before.get(key)}, now it is {now[key]}")
 
 
-def finished(cfg: Config, prompts: Sequence[str], batch: int) -> int:
+def finished(cfg: Config, prompts: Sequence[Any], batch: int) -> int:
     """Prompts that an interrupted run has finished, in whole batches; what it wrote beyond them is cut off."""
     path = Path(cfg.output)
     if not path.exists():
@@ -137,6 +138,32 @@ def progress(description: str) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
+def collect(
+    cfg: Config, batches: Iterator[list[dict[str, Any]]], start: int, total: int, description: str
+) -> list[dict[str, Any]]:
+    """All records, those of an interrupted run first; each batch is on disk before the next one is made.
+
+    Without cfg.output nothing is written.
+    """
+    records: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress(description))
+        task = bar.add_task(description, total=total, completed=start)
+        file = None
+        if cfg.output:
+            path = Path(cfg.output)
+            save_config(cfg, path.parent, config_path(cfg).name)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        for found in batches:
+            records += found
+            if file is not None:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+                file.flush()
+                os.fsync(file.fileno())
+            bar.advance(task, len(found))
+    return [record for _, record in read_jsonl(cfg.output)] if cfg.output else records
+
+
 def run(cfg: Config) -> dict[str, Any]:
     """Sample, appending a batch at a time; returns how many completions came, how many were distinct, and ended."""
     validate_options(cfg)
@@ -150,23 +177,15 @@ def run(cfg: Config) -> dict[str, Any]:
     encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
     if cfg.stop_token is not None:
         stop_token_id(tokenizer, cfg.stop_token)
-    path = Path(cfg.output)
-    save_config(cfg, path.parent, config_path(cfg).name)
     begun = time.monotonic()
-    with open(path, "a", encoding="utf-8") as file, progress("generate") as bar:
-        task = bar.add_task("generate", total=len(prompts), completed=start)
-        for records in sample_batches(cfg, model, tokenizer, prompts, start, batch):
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-            bar.advance(task, len(records))
+    batches = sample_batches(cfg, model, tokenizer, prompts, start, batch)
+    records = collect(cfg, batches, start, len(prompts), "generate")
     seconds = time.monotonic() - begun
-    records = [record for _, record in read_jsonl(path)]
-    total = len(records) * cfg.n
+    count, total = len(records), len(records) * cfg.n
     distinct = sum(len(set(record["completions"])) for record in records)
     ended = sum(sum(record["ended"]) for record in records)
     say(
-        f"{path}: {len(records)} prompts x {cfg.n} completions, {distinct} distinct, {ended / total:.0%} ended by "
+        f"{cfg.output}: {count} prompts x {cfg.n} completions, {distinct} distinct, {ended / total:.0%} ended by "
         f"themselves; {len(prompts) - start} prompts in {seconds:.0f} s"
     )
     return {"prompts": len(records), "completions": total, "distinct": distinct, "ended": ended}

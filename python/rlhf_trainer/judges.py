@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_kernels import linear_logprobs
 from rlhf_trainer.constitution import Shot
 from rlhf_trainer.data import render_prompt
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import context_length, encode_completion, load_causal, load_tokenizer
+from rlhf_trainer.forward import head_inputs
+from rlhf_trainer.models import context_length, encode_completion, left_pad, load_causal, load_tokenizer
 from rlhf_trainer.rewards import load_function, scores_of
 from rlhf_trainer.server import RefusedError, Server, is_url
-from rlhf_trainer.sft import completion_losses
-from rlhf_trainer.supervised import Row, encode_row
+from rlhf_trainer.supervised import encode_row
 
 Judge = Callable[..., Sequence[float]]
 QUESTION = "Which answer is more helpful, honest and harmless?"
@@ -44,15 +45,24 @@ def load_judge(
     batch_size: int = 32,
     pad_token: str | None = None,
     trust_remote_code: bool = False,
+    chat: bool | None = None,
+    shots: Sequence[Shot] = (),
+    **server: Any,
 ) -> Judge:
-    """The judge that `source` names (KINDS); a model or a server asked without questions answers `question`."""
+    """The judge that `source` names (KINDS); a model or a server asked without questions answers `question`.
+
+    chat, shots: of a model, see ModelJudge. server: timeout, retries and parallel of a Server.
+
+    Raises:
+        UserError: no such folder, function or server.
+    """
     if is_url(source):
-        return ServerJudge(Server(source), question)
+        return ServerJudge(Server(source, **server), question, shots)
     if ":" in source and not Path(source).is_dir():
         return load_function(source)
     tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
     model: Any = load_causal(source, tokenizer, trust_remote_code=trust_remote_code)
-    return ModelJudge(model.to(device).eval(), tokenizer, question, batch_size=batch_size)
+    return ModelJudge(model.to(device).eval(), tokenizer, question, batch_size=batch_size, chat=chat, shots=shots)
 
 
 def both_orders(
@@ -121,7 +131,10 @@ class ModelJudge:
         self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self.shots = demonstrations(shots)
-        self.options = [encode_completion(tokenizer, text, eos=False) for text in OPTIONS]
+        first, second = (encode_completion(tokenizer, text, eos=False) for text in OPTIONS)
+        if first[:-1] != second[:-1] or first[-1] == second[-1]:
+            raise UserError(f"this tokenizer has no tokens of their own for {OPTIONS[0]!r} and {OPTIONS[1]!r}")
+        self.options = (first, second)
         self.mass: list[float] = []
         self.cut = 0
 
@@ -152,9 +165,20 @@ class ModelJudge:
         found = torch.empty(len(prompts), 2)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
-            rows = [Row(prompts[i] + option, len(prompts[i])) for option in self.options for i in part]
-            found[part] = -completion_losses(self.model, rows, self.tokenizer.pad_token_id).view(2, -1).T.float().cpu()
+            found[part] = self._forward([prompts[i] for i in part]).cpu()
         return found
+
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        """[b, 2] for rows of ids. The options differ in their last token alone, so that one pass serves both."""
+        (first, second), device = self.options, next(self.model.parameters()).device
+        prompts, mask = left_pad(rows, self.tokenizer.pad_token_id)
+        tail = torch.tensor(first).expand(len(rows), -1)
+        ids, mask = torch.cat([prompts, tail], 1), torch.cat([mask, torch.ones_like(tail, dtype=torch.bool)], 1)
+        inputs = head_inputs(self.model, ids.to(device), mask.to(device), prompts.shape[1])
+        each = linear_logprobs(**inputs).float()
+        last = {"hidden": inputs["hidden"][:, -1], "labels": torch.full_like(inputs["labels"][:, -1], second[-1])}
+        other = linear_logprobs(**{**inputs, **last}).float()
+        return torch.stack([each.sum(-1), each[:, :-1].sum(-1) + other], 1)
 
 
 class ServerJudge:

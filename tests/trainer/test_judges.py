@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from serving import said, serving
 from tiny import tiny_folder
 
 from rlhf_trainer.constitution import load_constitution
@@ -21,46 +19,6 @@ from rlhf_trainer.server import Server
 
 ASKED = (["one day", "two"], ["good", "yes thanks"], ["bad fool night", "no"])
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-
-
-@contextmanager
-def serving(answer):
-    """An OpenAI-compatible server: `answer(path, payload)` gives (status, object or bytes); yields (URL, payloads)."""
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, payload):
-            seen.append((self.path, payload, dict(self.headers)))
-            status, body = answer(self.path, payload)
-            body = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            self.reply(None)
-
-        def do_POST(self):
-            self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def said(text, top=None):
-    logprobs = None if top is None else {"content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]}
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from rlhf_trainer import PPOConfig, dpo, ppo, sft
 from rlhf_trainer.data import Pair
+from rlhf_trainer.judges import ModelJudge
+from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import Rollout
 from rlhf_trainer.seq2seq import settle_attention
@@ -95,4 +97,13 @@ def test_dpo_without_logits():
     with Largest() as largest:
         dpo.Trained(model, 0, cfg).losses(items).sum().backward()
         dpo.all_logprobs(model, rows, 0, cfg)
+    assert V * D <= largest.elements < B * R * V / 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_judge_reads_two_letters_without_logits(name):
+    tokenizer = build_tokenizer(["x A B"] * 4, 262)
+    judge = ModelJudge(made(name), tokenizer, "?")
+    with Largest() as largest:
+        judge._forward([[2] * P] * (B * R))
     assert V * D <= largest.elements < B * R * V / 4
