@@ -23,9 +23,9 @@ def head_of(model: nn.Module, *, softcap: float | None = None, logit_scale: floa
         logprobs = linear_logprobs(hidden[:, :-1], labels=ids[:, 1:], mask=mask[:, 1:], **head.options())
 
     Knows tied heads, a bias of the layer or of the model (BART), a softcap (Gemma 2), a factor of the logits (Cohere,
-    Granite), LoRA or a trained copy on the head (PEFT), DTensor weights (gathered by `options`), and wrappers: PEFT,
-    accelerate, DistributedDataParallel, torch.compile. Needs no transformers: it asks for `get_output_embeddings` and
-    `config`.
+    Granite), LoRA or a trained copy on the head (PEFT), DTensor and FSDP2 weights (gathered by `options`), and
+    wrappers: PEFT, accelerate, DistributedDataParallel, torch.compile. Needs no transformers: it asks for
+    `get_output_embeddings` and `config`.
 
     Args:
         model: what `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` gives, wrapped or not.
@@ -65,19 +65,40 @@ class ModelHead:
         self._candidates = [1.0, *(y for x in known for y in (x, 1 / x))] if logit_scale is None else [logit_scale]
         self.logit_scale = self._candidates[0]
         self._probed = False
+        self._dtype: torch.dtype | None = None  # of the hidden states, once they are known
 
-    def options(self) -> dict[str, Any]:
-        """weight, bias, softcap and logit_scale for the linear family; under LoRA on the head, of the merged weight.
+    def options(self, process_group: Any = None) -> dict[str, Any]:
+        """weight, bias, lora, softcap and logit_scale for the linear family; after `hidden_states`.
 
-        Raises ValueError before the first `hidden_states` where only the model itself can say the factor.
+        lora is a list of (A, B, scale) under LoRA on the head, else None. A weight that is a DTensor is gathered once a
+        call. Its gradient flows back to the shards: under FSDP2 the mean over the ranks, as FSDP2 does, else as that
+        of a replicated tensor (every rank has the same hidden states).
+
+        Args:
+            process_group: with a head that is sharded by rows over this group (a DTensor on its mesh), nothing is
+                gathered: the shards are used as they are, and process_group is among the options.
+
+        Raises:
+            ValueError: before the first `hidden_states` where only the model itself can say the factor; an adapter
+                with dropout or of another kind than LoRA.
         """
         if not self._probed and len(self._candidates) > 1:
             raise ValueError("head_of: call hidden_states first; it finds the factor that the model puts on its logits")
-        weight, bias = _parameters(self.layer)
+        weight, bias, lora = _parameters(self.layer)
+        found = {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        if process_group is not None:
+            return {**found, "lora": lora or None, "process_group": process_group}
+        averaged = any(type(module).__name__.startswith("FSDP") for module in self.model.modules())
+
+        def whole(x: Any) -> Any:
+            return _whole(x, self._dtype, averaged)
+
+        found["weight"], found["bias"] = weight, bias = whole(weight), whole(bias)
+        found["lora"] = [(whole(a), whole(b), scale) for a, b, scale in lora] or None
         if self._holder is not None:
             final = self._holder._buffers[_FINAL_BIAS].reshape(-1).to(weight.dtype)
-            bias = final if bias is None else bias + final
-        return {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+            found["bias"] = final if bias is None else bias + final
+        return found
 
     def hidden_states(self, *args: Any, **inputs: Any) -> Tensor:
         """[B, T, D]: what the head would have been given in `model(*args, **inputs)`; the head itself does not run.
@@ -93,7 +114,7 @@ class ModelHead:
 
         def instead(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             seen.append(hidden)
-            return hidden.detach().new_tensor(_PROBES).expand(*hidden.shape[:-1], len(_PROBES))
+            return _Probes.apply(hidden, *(p for p in self.layer.parameters() if p.requires_grad))
 
         with _Replaced(self.layer, instead), _no_final_bias(self._holder):
             output = self.model(*args, **{"use_cache": False, **inputs})
@@ -104,6 +125,9 @@ class ModelHead:
         if not self._probed and seen[0].numel():
             self._check(output.logits.detach().reshape(-1, len(_PROBES))[0].float().tolist())
             self._probed = True
+        self._dtype = seen[0].dtype
+        if seen[0].requires_grad and output.logits.requires_grad:
+            return _Through.apply(seen[0], output.logits)
         return seen[0]
 
     def _check(self, found: list[float]) -> None:
@@ -119,6 +143,34 @@ class ModelHead:
             f"{self.softcap} and logit_scale in {self._candidates} do not explain; pass head_of(model, softcap=, "
             f"logit_scale=)"
         )
+
+
+class _Probes(torch.autograd.Function):
+    """In place of a head's output: constants that for autograd come of hidden and of the head's parameters.
+
+    DistributedDataParallel looks in the graph of the output for what the backward will reach.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        return hidden.new_tensor(_PROBES).expand(*hidden.shape[:-1], len(_PROBES)).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Through(torch.autograd.Function):
+    """hidden, whose backward begins at the model's output: wrappers have their hooks there (FSDP2)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = output.shape, output.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
 
 
 class _Replaced:
@@ -162,30 +214,48 @@ def _unwrapped(model: nn.Module) -> Any:
         model = inside
 
 
-def _parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias of a linear layer, also under PEFT and as DTensor."""
+def _parameters(layer: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor, float]]]:
+    """Weight [V, D], bias and adapters (A, B, scale) of a linear layer, also under PEFT."""
     if hasattr(layer, "modules_to_save") and not getattr(layer, "disable_adapters", False):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if hasattr(layer, "base_layer"):
-        weight, bias = _parameters(layer.base_layer)
+        weight, bias, lora = _parameters(layer.base_layer)
         if layer.disable_adapters or layer.merged:
-            return weight, bias
+            return weight, bias, lora
         for name in layer.active_adapters:
             if name not in layer.lora_A:
                 continue
-            dropout = layer.lora_dropout[name]
-            if getattr(layer, "use_dora", {}).get(name) or (layer.training and getattr(dropout, "p", 0) > 0):
+            dropout = getattr(layer.lora_dropout[name], "p", 0)
+            if name in getattr(layer, "lora_variant", {}) or (layer.training and dropout > 0):
                 raise ValueError(
                     f"head_of: adapter {name!r} on the head uses DoRA or dropout; only plain LoRA is known"
                 )
-            weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
-        return weight, bias
+            a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+            if getattr(b, "bias", None) is not None:
+                shift = (scale * b.bias).to(weight.dtype)
+                bias = shift if bias is None else bias + shift
+            lora.append((a.weight, b.weight, scale))
+        return weight, bias, lora
     weight = getattr(layer, "weight", torch.empty(0))
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise TypeError(f"head_of: the output layer is a {type(layer).__name__}; it takes one with a weight [V, D]")
-    return _whole(weight), None if getattr(layer, "bias", None) is None else _whole(layer.bias)
+    return weight, getattr(layer, "bias", None), []
 
 
-def _whole(x: Any) -> Tensor:
-    """A DTensor's full tensor (gradients flow back to the shards); others as they are."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def _whole(x: Any, dtype: torch.dtype | None, averaged: bool) -> Any:
+    """A DTensor's full tensor, in dtype; others as they are.
+
+    averaged: ranks have different data, and the gradient of the shards is the mean over them.
+    """
+    if not hasattr(x, "full_tensor"):
+        return x
+    if not averaged:
+        return x.to(dtype).full_tensor()
+    if x.device_mesh.ndim != 1:
+        raise ValueError(f"head_of: the head lies on {x.device_mesh}; under FSDP2 it takes a mesh of one dimension")
+    from torch.distributed.tensor import Partial
+
+    shards, ranks = x.view_as(x), x.device_mesh.size()
+    if shards.requires_grad:
+        shards.register_hook(lambda grad: grad / ranks)
+    return shards.to(dtype).full_tensor(grad_placements=[Partial()])

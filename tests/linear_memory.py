@@ -1,6 +1,6 @@
 """Peak memory of one call of the linear family beyond its inputs and gradients, in bytes on stdout.
 
-Run as a program, one call a process: `linear_memory.py {policy|logprobs} {float32|bfloat16} N V D`.
+Run as a program, one call a process: `linear_memory.py {policy|logprobs|lora} {float32|bfloat16} N V D`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import rlhf_kernels as rk
 
 
 def call(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    if op == "lora":  # a frozen weight, its low-rank addition trained
+        vocab, width = weight.shape
+        low = [torch.zeros(shape, requires_grad=True) for shape in ((8, width), (vocab, 8))]
+        logprobs = rk.linear_logprobs(hidden, weight.detach(), labels, lora=(*low, 2.0), workspace=16 << 20)
+        return list(torch.autograd.grad(logprobs.sum(), (hidden, *low)))
     if op == "logprobs":
         logprobs = rk.linear_logprobs(hidden, weight, labels)
         return list(torch.autograd.grad(logprobs.sum(), (hidden, weight)))

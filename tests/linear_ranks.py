@@ -5,6 +5,7 @@ Run as a program: `linear_ranks.py WORLD`; exits 0 when every rank found equalit
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -34,28 +35,62 @@ def _case(dtype: torch.dtype) -> dict[str, Tensor]:
         "mask": mask,
         "old": -normal(N).abs() - 3,
         "advantages": normal(N),
+        "lora_a": normal(3, D),
+        "lora_b": normal(V, 3),
+        "other": normal(N, D).to(dtype),
+        "other_weight": normal(V, D).to(dtype),
     }
 
 
-def _both(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | None, workspace: int) -> list[Tensor]:
-    """logprobs, entropy, policy loss, cross entropy, and the gradients of each by hidden, weight and bias."""
-    leaves = [x.detach().clone().requires_grad_() for x in (case["hidden"], case["weight"][part], case["bias"][part])]
-    hidden, weight, bias = leaves
+def _gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients of each by every leaf."""
+    grads = []
+    for y in outputs:
+        upstream = torch.linspace(-1, 2, N) if y.dim() else None
+        found = torch.autograd.grad(y, leaves, upstream, retain_graph=True, allow_unused=True)
+        grads += [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+    return [x.detach() for x in (*outputs, *grads)]
+
+
+def _leaves(case: dict[str, Tensor], part: slice) -> list[Tensor]:
+    tensors = (case["hidden"], case["weight"][part], case["bias"][part], case["lora_a"], case["lora_b"][part])
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def _labelled(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | None, workspace: int) -> list[Tensor]:
+    """logprobs, entropy, policy loss, cross entropy, with a low-rank addition to the head in the first two."""
+    leaves = _leaves(case, part)
+    hidden, weight, bias, lora_a, lora_b = leaves
     head = {"bias": bias, "softcap": 9.0, "logit_scale": 0.8, "workspace": workspace, "process_group": group}
+    low = {**head, "lora": (lora_a, lora_b, 0.5)}
     outputs = list(
         rk.linear_logprobs(
-            *(hidden, weight, case["labels"]), mask=case["mask"], temperature=0.7, with_entropy=True, **head
+            *(hidden, weight, case["labels"]), mask=case["mask"], temperature=0.7, with_entropy=True, **low
         )
     )
     policy, _ = rk.linear_policy_loss(
+        *(hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"]), entropy_coef=0.1, **low
+    )
+    plain, _ = rk.linear_policy_loss(
         *(hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"]), entropy_coef=0.1, **head
     )
-    outputs += [policy, rk.linear_cross_entropy(hidden, weight, case["labels"], case["mask"], **head)]
-    grads = []
-    for i, y in enumerate(outputs):
-        upstream = torch.linspace(-1, 2, N) if y.dim() else None
-        grads += torch.autograd.grad(y, leaves, upstream, retain_graph=i < 1)
-    return [x.detach() for x in (*outputs, *grads)]
+    outputs += [policy, plain, rk.linear_cross_entropy(hidden, weight, case["labels"], case["mask"], **head)]
+    return _gradients(outputs, leaves)
+
+
+def _divergences(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | None, workspace: int) -> list[Tensor]:
+    """linear_kl in every direction; then with the first tokens closed to the policy, a whole shard of them."""
+    leaves = _leaves(case, part)
+    hidden, weight, bias, lora_a, lora_b = leaves
+    other = case["other"], case["other_weight"][part]
+    closed = torch.where(torch.arange(V) < V // 2 + 2, float("-inf"), 0.0).to(bias.dtype)[part]
+    options = {"mask": case["mask"], "workspace": workspace, "process_group": group}
+    outputs = []
+    for direction in ("reverse", "forward", "jsd"):
+        for shift, more in ((0, {"softcap": 9.0}), (closed, {"temperature": torch.linspace(0.5, 2, N)})):
+            low = {"bias": bias + shift, "lora": (lora_a, lora_b, 0.5), "direction": direction}
+            outputs.append(rk.linear_kl(hidden, weight, *other, **low, **more, **options))
+    return _gradients(outputs, leaves)
 
 
 def _rank(rank: int, world: int, port: int) -> None:
@@ -66,12 +101,13 @@ def _rank(rank: int, world: int, port: int) -> None:
     mine = slice(cuts[rank], cuts[rank + 1])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         case = _case(dtype)
-        for workspace in (0, 64 << 20):
-            expected = _both(case, slice(None), None, workspace)
-            got = _both(case, mine, dist.group.WORLD, workspace)
+        # 1500 bytes: shards of unequal size must nevertheless cut chunks alike.
+        for workspace, call in itertools.product((0, 1500, 64 << 20), (_labelled, _divergences)):
+            expected = call(case, slice(None), None, workspace)
+            got = call(case, mine, dist.group.WORLD, workspace)
             for a, b in zip(got, expected, strict=True):
                 whole = b[mine] if b.shape[:1] == (V,) else b
-                scale = b.double().abs().max().clamp(min=1e-3)
+                scale = b.double().abs().nan_to_num(posinf=0.0).max().clamp(min=1e-3)
                 torch.testing.assert_close(a.double() / scale, whole.double() / scale, rtol=0, atol=tolerance)
         try:
             rk.linear_logprobs(

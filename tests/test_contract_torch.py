@@ -224,31 +224,47 @@ def test_opcheck_logits(kernel_backend: Backend, dtype: torch.dtype, with_entrop
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) -> None:
-    device, ops = kernel_backend.device, torch.ops.rlhf_kernels
+    ops = torch.ops.rlhf_kernels
+    call = _head_inputs(kernel_backend.device, dtype)
+    torch.library.opcheck(ops.linear_logprobs.default, (*call, True))
+    bare = [None if i in (2, 3, 4, 6, 8, 9) else x for i, x in enumerate(call)]
+    torch.library.opcheck(ops.linear_logprobs.default, (*bare, False))
+    _, entropy, stats = (y.detach() for y in ops.linear_logprobs(*call, True))
+    g = _normal(6).to(kernel_backend.device)
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in call]
+    for wanted in ([True] * 5, [False, True, False, False, True]):
+        torch.library.opcheck(ops.linear_logprobs_backward.default, (*inputs, g, g, entropy, stats, wanted))
+
+
+def _head_inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
+    """What every registered op of the linear family starts with, its optional tensors too: six rows, two chunks."""
     mask, labels, (hidden, weight, bias) = _arguments("linear_logprobs", 2, 3, dtype, device)
-    mask, labels, row_temperature = mask.flatten(), labels.flatten(), torch.linspace(0.5, 2, 6, device=device)
-    one = torch.ones((), dtype=torch.float64)
-    shard = (0, "", False)
-    forward = (hidden, weight, labels, bias, mask, one, row_temperature, 3 * one, one, *shard, True, 500)
-    torch.library.opcheck(ops.linear_logprobs.default, forward)
-    torch.library.opcheck(ops.linear_logprobs.default, (hidden, weight, labels, *(None,) * 2, one, *forward[6:]))
-    _, entropy, stats = (y.detach() for y in ops.linear_logprobs(*forward))
-    g = _normal(6).to(device)
-    inputs = [x.detach() if isinstance(x, Tensor) else x for x in forward[:-2]]
-    for wanted in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops.linear_logprobs_backward.default, (g, g, *inputs, stats, entropy, 500, *wanted))
+    lora_a, lora_b = (x.to(device).requires_grad_() for x in (_normal(2, weight.shape[1]), _normal(weight.shape[0], 2)))
+    row_temperature, one = torch.linspace(0.5, 2, 6, device=device), torch.ones((), dtype=torch.float64)
+    head = (hidden, weight, bias, lora_a, lora_b, labels.flatten(), mask.flatten())
+    return *head, one, row_temperature, 3 * one, one, 0, weight.shape[0], "", False, 500
 
 
 @pytest.mark.parametrize("kind", ["policy k3", "nll"])
 def test_opcheck_linear_policy_loss(kernel_backend: Backend, kind: str) -> None:
-    mask, labels, tensors = _arguments("linear_logprobs", 2, 3, torch.float32, kernel_backend.device)
-    one, entropy = torch.ones((), dtype=torch.float64), kind != "nll"
+    entropy = kind != "nll"
     per_row = _normal(5 if entropy else 1, 6).to(kernel_backend.device)
     scalars = torch.tensor([0.2, 0.3, 2.0, 0.1, 0.1], dtype=torch.float64)
-    hidden, weight, bias = (x.detach() for x in tensors)
-    head = (hidden, weight, labels.flatten(), bias, mask.flatten(), one, None, 3 * one, one, 0, "", False)
-    arguments = (*head, per_row, scalars, kind, entropy, 500, True, True, True)
+    call = [x.detach() if isinstance(x, Tensor) else x for x in _head_inputs(kernel_backend.device)]
+    arguments = (*call, per_row, scalars, kind, entropy, [True] * 5)
     torch.library.opcheck(torch.ops.rlhf_kernels.linear_policy_loss.default, arguments)
+
+
+@pytest.mark.parametrize("direction", [0, 2])
+def test_opcheck_linear_kl(kernel_backend: Backend, direction: int) -> None:
+    ops, call = torch.ops.rlhf_kernels, _head_inputs(kernel_backend.device)
+    _, other, *_ = _head_inputs(kernel_backend.device, torch.float32)
+    ref = (call[0].detach(), other.detach() * 0.5, None, None, None, direction)
+    torch.library.opcheck(ops.linear_kl.default, (*call, *ref))
+    _, stats = (y.detach() for y in ops.linear_kl(*call, *ref))
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in call]
+    g = _normal(6).to(kernel_backend.device)
+    torch.library.opcheck(ops.linear_kl_backward.default, (*inputs, *ref, g, stats, [True] * 5))
 
 
 @pytest.mark.parametrize("direction", [0, 1, 2])

@@ -124,26 +124,88 @@ def test_equals_the_models_own_logits(name: str) -> None:
     assert_equal_to_own_logits(made(name))
 
 
-@pytest.mark.parametrize("name", ["llama tied", "gemma2"])
-def test_under_lora(name: str) -> None:
+def with_lora(name: str, targets: list[str], saved: list[str] | None = None, **options: object) -> nn.Module:
+    """A model under PEFT, its adapters filled."""
     peft = pytest.importorskip("peft")
-    for targets, saved in ((["q_proj"], None), (["q_proj", "lm_head"], None), (["q_proj"], ["lm_head"])):
-        if saved and name != "gemma2":
-            continue
-        model = made(name) if not saved else made("llama")
-        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved, lora_dropout=0.0)
-        wrapped = peft.get_peft_model(model, config)
-        for parameter_name, parameter in wrapped.named_parameters():
-            if "lora_" in parameter_name:
-                nn.init.normal_(parameter, std=0.3)
-        assert_equal_to_own_logits(wrapped)
-        with wrapped.disable_adapter():
-            head = rk.head_of(wrapped)
-            inputs, labels, mask = inputs_of(wrapped)
-            hidden = head.hidden_states(**inputs)
-            logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **head.options())
-            own = wrapped(**inputs).logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-            torch.testing.assert_close(logprobs[mask], own[mask], rtol=1e-4, atol=1e-5)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved, **options)
+    wrapped = peft.get_peft_model(made(name), config)
+    for parameter_name, parameter in wrapped.named_parameters():
+        if "lora_" in parameter_name:
+            nn.init.normal_(parameter, std=0.3)
+    return wrapped
+
+
+LORA = {
+    "backbone": ("llama tied", ["q_proj"], None, {}),
+    "head of llama": ("llama", ["q_proj", "lm_head"], None, {}),
+    "tied head": ("llama tied", ["q_proj", "lm_head"], None, {}),
+    "head of gpt2": ("gpt2", ["c_attn", "lm_head"], None, {}),
+    "softcap": ("gemma2", ["q_proj", "lm_head"], None, {"use_rslora": True}),
+    "bias of the adapter": ("phi", ["q_proj", "lm_head"], None, {"lora_bias": True}),
+    "t5": ("t5", ["q", "lm_head"], None, {}),
+    "trained copy": ("llama", ["q_proj"], ["lm_head"], {}),
+}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_under_lora(case: str) -> None:
+    """Loss and gradients of A, B and the backbone's adapters as in the model's own logits; also with adapters off."""
+    name, targets, saved, options = LORA[case]
+    wrapped = with_lora(name, targets, saved, **options)
+    assert_equal_to_own_logits(wrapped)
+    head = rk.head_of(wrapped)
+    inputs, labels, mask = inputs_of(wrapped)
+    head.hidden_states(**inputs)
+    found = head.options()
+    assert (found["lora"] is not None) == ("lm_head" in targets)
+    if "lm_head" in targets:  # the model's own parameters, nothing merged
+        assert {x.data_ptr() for x in (found["weight"], *found["lora"][0][:2])} <= {
+            x.data_ptr() for x in wrapped.parameters()
+        }
+    with wrapped.disable_adapter():
+        hidden = head.hidden_states(**inputs)
+        logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **head.options())
+        own = wrapped(**inputs).logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(logprobs[mask], own[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_two_adapters_and_a_16_bit_base() -> None:
+    """PEFT keeps adapters in float32 beside a bfloat16 base; two may be active."""
+    peft = pytest.importorskip("peft")
+    model = made("llama").bfloat16()
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["lm_head"])
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=1, target_modules=["lm_head"]))
+    wrapped.base_model.set_adapter(["default", "other"])
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter.requires_grad_(), std=0.3)
+    inputs, labels, mask = inputs_of(wrapped)
+    head = rk.head_of(wrapped)
+    hidden = head.hidden_states(**inputs)
+    options = head.options()
+    assert [(a.dtype, b.dtype, scale) for a, b, scale in options["lora"]] == [
+        (torch.float32, torch.float32, 2.0),
+        (torch.float32, torch.float32, 0.5),
+    ]
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    own = wrapped(**inputs).logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    expected = torch.autograd.grad(own[mask].mean(), parameters)
+    logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **options)
+    grads = torch.autograd.grad(logprobs[mask].mean(), parameters)
+    torch.testing.assert_close(logprobs[mask], own[mask].detach(), rtol=0, atol=0.1)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.03 * b.abs().max().item())
+
+
+def test_adapters_that_are_not_known() -> None:
+    dora = with_lora("llama", ["lm_head"], use_dora=True)
+    with pytest.raises(ValueError, match="adapter 'default' on the head uses DoRA or dropout"):
+        rk.head_of(dora).options()
+    dropout = with_lora("llama", ["lm_head"], lora_dropout=0.1)
+    assert rk.head_of(dropout.eval()).options()["lora"]
+    with pytest.raises(ValueError, match="uses DoRA or dropout"):
+        rk.head_of(dropout.train()).options()
 
 
 def test_under_wrappers_that_hide_the_model() -> None:

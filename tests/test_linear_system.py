@@ -43,9 +43,18 @@ def test_peak_memory(op: str, dtype: str) -> None:
         assert logits > (96 << 20) + accumulator
 
 
+def test_peak_memory_under_lora() -> None:
+    """A workspace of 16 MiB, a weight of 125 MiB: there is no copy with the adapter merged, and none for a gradient."""
+    require_backend("cpu")
+    assert int(_run("linear_memory.py", "lora", "float32", "64", "32001", "1024")) <= (16 << 20) + (32 << 20)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_of_the_weight_gradient_stays_flat_over_chunks(dtype: torch.dtype) -> None:
-    """1 to 1024 chunks: a 16-bit accumulator's error would grow 7-fold."""
+    """1 to 1024 chunks, at most twice the error and two ulp of the fp32 sum; a 16-bit accumulator's grows 7-fold.
+
+    Root mean squares, because the largest error of a few hundred elements is a lottery.
+    """
     require_backend("cpu")
     case = head(1024, 16, 40, dtype, bias=False)
     g = torch.randn(1024, generator=torch.Generator().manual_seed(0))
@@ -58,21 +67,18 @@ def test_error_of_the_weight_gradient_stays_flat_over_chunks(dtype: torch.dtype)
             workspace = 2 * (1024 // chunks) * (case.hidden.element_size() + 4) * 16
             logprobs = rk.linear_logprobs(case.hidden, leaf, case.labels, workspace=workspace)
             (grad,) = torch.autograd.grad(logprobs, leaf, g)
-            errors[chunks] = (grad.double() - expected).abs().max().item()
-    assert max(errors.values()) <= 2 * errors[1], errors
+            errors[chunks] = (grad.double() - expected).square().mean().sqrt().item()
+    ulp = torch.finfo(torch.float32).eps * expected.square().mean().sqrt().item()
+    assert max(errors.values()) <= 2 * errors[1] + 2 * ulp, errors
 
 
-def test_runs_and_threads_give_the_same_bits(kernel_backend: Backend) -> None:
+def test_runs_give_the_same_bits(kernel_backend: Backend) -> None:
+    """At one number of threads: with another a library's GEMM may sum in another order."""
     case = head(9, 16, 300 if kernel_backend.interpreted else 3000)
     first = run(kernel_backend, case, workspace=20_000)
-    before = torch.get_num_threads()
-    for threads in (before,) if kernel_backend.interpreted else (before, 1, 2, 3, 8):
-        torch.set_num_threads(threads)
-        try:
-            for a, b in zip(run(kernel_backend, case, workspace=20_000), first, strict=True):
-                assert torch.equal(a, b)
-        finally:
-            torch.set_num_threads(before)
+    for _ in range(3):
+        for a, b in zip(run(kernel_backend, case, workspace=20_000), first, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

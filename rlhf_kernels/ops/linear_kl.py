@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops import linear, validate
+from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.full_kl import DIRECTIONS
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Gradients, Head, Rows, Sweep
+from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
+from rlhf_kernels.ops.linear_gradients import Gradients
+from rlhf_kernels.ops.linear_shards import gathered, merged_kl, summed
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows
 from rlhf_kernels.reference import full_kl as reference
 from rlhf_kernels.reference.linear import head_logits
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_kl"
 
@@ -25,12 +32,15 @@ def linear_kl(
     *,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    lora: Lora | Sequence[Lora] | None = None,
+    ref_lora: Lora | Sequence[Lora] | None = None,
     direction: Literal["reverse", "forward", "jsd"] = "reverse",
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     workspace: int = DEFAULT_WORKSPACE,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """`full_kl` between the policies of two heads, from their hidden states.
 
@@ -39,12 +49,15 @@ def linear_kl(
     The reference policy is a constant. The widths of the two models may differ, their vocabularies may not.
 
     Args:
-        hidden, weight, bias: the policy's head, as in `linear_logprobs`; differentiable.
-        ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V], dtype of hidden: the reference's head.
+        hidden, weight, bias, lora: the policy's head, as in `linear_logprobs`; differentiable.
+        ref_hidden, ref_weight, ref_bias, ref_lora: [..., D'], [V, D'], [V] and (A, B, scale), dtype of hidden: the
+            reference's head.
         direction: as in `full_kl`.
         temperature, softcap, logit_scale: of both policies, as in `linear_logprobs`.
         mask: [...] bool or 0/1, true where the row counts; other rows cost nothing and are exactly 0.
         workspace: bytes of extra memory, at least three rows of logits; see `linear_logprobs`.
+        process_group: both heads are this rank's rows of a vocabulary sharded alike over the group's ranks; see
+            `linear_logprobs`. One all-gather of five numbers a row, for jsd also an all-reduce of two.
 
     Returns:
         [...] float32 (float64 for float64), nats.
@@ -53,9 +66,9 @@ def linear_kl(
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     validate.choice(OP, "direction", direction, DIRECTIONS)
-    scalars = (temperature, softcap, logit_scale, mask, workspace)
-    call = linear.prepare(OP, hidden, weight, None, bias, *scalars)
-    ref = linear.prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, *scalars)
+    scalars = (temperature, softcap, logit_scale, mask, workspace, process_group)
+    call = prepare(OP, hidden, weight, None, bias, lora, *scalars)
+    ref = prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, ref_lora, *scalars)
     if ref.labels.shape != call.labels.shape or ref.hidden.device != hidden.device:
         raise ValueError(
             f"{OP}: ref_hidden is {list(ref_hidden.shape)} on {ref.hidden.device}; with this hidden it takes "
@@ -67,46 +80,68 @@ def linear_kl(
             f"[{weight.shape[0]}, D'] {call.hidden.dtype}"
         )
     if dispatch.kernel(OP, call.hidden) is None:
-        logits, ref_logits = (
-            head_logits(x.hidden, x.weight, x.bias, x.mask, softcap, logit_scale) for x in (call, ref)
-        )
+        if call.group:
+            raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
+        logits, ref_logits = (head_logits(*x.leaves, x.mask, softcap, logit_scale) for x in (call, ref))
         return reference.full_kl(logits, ref_logits.detach(), call.mask, call.divisor, direction)
-    other_hidden, other_weight, _, other_bias, *_ = ref.flat()
-    constants = (other_hidden.detach(), other_weight.detach(), None if other_bias is None else other_bias.detach())
-    flat = list(call.flat())
-    del flat[9:], flat[2]
-    kl, _ = _forward(*flat, *constants, DIRECTIONS.index(direction), workspace)
+    constants = ref.detached().flat().leaves
+    kl, _ = _forward(*call.flat(), *constants, DIRECTIONS.index(direction))
     return kl.view(call.labels.shape)
 
 
 class _Pair:
-    """Both heads' sweeps in step, chunk by chunk, with the temperature of the backend's full_kl."""
+    """Both heads' sweeps in step, chunk by chunk, with the divergence of the backend's full_kl."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        ref_hidden: Tensor,
-        ref_head: Head,
-        mask: Tensor | None,
-        workspace: int,
-    ) -> None:
-        labels = torch.zeros(hidden.shape[:2].numel(), dtype=torch.int64, device=hidden.device)
+    def __init__(self, call: Inputs, ref: Inputs, direction: int) -> None:
         # Logits of both, and the gradient beside them.
-        per_row = 3 * head.weight.shape[0] + hidden.shape[-1] + ref_hidden.shape[-1]
-        rows = max(1, workspace // (per_row * hidden.element_size()))
-        self.own, self.other = (
-            Sweep(OP, x, y, labels, mask, workspace, keep=True, rows=rows)
-            for x, y in ((hidden, head), (ref_hidden, ref_head))
-        )
+        per_row = 3 * call.widest + call.hidden.shape[-1] + ref.hidden.shape[-1]
+        rows = max(1, call.workspace // (per_row * call.hidden.element_size()))
+        self.own, self.other = (x.sweep(OP, keep=True, rows=rows) for x in (call, ref))
+        self._group, self._direction = call.group, direction
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         for rows, other in zip(self.own, self.other, strict=True):
-            logits, ref_logits = self.own.logits(rows), self.other.logits(other)
-            yield (
-                rows,
-                (logits.unsqueeze(0), ref_logits.unsqueeze(0), None, self.own.head.temperature, rows.temperature),
-            )
+            yield rows, self.own.logits(rows).unsqueeze(0), self.other.logits(other).unsqueeze(0)
+
+    def divergence(self, rows: Rows, logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a chunk: KL [R] and what the gradient needs [R, 5]."""
+        jsd = DIRECTIONS[self._direction] == "jsd"
+        forward, scalars = self.own.backend.full_kl_fwd, (None, self.own.head.temperature, rows.temperature)
+        if not self._group:
+            return forward(logits, ref_logits, *scalars, self._direction)
+        # The mixture needs both sums over all shards first: those of the reverse divergence.
+        _, stats = forward(logits, ref_logits, *scalars, 0 if jsd else self._direction)
+        temperature = self.own.temperature(rows)
+        kl, whole = merged_kl(gathered(stats.double(), self._group), temperature, self._direction == 1)
+        if jsd:
+            spoilt = (whole[:, 1] + whole[:, 3]).isnan()
+            halves = summed(self._halves(rows, logits, ref_logits, whole), self._group)
+            kl = torch.where(spoilt, float("nan"), halves.sum(1) / 2)
+            whole[:, 4] = halves[:, 0]
+        return kl.float(), whole.float()
+
+    def _halves(self, rows: Rows, logits: Tensor, ref_logits: Tensor, whole: Tensor) -> Tensor:
+        """This shard's part of KL(p || m) and KL(q || m) [R, 2] float64.
+
+        From jsd's gradient with 0 for their totals, (g / 2T) p log(p / m); g lifts it out of float16's subnormals.
+        """
+        lift = 2.0**14
+        temperature = self.own.temperature(rows)
+        g = torch.zeros_like(whole[:, 0], dtype=torch.float32) + 2 * lift * temperature
+        whole = torch.where(torch.arange(5, device=whole.device) == 4, 0.0, whole).float()
+        sides = (logits, ref_logits, whole), (ref_logits, logits, whole[:, [2, 3, 0, 1, 4]])
+        scalars = (None, self.own.head.temperature, rows.temperature, DIRECTIONS.index("jsd"))
+        parts = [
+            self.own.backend.full_kl_bwd(g.float(), x, y, *scalars, stats.contiguous()).sum(-1, dtype=torch.float64)
+            for x, y, stats in sides
+        ]
+        return torch.stack([part.flatten() / lift for part in parts], 1)
+
+    def gradient(self, rows: Rows, logits: Tensor, ref_logits: Tensor, grad: Tensor, stats: Tensor) -> Tensor:
+        """grad [R] -> gradient of the chunk's products [R, V]; its logits are used up."""
+        scalars = (None, self.own.head.temperature, rows.temperature)
+        by_logits = self.own.backend.full_kl_bwd(grad, logits, ref_logits, *scalars, self._direction, stats)
+        return self.slope(rows, by_logits.view(logits.shape[1:]))
 
     def slope(self, rows: Rows, grad: Tensor) -> Tensor:
         """grad by the logits -> grad by the products; the logits in rows are used up."""
@@ -117,93 +152,75 @@ class _Pair:
         return grad
 
 
-@torch.library.custom_op("rlhf_kernels::linear_kl", mutates_args=())
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    row_temperature: Tensor | None,
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    direction: int,
-    workspace: int,
-) -> tuple[Tensor, Tensor]:
-    """hidden [O, I, D], ref_hidden [O, I, D'] -> KL [N = O*I] and what the backend's gradient needs [N, 5]."""
-    scalars = (temperature, row_temperature, softcap, logit_scale, 0, "", False)
-    head, ref_head = linear.head_of_call(weight, bias, *scalars), linear.head_of_call(ref_weight, ref_bias, *scalars)
-    count = hidden.shape[:2].numel()
-    kl, stats = (hidden.new_zeros(shape, dtype=torch.float32) for shape in ((count,), (count, 5)))
-    pair = _Pair(hidden, head, ref_hidden, ref_head, mask, workspace)
-    for rows, arguments in pair:
-        kl[rows.places], stats[rows.places] = pair.own.backend.full_kl_fwd(*arguments, direction)
+_SCHEMA = (
+    f"{SCHEMA}, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor? ref_lora_a, Tensor? ref_lora_b, "
+    f"int direction"
+)
+
+
+def _pair(arguments: Sequence[Any]) -> tuple[Inputs, _Pair, Sequence[Any]]:
+    """The policy's call, both sweeps, and what is left of a registered op's arguments."""
+    call, rest = split(arguments)
+    ref = Inputs(*rest[:LEAVES], *call[LEAVES:])
+    return call, _Pair(call, ref, rest[LEAVES]), rest[LEAVES + 1 :]
+
+
+@torch.library.custom_op("rlhf_kernels::linear_kl", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """KL [N] and what the backend's gradient needs [N, 5]."""
+    call, pair, _ = _pair(arguments)
+    count = call.labels.shape[0]
+    kl, stats = (call.hidden.new_zeros(shape, dtype=torch.float32) for shape in ((count,), (count, 5)))
+    for rows, logits, ref_logits in pair:
+        kl[rows.places], stats[rows.places] = pair.divergence(rows, logits, ref_logits)
     return kl, stats
 
 
 @_forward.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    count = hidden.shape[0] * hidden.shape[1]
-    return hidden.new_empty(count, dtype=torch.float32), hidden.new_empty((count, 5), dtype=torch.float32)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, _ = split(arguments)
+    count, new = call.labels.shape[0], call.hidden.new_empty
+    return new(count, dtype=torch.float32), new((count, 5), dtype=torch.float32)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_kl_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    row_temperature: Tensor | None,
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    stats: Tensor,
-    direction: int,
-    workspace: int,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [O, I, D], weight and bias; zero elements for one that is not wanted."""
-    scalars = (temperature, row_temperature, softcap, logit_scale, 0, "", False)
-    head, ref_head = linear.head_of_call(weight, bias, *scalars), linear.head_of_call(ref_weight, ref_bias, *scalars)
-    pair = _Pair(hidden, head, ref_hidden, ref_head, mask, workspace)
-    gradients = Gradients(pair.own, hidden, (want_hidden, want_weight, want_bias))
-    for rows, arguments in pair:
-        by_logits = pair.own.backend.full_kl_bwd(grad[rows.places], *arguments, direction, stats[rows.places])
-        products = pair.slope(rows, by_logits.view(arguments[0].shape[1:]))
-        tiles = ((part, products[:, part]) for part in pair.own.parts())
-        gradients.add(rows._replace(products=products), tiles)
+@torch.library.custom_op(
+    "rlhf_kernels::linear_kl_backward",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor grad, Tensor stats, bool[] wanted) -> ({GRADIENTS})",
+)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of the policy's leaves; zero elements for one that is not wanted."""
+    call, pair, (grad, stats, wanted) = _pair(arguments)
+    gradients = Gradients(pair.own, call.hidden, wanted)
+    for rows, logits, ref_logits in pair:
+        products = pair.gradient(rows, logits, ref_logits, grad[rows.places], stats[rows.places])
+        gradients.add(rows._replace(products=products), ((part, products[:, part]) for part in pair.own.parts()))
     return gradients.finish()
 
 
 @_backward.register_fake
-def _(grad: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return linear.empty_gradients(hidden, weight, bias, *rest[-3:])
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (*_, wanted) = split(arguments)
+    return call.empty_gradients(wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, direction, workspace = inputs
+    call, (*constants, direction) = split(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.options = direction, workspace
+    ctx.save_for_backward(*call[:TENSORS], *constants, output[1])
+    ctx.scalars, ctx.direction = call[TENSORS:], direction
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    wanted = list(ctx.needs_input_grad[:LEAVES])
+    grads: list[Tensor | None] = [None] * LEAVES
     if grad is not None:
-        found = _backward(grad, *ctx.saved_tensors, *ctx.options, *wanted)
-        grads = tuple(x if want else None for x, want in zip(found, wanted, strict=True))
-    return *grads, *(None,) * 10
+        *tensors, stats = ctx.saved_tensors
+        arguments = (*tensors[:TENSORS], *ctx.scalars, *tensors[TENSORS:], ctx.direction)
+        found = _backward(*arguments, grad, stats, wanted)
+        grads = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - LEAVES)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -6,6 +6,7 @@ its logits are at hand: three GEMMs in all, and a row whose gradient is zero tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import linear, validate
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Gradients, Rows, Sweep
+from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
+from rlhf_kernels.ops.linear_gradients import Gradients
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows, Sweep
 from rlhf_kernels.ops.losses import Aggregate, check_aggregate
 from rlhf_kernels.ops.preference import check_dpo
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
@@ -48,6 +51,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
     bias: Tensor | None = None,
+    lora: Lora | Sequence[Lora] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -63,7 +67,8 @@ def linear_policy_loss(
     logprob of a sequence first and takes a second sweep (four GEMMs).
 
     Args:
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace, process_group: linear_logprobs's.
+        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, workspace, process_group:
+            linear_logprobs's.
         old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio, importance_weights, aggregate,
             denominator: as in `policy_loss`, of labels' shape.
         entropy_coef: weight of the entropy bonus, nats^-1; 0: no entropy is computed.
@@ -78,8 +83,8 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError, IndexError: as `linear_logprobs` and `policy_loss`.
     """
-    call = linear.prepare(
-        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+    call = prepare(
+        *(OP, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
     )
     mask = call.mask
     _per_token(OP, labels, old_logprobs=old_logprobs, advantages=advantages)
@@ -105,7 +110,7 @@ def linear_policy_loss(
         )
 
     if ratio == "sequence" or dispatch.kernel(OP, call.hidden) is None:
-        return from_logprobs(*linear.logprobs_of(call, entropy_coef != 0, workspace))
+        return from_logprobs(*linear.logprobs_of(call, entropy_coef != 0))
 
     factor = token_weights(mask, labels, aggregate, denominator)
     weights = factor if importance_weights is None else factor * importance_weights.detach().float()
@@ -117,7 +122,6 @@ def linear_policy_loss(
         torch.stack([validate.runtime_scalar(x) for x in scalars]),
         "policy" if ref_logprobs is None else f"policy {kl_estimator}",
         entropy_coef != 0,
-        workspace,
     )
     with torch.no_grad():
         seen = entropy.view(labels.shape) if entropy_coef != 0 else None
@@ -134,6 +138,7 @@ def linear_cross_entropy(
     aggregate: Aggregate = "token-mean",
     denominator: float | Tensor | None = None,
     bias: Tensor | None = None,
+    lora: Lora | Sequence[Lora] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -146,7 +151,8 @@ def linear_cross_entropy(
     in all.
 
     Args:
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, workspace, process_group: linear_logprobs's.
+        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, workspace, process_group:
+            linear_logprobs's.
         mask, aggregate, denominator: as in `policy_loss`.
 
     Returns:
@@ -156,15 +162,15 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as `linear_logprobs`.
     """
     op = "linear_cross_entropy"
-    call = linear.prepare(
-        op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+    call = prepare(
+        *(op, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
     if dispatch.kernel(OP, call.hidden) is None:  # logprobs_of refuses a group there
-        logprobs, _ = linear.logprobs_of(call, False, workspace)
+        logprobs, _ = linear.logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
-    return _swept(call, factor, torch.zeros(0, dtype=torch.float64), "nll", False, workspace)[0]
+    return _swept(call, factor, torch.zeros(0, dtype=torch.float64), "nll", False)[0]
 
 
 def linear_dpo_loss(
@@ -183,6 +189,7 @@ def linear_dpo_loss(
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
     length_normalised: bool = False,
     bias: Tensor | None = None,
+    lora: Lora | Sequence[Lora] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -195,7 +202,8 @@ def linear_dpo_loss(
 
     Args:
         chosen_hidden, rejected_hidden: [M, T, D] and [M, T', D], the policy's hidden states.
-        weight, bias, temperature, softcap, logit_scale, workspace, process_group: the head, as in `linear_logprobs`.
+        weight, bias, lora, temperature, softcap, logit_scale, workspace, process_group: the head, as in
+            `linear_logprobs`.
         chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
         ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
         chosen_mask, rejected_mask: true at the answer's tokens; others (the prompt) cost nothing.
@@ -214,12 +222,12 @@ def linear_dpo_loss(
         ("rejected", rejected_hidden, rejected_labels, rejected_mask),
     ):
         op = f"linear_dpo_loss ({side})"
-        call = linear.prepare(
-            op, hidden, weight, labels, bias, temperature, softcap, logit_scale, mask, workspace, process_group
+        call = prepare(
+            *(op, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
         )
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
-        logprobs, _ = linear.logprobs_of(call, False, workspace)
+        logprobs, _ = linear.logprobs_of(call, False)
         total = logprobs.sum(-1)
         if length_normalised:
             total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))
@@ -251,34 +259,25 @@ def token_weights(mask: Tensor | None, labels: Tensor, mode: str, denominator: f
 
 
 def _swept(
-    call: linear.Call, per_row: Tensor, scalars: Tensor, kind: str, with_entropy: bool, workspace: int
+    call: Call, per_row: Tensor, scalars: Tensor, kind: str, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, logprobs [N], entropy [N] or [0], the gradients of the loss formed for those inputs that want one."""
     recorded = torch.is_grad_enabled()
-    leaves = (call.hidden, call.weight, call.bias)
-    wanted = [x is not None and x.requires_grad and recorded for x in leaves]
-    constants = call._replace(
-        hidden=call.hidden.detach(),
-        weight=call.weight.detach(),
-        bias=None if call.bias is None else call.bias.detach(),
-    )
-    loss, logprobs, entropy, *grads = _forward(
-        *constants.flat(), per_row, scalars, kind, with_entropy, workspace, *wanted
-    )
+    wanted = [x is not None and x.requires_grad and recorded for x in call.leaves]
+    constants = call.detached()
+    loss, logprobs, entropy, *grads = _forward(*constants.flat(), per_row, scalars, kind, with_entropy, wanted)
     if any(wanted):
         grads[0] = grads[0].view(call.hidden.shape) if wanted[0] else grads[0]
-        loss = _WithGradients.apply(loss, *grads, *leaves)
+        loss = _WithGradients.apply(loss, *grads, *call.leaves)
     return loss, logprobs, entropy
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, with the gradients of hidden, weight and bias that the forward has formed already."""
+    """The loss, with the gradients of the call's leaves that the forward has formed already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, dH: Tensor, dW: Tensor, db: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(dH, dW, db)
+    def forward(ctx: Any, loss: Tensor, *grads_and_leaves: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*grads_and_leaves[:LEAVES])
         return loss.clone()
 
     @staticmethod
@@ -286,9 +285,9 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             _scaled(grad, grad_loss) if need else None
-            for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+            for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 + LEAVES :], strict=True)
         ]
-        return None, None, None, None, *scaled
+        return *(None,) * (1 + LEAVES), *scaled
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -309,39 +308,20 @@ def _graph_is_kept() -> bool:
     return True if asked is None else asked()
 
 
-@torch.library.custom_op("rlhf_kernels::linear_policy_loss", mutates_args=())
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor,
-    row_temperature: Tensor | None,
-    softcap: Tensor | None,
-    logit_scale: Tensor,
-    first: int,
-    group: str,
-    invariant: bool,
-    per_row: Tensor,
-    scalars: Tensor,
-    kind: str,
-    with_entropy: bool,
-    workspace: int,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """per_row [k, N] and scalars as in `token_terms` -> loss [], logprobs [N], entropy [N] or [0], dH, dW, db."""
-    head = linear.head_of_call(
-        weight, bias, temperature, row_temperature, softcap, logit_scale, first, group, invariant
-    )
-    wanted = want_hidden, want_weight, want_bias
-    new = hidden.new_zeros
-    losses, logprobs = (new(labels.shape[0], dtype=torch.float32) for _ in range(2))
-    entropy = new(labels.shape[0] if with_entropy else 0, dtype=torch.float32)
-    sweep = Sweep(OP, hidden, head, labels, mask, workspace, keep=any(wanted), wanted=wanted)
-    gradients = Gradients(sweep, hidden, wanted)
+@torch.library.custom_op(
+    "rlhf_kernels::linear_policy_loss",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor per_row, Tensor scalars, str kind, bool with_entropy, bool[] wanted)"
+    f" -> (Tensor, Tensor, Tensor, {GRADIENTS})",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """per_row [k, N] and scalars as in `token_terms` -> loss [], logprobs [N], entropy [N] or [0], gradients."""
+    call, (per_row, scalars, kind, with_entropy, wanted) = split(arguments)
+    rows, new = call.labels.shape[0], call.hidden.new_zeros
+    losses, logprobs = (new(rows, dtype=torch.float32) for _ in range(2))
+    entropy = new(rows if with_entropy else 0, dtype=torch.float32)
+    sweep = call.sweep(OP, keep=any(wanted), wanted=wanted)
+    gradients = Gradients(sweep, call.hidden, wanted)
     numbers = scalars.tolist()
     for chunk in sweep:
         found, found_entropy, stats = sweep.softmax(chunk, with_entropy)
@@ -353,6 +333,18 @@ def _forward(
         if any(wanted):
             _add_gradient(sweep, gradients, chunk, g, g_entropy, stats, found_entropy)
     return losses.sum(dtype=torch.float64).float(), logprobs, entropy, *gradients.finish()
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (*_, with_entropy, wanted) = split(arguments)
+    new, rows = call.hidden.new_empty, call.labels.shape[0]
+    return (
+        new((), dtype=torch.float32),
+        new(rows, dtype=torch.float32),
+        new(rows if with_entropy else 0, dtype=torch.float32),
+        *call.empty_gradients(wanted),
+    )
 
 
 def _add_gradient(
@@ -414,35 +406,3 @@ def kl_and_slope(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
         return d * (d / 2), d
     inside = d.abs() <= EXPONENT_LIMIT
     return exp_minus_one_minus(-d), torch.where(inside, -torch.expm1(-d), 1.0)
-
-
-@_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    mask: Any,
-    temperature: Any,
-    row_temperature: Any,
-    softcap: Any,
-    logit_scale: Any,
-    first: Any,
-    group: Any,
-    invariant: Any,
-    per_row: Any,
-    scalars: Any,
-    kind: Any,
-    with_entropy: bool,
-    workspace: Any,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, ...]:
-    new, rows = hidden.new_empty, labels.shape[0]
-    return (
-        new((), dtype=torch.float32),
-        new(rows, dtype=torch.float32),
-        new(rows if with_entropy else 0, dtype=torch.float32),
-        *linear.empty_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias),
-    )

@@ -8,15 +8,15 @@ Two plans share the code:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels import dispatch
+from rlhf_kernels.ops.linear_shards import gathered, merged
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes
 # A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
@@ -36,11 +36,14 @@ class Head(NamedTuple):
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, D]: the weight is that plus lora_b @ lora_a, which is never formed
+    lora_b: Tensor | None  # [V, r]
     temperature: float
     row_temperature: Tensor | None  # [N], replaces temperature
     softcap: float | None
     logit_scale: float
     first: int = 0  # token of the weight's first row: not 0 for a shard of the vocabulary
+    widest: int = 0  # rows of the largest shard: all ranks must cut the same chunks
     group: str = ""  # name of the process group whose ranks hold the other shards
     invariant: bool = False  # a row's products have the same bits in any batch
 
@@ -50,6 +53,7 @@ class Rows(NamedTuple):
 
     places: Tensor | slice  # into [N]
     hidden: Tensor  # [R, D]
+    low: Tensor | None  # [R, r] hidden @ lora_a.T
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
     products: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
@@ -68,13 +72,14 @@ class Sweep:
         workspace: int,
         *,
         keep: bool = False,
-        wanted: tuple[bool, bool, bool] = (False, False, False),
+        wanted: Sequence[bool] = (False,) * 5,
         rows: int | None = None,
     ) -> None:
-        """keep: the plan of the two above. wanted: whether dH, dW and db are. rows: of a chunk, instead of a plan."""
+        """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan."""
         self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self._bias = None if head.bias is None else head.bias.float().contiguous()
+        self.lora_a = None if head.lora_a is None else head.lora_a.to(hidden.dtype)
         self._hidden = hidden.flatten(0, 1) if hidden.is_contiguous() else hidden
         # The one host sync on a GPU: how many rows count decides how many chunks there are.
         self._counted = None if mask is None else mask.nonzero().squeeze(-1)
@@ -88,10 +93,11 @@ class Sweep:
 
     def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
         """Rows of a chunk, columns of a tile."""
-        vocab, width = self.head.weight.shape
+        width, vocab = self.head.weight.shape[1], self.head.widest
         size = self._hidden.element_size()
+        low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # rows.low and its gradient
         if self._keep:
-            per_row = (vocab + width) * size
+            per_row = (vocab + width) * size + low
             limit = max(1, workspace // per_row)
             accumulator = 4 * vocab * width if wants_weight and size == 2 else 0
             if self.count * per_row <= workspace + accumulator:
@@ -100,7 +106,7 @@ class Sweep:
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1
         else:
-            per_row = (size + 4) * width  # gathered hidden states, and dH before it is rounded
+            per_row = (size + 4) * width + low  # gathered hidden states, and dH before it is rounded
             limit = min(TALLEST, max(1, workspace // (2 * per_row)))
             chunks = -(-self.count // limit)
         self.chunks = chunks
@@ -110,9 +116,9 @@ class Sweep:
             self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
         columns = max(64, room // (size * self._rows))
-        self._width = min(vocab, columns // BLOCK * BLOCK if columns >= BLOCK else columns)
         if self.head.invariant:
-            self._width = min(vocab, INVARIANT_COLUMNS)
+            columns = INVARIANT_COLUMNS
+        self._width = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, self.count, self._rows):
@@ -124,6 +130,7 @@ class Sweep:
             yield Rows(
                 places,
                 hidden,
+                None if self.lora_a is None else self._product(hidden, self.lora_a),
                 self._labels[places],
                 None if temperature is None else temperature[places].contiguous(),
                 self._tile[: (stop - start) * vocab].view(-1, vocab) if self._keep else None,
@@ -149,14 +156,28 @@ class Sweep:
             tile = rows.products[:, part]
         else:
             tile = self._tile[: count * (part.stop - part.start)].view(count, -1)
+        weight, low = self.head.weight[part], self.lora_b(part)
+        if low is None or rows.low is None:
+            return self._product(rows.hidden, weight, out=tile)
+        # The small product first: in 16 bits it is the one to be rounded twice.
+        return self._product(rows.hidden, weight, out=self._product(rows.low, low, out=tile), beta=1)
+
+    def lora_b(self, part: slice) -> Tensor | None:
+        """Its rows of a tile, in the dtype of the products."""
+        return None if self.head.lora_b is None else self.head.lora_b[part].to(self._hidden.dtype)
+
+    def _product(self, x: Tensor, y: Tensor, *, out: Tensor | None = None, beta: int = 0) -> Tensor:
+        """x [R, K] @ y [W, K].T over out, or added to it; in pieces of one shape for bits that do not depend on R."""
+        out = x.new_empty(x.shape[0], y.shape[0]) if out is None else out
         if not self.head.invariant:
-            return torch.mm(rows.hidden, self.head.weight[part].T, out=tile)
-        for start in range(0, count, INVARIANT_ROWS):
-            some = rows.hidden[start : start + INVARIANT_ROWS]
+            return torch.addmm(out, x, y.T, out=out) if beta else torch.mm(x, y.T, out=out)
+        for start in range(0, x.shape[0], INVARIANT_ROWS):
+            some, to = x[start : start + INVARIANT_ROWS], out[start : start + INVARIANT_ROWS]
             padded = some.new_zeros(INVARIANT_ROWS, some.shape[1])
             padded[: len(some)] = some
-            tile[start : start + INVARIANT_ROWS] = torch.mm(padded, self.head.weight[part].T)[: len(some)]
-        return tile
+            product = torch.mm(padded, y.T)[: len(some)]
+            to.add_(product) if beta else to.copy_(product)
+        return out
 
     def logits(self, rows: Rows) -> Tensor:
         """The kept chunk's logits [R, V], over its products."""
@@ -183,9 +204,9 @@ class Sweep:
         for part in self.parts():
             tile = self._products(rows, part)
             self.backend.linear_fold(tile, *self._epilogue(rows, part), state, with_entropy)
-        temperature = self._temperature(rows)
+        temperature = self.temperature(rows)
         if self.head.group:
-            state = _merged(_gathered(state, self.head.group), temperature)
+            state = merged(gathered(state, self.head.group), temperature)
         m, s, w, label = state.unbind(1)
         # Only -inf: no distribution. (+inf and NaN have made s NaN already.)
         log_s = torch.where((m == float("-inf")) | label.isnan(), float("nan"), s.log())
@@ -202,7 +223,7 @@ class Sweep:
         d logprob_label / dz_j = (onehot - p) / T; dH / dz_j = -p (log p + H) / T, log p = (z - m) / T - log_s.
         """
         m, log_s = stats.unbind(1)
-        temperature = self._temperature(rows)
+        temperature = self.temperature(rows)
         g, h = (torch.zeros_like(m) if x is None else x.double() for x in (g, g_entropy))
         scale = torch.exp(-log_s) / temperature
         mean = 0.0 if g_entropy is None else entropy - log_s
@@ -210,7 +231,7 @@ class Sweep:
         still = (g == 0) & (h == 0)
         return torch.stack([*(torch.where(still, 0.0, x) for x in (a, b, c)), m], 1).float()
 
-    def _temperature(self, rows: Rows) -> float | Tensor:
+    def temperature(self, rows: Rows) -> float | Tensor:
         return self.head.temperature if rows.temperature is None else rows.temperature.double()
 
     def gradient_tiles(self, rows: Rows, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -232,109 +253,8 @@ class Sweep:
         return Rows(
             places[kept],
             rows.hidden[kept],
+            None if rows.low is None else rows.low[kept],
             rows.labels[kept],
             None if rows.temperature is None else rows.temperature[kept],
             None if rows.products is None else rows.products[: kept.numel()],
         )
-
-
-class Gradients:
-    """dH, dW and db of the inputs that want one, summed over tiles and chunks; zero elements stand for none.
-
-    A sum of several 16-bit GEMMs is accumulated in fp32 and rounded once.
-    """
-
-    def __init__(self, sweep: Sweep, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> None:
-        head, allocate = sweep.head, sweep.backend.allocate
-        weight, bias = head.weight, head.bias
-        self._sweep, self._wanted, self._untouched = sweep, wanted, True
-        self.hidden = torch.zeros(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self.weight = allocate(tuple(weight.shape) if wanted[1] else (0,), weight.dtype, weight.device)
-        self.bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
-        self._sum = self.weight
-        if wanted[1] and sweep.chunks > 1 and weight.dtype != torch.float32:
-            self._sum = allocate(tuple(weight.shape), torch.float32, weight.device)
-        self._bias_dtype = weight.dtype if bias is None else bias.dtype
-
-    def add(self, rows: Rows, tiles: Iterable[tuple[slice, Tensor]]) -> None:
-        """A chunk's share: the gradient of its products, tile by tile; rows.products, if kept, is all of it."""
-        weight = self._sweep.head.weight
-        whole = rows.products  # dH in one GEMM
-        sum_hidden = None
-        if self._wanted[0] and whole is None:
-            sum_hidden = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=weight.device)
-        for part, grad in tiles:
-            if sum_hidden is not None:
-                _accumulate(sum_hidden, grad, weight[part])
-            if self._wanted[1] and self._untouched and self._sum is self.weight:
-                torch.mm(grad.T, rows.hidden, out=self._sum[part])
-            elif self._wanted[1]:
-                _accumulate(self._sum[part], grad.T, rows.hidden, fresh=self._untouched)
-            if self._wanted[2]:
-                self.bias[part] += grad.sum(0, dtype=torch.float32)
-        if self._wanted[0]:
-            flat = self.hidden.flatten(0, 1)
-            if whole is not None and self._sweep.head.group:
-                sum_hidden = torch.mm(whole, weight).float()
-            if sum_hidden is not None or whole is None:
-                assert sum_hidden is not None
-                if self._sweep.head.group:  # each rank has the share of its tokens
-                    dist.all_reduce(sum_hidden, group=_group(self._sweep.head.group))
-                flat[rows.places] = sum_hidden.to(flat.dtype)
-            elif isinstance(rows.places, slice):
-                torch.mm(whole, weight, out=flat[rows.places])
-            else:
-                flat[rows.places] = torch.mm(whole, weight)
-        self._untouched = False
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._untouched:
-            self.weight.zero_()
-        elif self._sum is not self.weight:
-            self.weight.copy_(self._sum)
-        return self.hidden, self.weight, self.bias.to(self._bias_dtype)
-
-
-def _group(name: str) -> dist.ProcessGroup:
-    resolve: Any = dist.distributed_c10d._resolve_process_group
-    return resolve(name)
-
-
-def _gathered(state: Tensor, group: str) -> Tensor:
-    """[ranks, R, 4]: one collective carries maxima, sums, entropy terms and label logits."""
-    handle = _group(group)
-    states = [torch.empty_like(state) for _ in range(dist.get_world_size(handle))]
-    dist.all_gather(states, state, group=handle)
-    return torch.stack(states)
-
-
-def _merged(states: Tensor, temperature: float | Tensor) -> Tensor:
-    """One softmax from those of the shards, summed in the order of the ranks on every rank."""
-    m, s, w, label = states.unbind(-1)
-    top = m.amax(0)
-    shift = m - torch.where(top == float("-inf"), 0.0, top)
-    scale = torch.exp(shift / temperature)
-    w = torch.where(scale == 0, 0.0, (w + s * shift) * scale)
-    seen = ~label.isnan()
-    label = torch.where(seen.any(0), torch.where(seen, label, 0.0).sum(0), float("nan"))
-    return torch.stack([top, (s * scale).sum(0), w.sum(0), label], -1)
-
-
-def shard(group: dist.ProcessGroup | None, vocab: int, device: torch.device) -> tuple[int, int]:
-    """(token of this rank's first row, tokens of all ranks); one small collective and a host sync."""
-    if group is None:
-        return 0, vocab
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([vocab], device=device), group=group)
-    counts = [int(size) for size in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """total += a @ b, or = where it is fresh; total float32, a and b of one dtype."""
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
-    elif fresh:
-        total.copy_(torch.mm(a, b))
-    else:
-        total.add_(torch.mm(a, b))

@@ -15,16 +15,23 @@ def head_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     mask: Tensor | None,
     softcap: float | Tensor | None,
     logit_scale: float | Tensor,
 ) -> Tensor:
-    """hidden [..., D], weight [V, D], bias [V] -> logits [..., V] in fp32 (float64 for float64); masked rows from 0."""
+    """hidden [..., D], weight [V, D], bias [V], lora_a [r, D], lora_b [V, r] -> logits [..., V]; masked rows from 0.
+
+    In fp32 (float64 for float64). The weight is that plus lora_b @ lora_a.
+    """
     hidden = upcast(hidden)
     if mask is not None:
         hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
     with torch.autocast(hidden.device.type, enabled=False):  # the caller has cast what is to be cast
         logits = hidden @ upcast(weight).T
+        if lora_a is not None and lora_b is not None:
+            logits = logits + hidden @ lora_a.to(hidden.dtype).T @ lora_b.to(hidden.dtype).T
     if bias is not None:
         logits = logits + upcast(bias)
     logits = logits * logit_scale
@@ -34,8 +41,10 @@ def head_logits(
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
     softcap: float | Tensor | None,
@@ -43,7 +52,7 @@ def linear_logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """hidden [..., D]; labels, mask and temperature [...] -> logprobs and entropy [...]."""
-    logits = head_logits(hidden, weight, bias, mask, softcap, logit_scale)
+    logits = head_logits(hidden, weight, bias, lora_a, lora_b, mask, softcap, logit_scale)
     return logits_family.selected_logprobs(logits, labels, mask, temperature, with_entropy)
 
 

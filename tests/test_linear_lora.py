@@ -1,0 +1,208 @@
+"""A head with a low-rank addition equals the head with the product merged into its weight, which is never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import linear_truth
+import pytest
+import torch
+import truth
+from conftest import Backend
+from linear_truth import Case
+from test_linear import head
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+D, V, N = 16, 61, 8
+Adapters = list[tuple[Tensor, Tensor, float]]
+
+
+def adapters(dtype: torch.dtype = torch.float32, width: int = D) -> Adapters:
+    """Two of different rank; their products are about as large as the weight."""
+    generator = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return [(normal(r, width).to(dtype), (normal(V, r) / 3).to(dtype), scale) for r, scale in ((3, 0.5), (2, -0.7))]
+
+
+def merged(weight: Tensor, lora: Adapters | None) -> Tensor:
+    for a, b, scale in lora or []:
+        weight = weight + scale * b @ a
+    return weight
+
+
+SEQUENCES = (2, N // 2)
+NORMAL = torch.randn(3, N, generator=torch.Generator().manual_seed(2))
+MASK = torch.arange(N) % 3 != 1
+LABELS = (torch.arange(N) * 7) % V
+
+
+def policy(hidden: Tensor, weight: Tensor, ratio: str = "token", **options: Any) -> Tensor:
+    rest = (x.view(SEQUENCES).to(hidden.device) for x in (LABELS, NORMAL[0] - 5, NORMAL[1], MASK))
+    options |= {"clip_low": 9.0, "clip_high": 99.0, "entropy_coef": 0.1, "ratio": ratio}
+    return rk.linear_policy_loss(hidden.view(*SEQUENCES, D), weight, *rest, **options)[0]
+
+
+def dpo(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    sides = [x.view(2, N // 4, *x.shape[1:]).to(hidden.device) for x in (*hidden.split(N // 2), *LABELS.split(N // 2))]
+    ref = torch.tensor([-9.0, -8.0], dtype=hidden.dtype, device=hidden.device)
+    return rk.linear_dpo_loss(sides[0], sides[1], weight, sides[2], sides[3], ref, ref + 1, **options)[0]
+
+
+def logprobs(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    mask, labels, g = (x.to(hidden.device) for x in (MASK, LABELS, NORMAL))
+    values, entropy = rk.linear_logprobs(hidden, weight, labels, mask=mask, with_entropy=True, **options)
+    return (values * g[0] + entropy * g[1]).sum()
+
+
+def kl(hidden: Tensor, weight: Tensor, direction: str = "reverse", **options: Any) -> Tensor:
+    """The reference has adapters of its own, which are constants."""
+    other = head(N, 12, V, seed=1)
+    merge = "lora" not in options
+    low = adapters(width=12)
+    ref_hidden, ref_weight = (
+        x.to(hidden) for x in (other.hidden, merged(other.weight, low) if merge else other.weight)
+    )
+    if not merge:
+        options["ref_lora"] = [(a.to(hidden), b.to(hidden), scale) for a, b, scale in low]
+    mask, g = MASK.to(hidden.device), NORMAL[0].to(hidden.device)
+    return (rk.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, direction=direction, **options) * g).sum()
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return rk.linear_cross_entropy(hidden, weight, LABELS.to(hidden.device), MASK.to(hidden.device), **options)
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "logprobs": logprobs,
+    "policy": policy,
+    "policy, sequences": lambda *args, **options: policy(*args, ratio="sequence", **options),
+    "cross entropy": cross_entropy,
+    "dpo": dpo,
+    "kl reverse": kl,
+    "kl jsd": lambda *args, **options: kl(*args, direction="jsd", **options),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_equals_the_merged_weight(backend: Backend, op: str) -> None:
+    """Loss and gradients of hidden, weight, bias and of both adapters' A and B, in one chunk and in many."""
+    case, low = head(N, D, V), adapters()
+    tensors = [case.hidden, case.weight, case.bias, *(x for a, b, _ in low for x in (a, b))]
+    scales = [scale for *_, scale in low]
+    wide = [x.double().requires_grad_() for x in tensors]
+    pairs = [(*wide[3 + 2 * i : 5 + 2 * i], scale) for i, scale in enumerate(scales)]
+    with rk.use_backend("reference"):
+        exact = CALLS[op](wide[0], merged(wide[1], pairs), bias=wide[2])
+    expected = [exact.detach(), *torch.autograd.grad(exact, wide)]
+    for workspace in (1500, 64 << 20):
+        leaves = [x.to(backend.device).detach().requires_grad_() for x in tensors]
+        pairs = [(*leaves[3 + 2 * i : 5 + 2 * i], scale) for i, scale in enumerate(scales)]
+        loss = CALLS[op](*leaves[:2], bias=leaves[2], lora=pairs, workspace=workspace)
+        for got, want in zip([loss.detach(), *torch.autograd.grad(loss, leaves)], expected, strict=True):
+            scale = want.abs().max()
+            torch.testing.assert_close(got.cpu().double() / scale, want / scale, rtol=0, atol=3e-5)
+
+
+def peft_errors(case: Case, low: Adapters, g: Tensor) -> list[float]:
+    """Largest errors of logprobs, dH, dA, dB where the adapter's product is added to the logits, as PEFT does."""
+    worst = torch.zeros(4, dtype=torch.float64)
+    for step in range(16):
+        hidden = (case.hidden * (1 - step / 128)).to(case.hidden.dtype)
+        leaves = [x.clone().requires_grad_() for x in (hidden, *low[0][:2])]
+        logits = torch.nn.functional.linear(leaves[0], case.weight)
+        logits = (logits + leaves[0].to(leaves[1].dtype) @ leaves[1].T @ leaves[2].T * low[0][2]).to(logits.dtype)
+        found = logits.float().log_softmax(-1).gather(-1, case.labels.unsqueeze(-1)).squeeze(-1)
+        values = [found, *torch.autograd.grad(found, leaves, g)]
+        exact = low_rank_truth(case._replace(hidden=hidden), low, g)
+        errors = [truth.max_error(a, b) for a, b in zip(values, exact, strict=True)]
+        worst = torch.maximum(worst, torch.tensor(errors, dtype=torch.float64))
+    return worst.tolist()
+
+
+def low_rank_truth(case: Case, low: Adapters, g: Tensor) -> list[Tensor]:
+    """logprobs, dH, dA, dB in float64 of one adapter: the chain rule through the merged weight's gradient."""
+    a, b, scale = low[0][0].double(), low[0][1].double(), low[0][2]
+    whole = case._replace(weight=case.weight.double() + scale * b @ a)
+    values, _, by_hidden, by_weight, _ = linear_truth.logprobs(whole, g, torch.zeros_like(g))
+    return [values, by_hidden, scale * b.T @ by_weight, scale * by_weight @ a.T]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_adapter"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_errors_beside_peft(kernel_backend: Backend, dtype: torch.dtype, of_adapter: torch.dtype) -> None:
+    """At most twice PEFT's, also with its float32 adapters beside a 16-bit base; each gradient in its own dtype."""
+    device, case, low = kernel_backend.device, head(N, D, V, dtype, bias=False), adapters(of_adapter)[:1]
+    g = NORMAL[0]
+    expected, plain = low_rank_truth(case, low, g), peft_errors(case, low, g)
+    for workspace in (1500, 64 << 20):
+        leaves = [x.to(device).detach().requires_grad_() for x in (case.hidden, *low[0][:2])]
+        values = rk.linear_logprobs(
+            *(leaves[0], case.weight.to(device), case.labels.to(device)),
+            lora=(leaves[1], leaves[2], low[0][2]),
+            workspace=workspace,
+        )
+        found = torch.autograd.grad(values, leaves, g.to(device))
+        assert [x.dtype for x in found] == [dtype, of_adapter, of_adapter]
+        for i, got in enumerate([values.detach(), *found]):
+            truncates = kernel_backend.interpreted and i > 0 and dtype == torch.bfloat16
+            truth.assert_accurate(got.cpu(), expected[i], plain[i], truncates=truncates)
+
+
+@pytest.mark.parametrize("op", ["logprobs", "policy", "cross entropy"])
+def test_a_frozen_weight_costs_no_product_of_its_size(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, low = head(N, D, V), adapters()[:1]
+    hidden, *pair = (x.requires_grad_() for x in (case.hidden, *low[0][:2]))
+    shapes = []
+    for name in ("mm", "addmm"):
+        function = getattr(torch, name)
+
+        def noted(*args: Tensor, of: Callable[..., Tensor] = function, **options: Any) -> Tensor:
+            shapes.append(tuple(result.shape) if (result := of(*args, **options)) is not None else ())
+            return result
+
+        monkeypatch.setattr(torch, name, noted)
+    with rk.use_backend("cpu"):
+        loss = CALLS[op](hidden, case.weight, lora=(*pair, 0.5))
+        grads = torch.autograd.grad(loss, (hidden, *pair))
+    assert [x.shape for x in grads] == [(N, D), (3, D), (V, 3)]
+    assert (V, 3) in shapes
+    assert (V, D) not in shapes
+
+
+def test_batch_invariant_with_an_adapter(kernel_backend: Backend) -> None:
+    case, low = head(9, 100, V, bias=False), adapters(width=100)
+    hidden, weight, labels = (x.to(kernel_backend.device) for x in (case.hidden, case.weight, case.labels))
+    lora = [(a.to(weight), b.to(weight), scale) for a, b, scale in low]
+
+    def some(part: slice) -> Tensor:
+        return rk.linear_logprobs(hidden[part], weight, labels[part], lora=lora, batch_invariant=True)
+
+    whole = some(slice(None))
+    for part in (slice(0, 1), slice(3, 4), slice(2, 8)):
+        assert torch.equal(some(part), whole[part])
+
+
+def test_errors_name_the_argument() -> None:
+    hidden, weight, labels = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+    a, b = torch.zeros(2, 3), torch.zeros(5, 2)
+    for message, error, lora in (
+        ("lora is a Tensor", TypeError, a),
+        ("lora is a tuple", TypeError, (a, b)),
+        ("lora A is a float", TypeError, [(1.0, b, 1.0)]),
+        ("lora A has shape", ValueError, (b, b, 1.0)),
+        ("lora A has shape", ValueError, (a[:0], b[:, :0], 1.0)),
+        ("lora B has shape", ValueError, (a, a, 1.0)),
+        ("lora B is torch.int64", TypeError, (a, b.long(), 1.0)),
+        ("lora scale is inf", ValueError, (a, b, float("inf"))),
+    ):
+        with pytest.raises(error, match=f"linear_logprobs: {message}"):
+            rk.linear_logprobs(hidden, weight, labels, lora=lora)
