@@ -163,7 +163,7 @@ def same_adapters(model: nn.Module, first: str, second: str) -> bool:
     """Whether two adapters of a model are equal, bit by bit."""
     a = {key.replace(f".{first}.", "."): p for key, p in parameters_of(model, first).items()}
     b = {key.replace(f".{second}.", "."): p for key, p in parameters_of(model, second).items()}
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key].to(b[key].dtype), b[key]) for key in a)
 
 
 # Folders

@@ -28,7 +28,7 @@ from rlhf_trainer.runlog import read_metrics
 
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
-FREE = {"resume", "overwrite", "save_every", "keep_checkpoints", "output_dir", "device"}
+FREE = {"gradient_checkpointing", "resume", "overwrite", "save_every", "keep_checkpoints", "output_dir", "device"}
 
 
 class Flag:

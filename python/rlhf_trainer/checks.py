@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, precision
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.rollout import Rollout
@@ -25,6 +25,7 @@ def validate_options(cfg: PPOConfig) -> None:
             "k2, k3 and abs there reward dropping tokens that the reference likes"
         )
     adapters.validate_options(cfg)
+    precision.validate_options(cfg)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     if cfg.missing_eos not in ("subtract", "replace"):
@@ -35,6 +36,10 @@ def validate_options(cfg: PPOConfig) -> None:
     for name in (*at_least_one, "micro_batch_size", "rollout_batch_size"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.gradient_checkpointing and cfg.value_adapter:
+        raise UserError(
+            "--gradient_checkpointing does not go with --value_adapter: layers would run again with the wrong adapter"
+        )
     if cfg.stop_gold is not None and cfg.gold_reward is None:
         raise UserError("--stop_gold needs --gold_reward")
     if cfg.minibatches > cfg.batch_size:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_kernels import dpo_loss
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, precision
 from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Pair, read_pairs
@@ -96,9 +96,12 @@ def all_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, cfg: 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     logprobs = torch.empty(len(rows))
     size = 2 * (cfg.micro_batch_size or cfg.batch_size)  # a pair is two rows
+    device = next(model.parameters()).device
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        logprobs[part] = answer_logprobs(model, [rows[i] for i in part], pad_id, cfg.per_token).cpu()
+        with precision.autocast(cfg.dtype, device):
+            found = answer_logprobs(model, [rows[i] for i in part], pad_id, cfg.per_token)
+        logprobs[part] = found.cpu()
     return logprobs
 
 

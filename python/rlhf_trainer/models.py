@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, precision
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
 from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
@@ -240,9 +240,11 @@ def save_folder(
 
 
 def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    """Whether two models have the same parameters, bit by bit."""
+    """Whether two models have the same parameters, bit by bit, rounded where b is kept in fewer."""
     first, second = dict(a.named_parameters()), dict(b.named_parameters())
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].to(second[name].dtype), second[name]) for name in first
+    )
 
 
 # Text to ids
@@ -304,7 +306,9 @@ def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: n
     else:
         hidden, last = hidden_states(model, ids, mask), mask.long().cumsum(-1).argmax(-1)
     head = score_head(model) if head is None else head
-    return head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
+    states = hidden[torch.arange(len(ids), device=ids.device), last]
+    with precision.full(ids.device):
+        return head(states.to(next(head.parameters()).dtype)).float()
 
 
 def load_normalisation(folder: str | Path) -> tuple[float, float]:

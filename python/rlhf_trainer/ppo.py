@@ -23,6 +23,7 @@ from rlhf_kernels import (
     value_loss,
     whiten,
 )
+from rlhf_trainer import precision
 from rlhf_trainer.adapters import Adapter, active, merge
 from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
@@ -113,6 +114,8 @@ class PPOConfig:
     merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of sampling, permutations and the value head")
     device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", precision.DTYPE)
+    gradient_checkpointing: bool = option(False, precision.CHECKPOINTING)
     overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
@@ -232,9 +235,12 @@ def train_ppo(
     given = (model, tokenizer, ref_model, reward, prompts)
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = starts_equal(policy, reference)
-    gold = None if cfg.gold_reward is None else load_reward(cfg.gold_reward, label=cfg.gold_label, device=device)
+    gold = None
+    if cfg.gold_reward is not None:
+        gold = load_reward(cfg.gold_reward, label=cfg.gold_label, device=device, dtype=cfg.dtype)
     value_head = load_value_head(cfg, policy, device) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
+    precision.halve(policy, cfg.dtype)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
@@ -250,6 +256,7 @@ def train_ppo(
     start, beta, history = checkpoints.resume(beta)
     watch, alerts = Watch(cfg), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
+    sampling["batch_size"] = cfg.rollout_batch_size
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
 
@@ -259,9 +266,8 @@ def train_ppo(
         for update in range(start, cfg.updates):
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
-            rollout = generate(
-                policy, tokenizer, texts, generator=generator, batch_size=cfg.rollout_batch_size, **sampling
-            )
+            with precision.autocast(cfg.dtype, device):
+                rollout = generate(policy, tokenizer, texts, generator=generator, **sampling)
             rolled = time.perf_counter()
             # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
             orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]
@@ -307,6 +313,7 @@ def train_ppo(
                 stopped = stop
                 break
     tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
+    precision.restore(policy, cfg.dtype)
     if cfg.merge:
         merge(policy)  # the value's own adapter was one of the base as it had been
         tensors = {} if cfg.value_adapter else tensors
@@ -331,8 +338,9 @@ def assess(
     logprobs, values, ref_logprobs = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     for minibatch in order.tensor_split(cfg.minibatches):
         for rows in micro_batches(minibatch, cfg.micro_batch_size):
-            logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
-            with active(reference) as ref_model:
+            with precision.autocast(cfg.dtype, mask.device):
+                logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+            with precision.autocast(cfg.dtype, mask.device), active(reference) as ref_model:
                 ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
     kl = kl_penalty(logprobs, ref_logprobs)
     final = final_scores(scores, rollout.ended, cfg)
@@ -366,7 +374,8 @@ def optimize(
             tokens = mask[minibatch].sum()  # the mean is over the whole minibatch, whatever the micro-batches
             stats: dict[str, Tensor] = {}
             for rows in micro_batches(minibatch, cfg.micro_batch_size):
-                logprobs, entropy, values = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+                with precision.autocast(cfg.dtype, mask.device), precision.recomputing(policy):
+                    logprobs, entropy, values = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
                 if update == 0 and not minibatch_stats:
                     check_first_ratio(logprobs, batch.logprobs[rows], mask[rows])
                 pg_loss, pg_stats = policy_loss(

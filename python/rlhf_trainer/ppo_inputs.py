@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer import precision
 from rlhf_trainer.adapters import (
     MAIN,
     REFERENCE,
@@ -66,8 +67,13 @@ def load_inputs(
             pad_token=cfg.pad_token,
             trust_remote_code=remote,
             base=policy,
+            dtype=cfg.dtype,
         )
     policy = policy.to(device).eval()
+    if cfg.gradient_checkpointing:
+        precision.enable_checkpointing(policy)
+    if not isinstance(frozen, Adapter) and frozen is not reference:  # one that was given is the caller's
+        precision.halve(frozen, cfg.dtype, trained=True)
     frozen = frozen if isinstance(frozen, Adapter) else frozen.to(device).eval()
     return policy, tokenizer, frozen, reward, prompts
 

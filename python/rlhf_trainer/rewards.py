@@ -24,6 +24,7 @@ from rlhf_trainer.models import (
     score_head,
     score_sequences,
 )
+from rlhf_trainer.precision import autocast, halve
 from rlhf_trainer.seq2seq import is_encoder_decoder
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -39,6 +40,7 @@ def load_reward(
     pad_token: str | None = None,
     trust_remote_code: bool = False,
     base: PreTrainedModel | None = None,
+    dtype: str = "float32",
 ) -> RewardFunction:
     """The reward that `source` names.
 
@@ -49,6 +51,7 @@ def load_reward(
         completion_only: show a classifier the completion without its prompt.
         base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy
             (decoders only).
+        dtype: bfloat16: a model's linear layers in bf16, its head in float32.
 
     Raises:
         UserError: no such folder, file, function or class.
@@ -67,10 +70,13 @@ def load_reward(
         tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=score_head(model) is not None)
         index = label_index(model.config, label, source)
         model = fit_vocabulary(model, tokenizer if score_head(model) is not None else None).to(device).eval()
+        halve(model, dtype, trained=True)
+        if (own := score_head(model)) is not None:
+            own.float()
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts
-        with active(model) as scorer:
+        with active(model) as scorer, autocast(dtype, device):
             raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
         return ((raw - mean) / std).tolist()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, precision
 from rlhf_trainer.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.config import option, save_config, say
@@ -66,6 +66,8 @@ class FitConfig:
     merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of the order of the records, of the held-out part and of new weights")
     device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", precision.DTYPE)
+    gradient_checkpointing: bool = option(False, precision.CHECKPOINTING)
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
@@ -79,6 +81,7 @@ def validate_options(cfg: FitConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     adapters.validate_options(cfg)
+    precision.validate_options(cfg)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):
@@ -232,6 +235,9 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     """
     batches = all_batches(cfg, items, task.group)
     total = len(batches)
+    if cfg.gradient_checkpointing:
+        precision.enable_checkpointing(model)
+    precision.halve(model, cfg.dtype)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = get_scheduler(
@@ -257,7 +263,8 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             metrics |= task.observe() | {"lr": lr, "epoch": epoch}
             if step in evaluations:
                 model.eval()  # LoRA's dropout is the only one there can be
-                metrics |= task.evaluate()
+                with precision.autocast(cfg.dtype, parameters[0].device):
+                    metrics |= task.evaluate()
                 model.train()
             if log is not None:
                 log.step(step, metrics, _note(metrics))
@@ -270,6 +277,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             if alarms and cfg.stop_on_alert:
                 say(f"stopped at step {step} of {total}: {alarms[0].metric}: {alarms[0].reason}")
                 break
+    precision.restore(model, cfg.dtype)
     return metrics
 
 
@@ -284,7 +292,8 @@ def _optimizer_step(
     units = sum(task.units(item) for item in batch)
     mean = 0.0
     for part in micro_batches(batch, cfg.micro_batch_size, task.length):
-        losses = task.losses(part)
+        with precision.autocast(cfg.dtype, next(model.parameters()).device):
+            losses = task.losses(part)
         finite = losses.detach().isfinite().tolist()
         bad = [item for item, fine in zip(part, finite, strict=True) if not fine]
         if bad:

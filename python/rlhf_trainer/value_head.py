@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_trainer import precision
 from rlhf_trainer.adapters import MAIN, VALUE, Adapter, active, copy_adapter, fill, has_adapter, tensors_of
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import backbone_states, head_inputs
@@ -36,7 +37,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> values [...], float32, reward units."""
-        return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
+        with precision.full(hidden.device):
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
 
     def values(self, policy: PreTrainedModel, hidden: Tensor, ids: Tensor, mask: Tensor, start: int) -> Tensor:
         """[b, R] values of the states before the tokens ids[:, start:]; hidden [b, R, D] are the policy's own there.

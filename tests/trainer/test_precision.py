@@ -1,0 +1,153 @@
+"""--gradient_checkpointing changes no bit of loss and gradient; --dtype bfloat16 keeps PPO's invariants to the bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_seq2seq import make_folder
+from tiny import WORDS, tiny_folder
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_trainer import PPOConfig, dpo, precision, reward, sft, train_ppo
+from rlhf_trainer.data import write_jsonl
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.supervised import encode_row
+
+PROMPTS = ["a good day", "one two three", "no thanks", "night"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("precision")
+    return {
+        "llama": tiny_folder(root / "llama"),
+        "gpt2": tiny_folder(root / "gpt2", "gpt2"),
+        "t5": make_folder(root / "t5"),
+    }
+
+
+def ppo_run(folder, **options):
+    defaults = {"updates": 2, "batch_size": 8, "epochs": 1, "minibatches": 1, "max_new_tokens": 6, "lr": 1e-3}
+    model, tokenizer = load_causal(folder), load_tokenizer(folder)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    cfg = PPOConfig(model=folder, device="cpu", **defaults | options)
+    result = train_ppo(
+        cfg, model=model, tokenizer=tokenizer, reward=lambda _, texts: list(map(len, texts)), prompts=PROMPTS
+    )
+    assert not any(layer.training for layer in layers)
+    return result
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_checkpointing_gives_the_same_loss_and_gradient(folders, name):
+    tokenizer = load_tokenizer(folders[name])
+    rows = [encode_row(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
+    found = []
+    for checkpointing in (False, True):
+        model = load_causal(folders[name], tokenizer).train()
+        if checkpointing:
+            precision.enable_checkpointing(model)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss = sft.completion_losses(model, rows, tokenizer.pad_token_id).sum()
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), sum(saved)))
+    (loss, gradient, saved), (loss_again, gradient_again, saved_less) = found
+    assert loss_again == loss
+    assert torch.equal(gradient_again, gradient)
+    assert saved_less < 0.7 * saved
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"lora_r": 4}])
+def test_ppo_with_checkpointing_is_the_same_run(folders, options):
+    plain, recomputed = (ppo_run(folders["llama"], gradient_checkpointing=on, **options) for on in (False, True))
+    assert torch.equal(weights(plain.policy), weights(recomputed.policy))
+
+
+def test_ppo_recomputes_activations_in_its_update(folders, monkeypatch):
+    calls = []
+    original = precision.recomputing
+    monkeypatch.setattr(precision, "recomputing", lambda model: calls.append(len(counted(model))) or original(model))
+
+    def counted(model):
+        return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+    ppo_run(folders["llama"], gradient_checkpointing=True)
+    assert calls
+    assert min(calls) == 2  # layers
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_r": 4, "lora_targets": ["all-linear"]}, {"name": "t5"}, {"name": "gpt2"}]
+)
+def test_ppo_in_bfloat16_starts_at_kl_0_and_ratio_1(folders, options):
+    """check_first_ratio and check_first_kl raise otherwise; frozen linear layers are in bf16 meanwhile."""
+    name = options.get("name", "llama")
+    before = weights(load_causal(folders[name]))
+    options = {key: value for key, value in options.items() if key != "name"}
+    result = ppo_run(folders[name], dtype="bfloat16", **options)
+    first, second = result.metrics
+    assert first["objective/kl"] == 0.0
+    assert first["val/ratio"] == 1.0
+    assert second["objective/kl"] != 0.0
+    assert all(p.dtype == torch.float32 for p in result.policy.parameters())
+    if name == "llama" and not options:
+        exact = ppo_run(folders[name])
+        moved, moved_exact = weights(result.policy) - before, weights(exact.policy) - before
+        assert torch.nn.functional.cosine_similarity(moved, moved_exact, dim=0) > 0.5
+        assert not torch.equal(moved, moved_exact)
+
+
+def test_halving_takes_frozen_linear_weights_alone(folders):
+    model = load_causal(folders["llama"])
+    precision.halve(model, "float32", trained=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    precision.halve(model, "bfloat16")  # nothing is frozen
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.requires_grad_(False)
+    precision.halve(model, "bfloat16")
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding.weight:
+            assert module.weight.dtype == torch.bfloat16
+    assert embedding.weight.dtype == torch.float32
+    precision.restore(model, "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_sft_reward_and_dpo_take_both(folders, tmp_path):
+    options = {"model": folders["llama"], "heldout": 2, "batch_size": 4, "evals": 1, "device": "cpu", "lr": 1e-3}
+    options |= {"dtype": "bfloat16", "gradient_checkpointing": True}
+    examples = [{"prompt": p, "completion": f" {p} yes"} for p in WORDS.split()]
+    pairs = [{"prompt": p, "chosen": " yes", "rejected": " no no"} for p in WORDS.split()]
+    data, pair_data = (str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((examples, pairs)))
+    metrics = sft.run(sft.Config(data=data, output_dir=str(tmp_path / "sft"), **options))
+    assert math.isfinite(metrics["heldout/loss"])
+    result = reward.run(reward.Config(data=pair_data, output_dir=str(tmp_path / "reward"), **options))
+    assert result["heldout"]["pairs"] == 2
+    answers = dpo.train_dpo(dpo.DPOConfig(data=pair_data, lora_r=4, output_dir=str(tmp_path / "dpo"), **options))
+    assert all(p.dtype == torch.float32 for p in answers.policy.parameters())
+    assert math.isfinite(answers.metrics["heldout/loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "--dtype float16: it takes float32, bfloat16"),
+        (
+            {"gradient_checkpointing": True, "value_adapter": True, "lora_r": 2},
+            "--gradient_checkpointing does not go",
+        ),
+    ],
+)
+def test_options_that_cannot_work(folders, options, message):
+    with pytest.raises(UserError, match=message):
+        ppo_run(folders["llama"], **options)
