@@ -114,7 +114,7 @@ def best_of_n(
         )
     batches = generate.sample_batches(raw, model, tokenizer, prompts, start, batch)
     samples = generate.collect(
-        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n"
+        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg
     )
     best = [chosen(record) for record in samples]
     figures = statistics(cfg, samples)

@@ -46,6 +46,11 @@ EXAMPLE = (
     "  rlhf reward --model runs/sft-cai --data pairs.jsonl --output_dir runs/reward"
 )
 SHOWN = 100  # comparisons on the page
+NOTES = {  # of our own judges
+    "mass": "probability of A or B at all",
+    "cut": "too long for the judge, cut",
+    "unclear": "replies with neither A nor B",
+}
 
 
 @dataclass
@@ -115,13 +120,13 @@ def label_answers(
             given = answers[first : first + batch] if answers else sample(cfg, writer, some, first)
             yield compare(judge, some, given, rules)
 
-    judged = generate.collect(raw, batches(), start, len(asked), "label")
+    judged = generate.collect(raw, batches(), start, len(asked), "label", cfg)
     weights = {rule.name: rule.weight for rule in used.rules}
     found = [
         (prompt, one) for p, record in zip(asked, judged, strict=True) for prompt, one in labelled(p, record, weights)
     ]
     pairs = [pair_of(*one) for one in found if keeps(cfg, one[1])]
-    figures = statistics(judged, [one for _, one in found], len(pairs)) | judge_figures(judge)
+    figures = statistics(judged, [one for _, one in found], len(pairs))
     if cfg.output:
         write_files(cfg, pairs, found, figures)
     if not pairs:
@@ -174,7 +179,7 @@ def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[Shot]
         options |= {"timeout": cfg.timeout, "retries": cfg.retries, "parallel": cfg.parallel}
         return load_judge(cfg.judge, device=resolve_device(cfg.device), **options)
     if isinstance(writer, ServerWriter):
-        return ServerJudge(writer.server, shots=shots)
+        return ServerJudge(writer.server, chat=writer.chat, shots=shots)
     assert writer is not None
     return ModelJudge(writer.model, writer.tokenizer, batch_size=cfg.batch_size, chat=writer.chat, shots=shots)
 
@@ -195,7 +200,8 @@ def compare(
 
     Returns:
         {"prompt", "completions", "comparisons": [{"first", "second", "rule", "shown_first", "shown_second"}]} a prompt:
-        numbers of two completions, and the probability that the first is better where it is shown first, and second.
+        numbers of two completions, and the probability that the first is better where it is shown first, and second;
+        besides the mean of what the judge noted in the two orders, under its names.
     """
     asked = [
         (number, i, j, rule)
@@ -215,9 +221,13 @@ def compare(
         [answers[number][j] for number, _, j, _ in asked],
         [rule.question for *_, rule in asked],
     )
-    for (number, i, j, rule), *both in zip(asked, shown_first.tolist(), shown_second.tolist(), strict=True):
-        sides = dict(zip(("shown_first", "shown_second"), both, strict=True))
-        records[number]["comparisons"].append({"first": i, "second": j, "rule": rule.name, **sides})
+    columns = {"shown_first": shown_first.tolist(), "shown_second": shown_second.tolist()}
+    for name, values in getattr(judge, "notes", {}).items():
+        both = np.reshape(values[-2 * len(asked) :], (2, len(asked)))
+        columns[name] = both.mean(0).tolist()
+    for place, (number, i, j, rule) in enumerate(asked):
+        seen = {name: values[place] for name, values in columns.items()}
+        records[number]["comparisons"].append({"first": i, "second": j, "rule": rule.name, **seen})
     return records
 
 
@@ -251,7 +261,7 @@ def statistics(judged: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
     """What the judge did over all comparisons, and what became of the pairs.
 
     first_place: mean probability given to the answer shown first, 0.5 without a liking for a place. order_agreement:
-    share of comparisons in which both orders prefer the same answer.
+    share of comparisons in which both orders prefer the same answer. Of NOTES the means, where the judge has them.
     """
     asked = [one for record in judged for one in record["comparisons"]]
     shown_first = np.array([one["shown_first"] for one in asked])
@@ -277,14 +287,8 @@ def statistics(judged: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
         "confidence": mean(labels),
         "longer_chosen": mean(longer),
         "rules": {name: sum(one["rule"] == name for one in asked) for name in rules},
+        **{name: mean([one[name] for one in asked]) for name in NOTES if asked and name in asked[0]},
     }
-
-
-def judge_figures(judge: Judge) -> dict[str, Any]:
-    """What our own judges count besides; of this process alone, if an interrupted run was gone on with."""
-    if isinstance(judge, ModelJudge):
-        return {"mass": float(np.mean(judge.mass)) if judge.mass else None, "cut": judge.cut}
-    return {"unclear": judge.unclear} if isinstance(judge, ServerJudge) else {}
 
 
 def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -304,12 +308,7 @@ def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("the longer one chosen", share("longer_chosen")),
         ("by rule", ", ".join(f"{name} {count}" for name, count in figures["rules"].items()) or "-"),
     ]
-    if "mass" in figures:
-        rows.append(("probability of A or B at all", share("mass")))
-        rows.append(("too long for the judge, cut", str(figures["cut"])))
-    if "unclear" in figures:
-        rows.append(("replies with neither A nor B", str(figures["unclear"])))
-    return rows
+    return rows + [(what, share(name)) for name, what in NOTES.items() if name in figures]
 
 
 def write_files(

@@ -125,7 +125,7 @@ def revise_answers(
     start = generate.finished(raw, [prompt.data for prompt in asked], cfg.batch_size) if cfg.output else 0
     keep_rules(cfg, used)
     batches = revise_batches(cfg, writer, used, shots, asked, start)
-    transcripts = generate.collect(raw, batches, start, len(asked), "revise")
+    transcripts = generate.collect(raw, batches, start, len(asked), "revise", cfg)
     examples = [example for p, t in zip(asked, transcripts, strict=True) if (example := example_of(cfg, p, t))]
     figures = statistics(cfg, transcripts, len(examples))
     if cfg.output:

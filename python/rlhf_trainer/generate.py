@@ -139,11 +139,16 @@ def progress(description: str) -> Progress:
 
 
 def collect(
-    cfg: Config, batches: Iterator[list[dict[str, Any]]], start: int, total: int, description: str
+    cfg: Config,
+    batches: Iterator[list[dict[str, Any]]],
+    start: int,
+    total: int,
+    description: str,
+    options: Config | None = None,
 ) -> list[dict[str, Any]]:
     """All records, those of an interrupted run first; each batch is on disk before the next one is made.
 
-    Without cfg.output nothing is written.
+    Without cfg.output nothing is written. options: kept beside it as the run's, where cfg names another file of it.
     """
     records: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -152,7 +157,7 @@ def collect(
         file = None
         if cfg.output:
             path = Path(cfg.output)
-            save_config(cfg, path.parent, config_path(cfg).name)
+            save_config(options or cfg, path.parent, config_path(cfg).name)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
         for found in batches:
             records += found

@@ -57,7 +57,7 @@ def load_judge(
         UserError: no such folder, function or server.
     """
     if is_url(source):
-        return ServerJudge(Server(source, **server), question, shots)
+        return ServerJudge(Server(source, **server), question, chat=chat is not False, shots=shots)
     if ":" in source and not Path(source).is_dir():
         return load_function(source)
     tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
@@ -110,12 +110,23 @@ def demonstrations(shots: Sequence[Shot]) -> list[tuple[str, str]]:
     return found
 
 
+def plain_request(text: str, shots: Sequence[tuple[str, str]]) -> str:
+    """A comparison to go on with, after the worked examples."""
+    return BREAK.join([*(f"{asked}\n\n{said}" for asked, said in shots), f"{text}\n\n{LEAD}"])
+
+
+def chat_request(text: str, shots: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """A comparison to reply to, after the worked examples."""
+    turns = [*(turn for shot in shots for turn in shot), text]
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
 class ModelJudge:
     """A language model's own preference: p(A) / (p(A) + p(B)) of what comes after "The better answer is".
 
     The comparison is written by the tokenizer's chat template, or as plain text where it has none or `chat` is False.
-    `mass` collects p(A) + p(B) of every comparison: near 0, the model does not see that it is to choose. `cut` counts
-    comparisons longer than the model's context, which lose their beginning.
+    `notes` has an entry for each comparison so far. "mass": p(A) + p(B); near 0, the model does not see that it is to
+    choose. "cut": 1 where the comparison was longer than the model's context and lost its beginning.
     """
 
     def __init__(
@@ -135,8 +146,7 @@ class ModelJudge:
         if first[:-1] != second[:-1] or first[-1] == second[-1]:
             raise UserError(f"this tokenizer has no tokens of their own for {OPTIONS[0]!r} and {OPTIONS[1]!r}")
         self.options = (first, second)
-        self.mass: list[float] = []
-        self.cut = 0
+        self.notes: dict[str, list[float]] = {"mass": [], "cut": []}
 
     def __call__(
         self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
@@ -144,22 +154,20 @@ class ModelJudge:
         asked = [self.question] * len(prompts) if questions is None else questions
         texts = [self._written(comparison(*one)) for one in zip(prompts, answers, others, asked, strict=True)]
         logprobs = self.option_logprobs(texts)
-        self.mass += logprobs.exp().sum(-1).tolist()
+        self.notes["mass"] += logprobs.exp().sum(-1).tolist()
         return logprobs.softmax(-1)[:, 0].tolist()
 
     def _written(self, text: str) -> str:
         if not self.chat:
-            return BREAK.join([*(f"{asked}\n\n{said}" for asked, said in self.shots), f"{text}\n\n{LEAD}"])
-        turns = [*(turn for shot in self.shots for turn in shot), text]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        return render_prompt(messages, self.tokenizer, "the judge's question") + LEAD
+            return plain_request(text, self.shots)
+        return render_prompt(chat_request(text, self.shots), self.tokenizer, "the judge's question") + LEAD
 
     @torch.no_grad()
     def option_logprobs(self, texts: Sequence[str]) -> Tensor:
         """[N, 2] float32 on the CPU: logprobs of " A" and " B" after each text, in nats."""
         limit = (context_length(self.model) or sys.maxsize - 1) + 1  # of a row with EOS, which is not asked for
         encoded = [encode_row(self.tokenizer, text, OPTIONS[0], limit) for text in texts]
-        self.cut += sum(cut for _, cut in encoded)
+        self.notes["cut"] += [float(cut) for _, cut in encoded]
         prompts = [row.ids[: row.prompt] for row, _ in encoded]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
         found = torch.empty(len(prompts), 2)
@@ -184,13 +192,16 @@ class ModelJudge:
 class ServerJudge:
     """Asks a server for "A" or "B": by the logprobs of its first token where it gives them, else by its text.
 
-    `unclear` counts replies with neither letter, which are taken as a tie.
+    In a chat, or with `chat` False as a text that the server's model goes on with. `notes["unclear"]` has a 1 for each
+    reply with neither letter, or both, which is taken as a tie.
     """
 
-    def __init__(self, server: Server, question: str = QUESTION, shots: Sequence[Shot] = ()) -> None:
-        self.server, self.question, self.shots = server, question, demonstrations(shots)
+    def __init__(
+        self, server: Server, question: str = QUESTION, *, chat: bool = True, shots: Sequence[Shot] = ()
+    ) -> None:
+        self.server, self.question, self.chat, self.shots = server, question, chat, demonstrations(shots)
         self.logprobs = True  # until the server refuses to give them
-        self.unclear = 0
+        self.notes: dict[str, list[float]] = {"unclear": []}
 
     def __call__(
         self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
@@ -198,34 +209,46 @@ class ServerJudge:
         asked = [self.question] * len(prompts) if questions is None else questions
         texts = [comparison(*one) for one in zip(prompts, answers, others, asked, strict=True)]
         found = self.server.map(self._ask, texts)
-        self.unclear += found.count(None)
+        self.notes["unclear"] += [float(probability is None) for probability in found]
         return [0.5 if probability is None else probability for probability in found]
 
     def _ask(self, text: str) -> float | None:
-        turns = [*(turn for shot in self.shots for turn in shot), f"{text} Reply with that letter alone."]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        asked: str | list[dict[str, str]] = plain_request(text, self.shots)
+        wanted: dict[str, Any] = {"logprobs": 5}
+        if self.chat:
+            asked = chat_request(f"{text} Reply with that letter alone.", self.shots)
+            wanted = {"logprobs": True, "top_logprobs": 5}
         options: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
         if self.logprobs:
             try:
-                return first_better(self.server.choice(messages, **options, logprobs=True, top_logprobs=5))
+                return first_better(self.server.choice(asked, **options, **wanted))
             except RefusedError:  # asked again without: the server says what else it does not like
-                found = first_better(self.server.choice(messages, **options))
+                found = first_better(self.server.choice(asked, **options))
                 self.logprobs = False
                 return found
-        return first_better(self.server.choice(messages, **options))
+        return first_better(self.server.choice(asked, **options))
 
 
 def first_better(choice: dict[str, Any]) -> float | None:
-    """Probability of "A" against "B" in a server's choice; None if it says neither."""
+    """Probability of "A" against "B" in a server's choice; None if it says neither, or both."""
     mass = {"A": 0.0, "B": 0.0}
-    logprobs = choice.get("logprobs")
-    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
-    top = tokens[0].get("top_logprobs") if isinstance(tokens, list) and tokens and isinstance(tokens[0], dict) else None
-    for entry in top if isinstance(top, list) else []:
-        token, logprob = (entry.get("token"), entry.get("logprob")) if isinstance(entry, dict) else (None, None)
+    for token, logprob in _first_token(choice.get("logprobs")):
         if isinstance(token, str) and token.strip() in mass and isinstance(logprob, (int, float)):
             mass[token.strip()] += math.exp(min(logprob, 0.0))
     if sum(mass.values()) > 0:
         return mass["A"] / sum(mass.values())
-    letter = re.search(r"\b[AB]\b", choice["text"])
-    return None if letter is None else float(letter[0] == "A")
+    letters = set(re.findall(r"\b[AB]\b", choice["text"]))
+    return float("A" in letters) if len(letters) == 1 else None
+
+
+def _first_token(logprobs: Any) -> list[tuple[Any, Any]]:
+    """(token, logprob) of the likeliest first tokens, as /chat/completions or /completions give them, if they do."""
+    if not isinstance(logprobs, dict):
+        return []
+    tokens, tops = logprobs.get("content"), logprobs.get("top_logprobs")
+    if isinstance(tops, list) and tops and isinstance(tops[0], dict):
+        return list(tops[0].items())
+    if isinstance(tokens, list) and tokens and isinstance(tokens[0], dict):
+        entries = tokens[0].get("top_logprobs")
+        return [(e.get("token"), e.get("logprob")) for e in entries or [] if isinstance(e, dict)]
+    return []

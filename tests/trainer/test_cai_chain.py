@@ -34,7 +34,7 @@ def test_each_step_of_the_chain_does_what_it_is_for(chain):
     assert 0.3 < shares["rude"]["kind"] < 0.7
     assert shares["sft-cai"]["kind"] > 0.9
     assert shares["sft-cai"]["thankful"] < 0.75
-    assert shares["ppo"]["thankful"] > 0.9
+    assert shares["ppo"]["thankful"] > max(0.85, shares["sft-cai"]["thankful"] + 0.15)
     assert shares["ppo"]["kind"] > 0.9
     revised, _ = read_examples(folder / "revised.jsonl")
     assert sum("fool" in example.completion for example in revised) / len(revised) < 0.1

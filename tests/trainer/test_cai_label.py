@@ -19,6 +19,10 @@ from rlhf_trainer.judges import ModelJudge, both_orders
 from rlhf_trainer.new_model import build_model, build_tokenizer
 
 PROMPTS = ["one day", "two good", "red night", "blue bad", "three yes"]
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 KIND = Rule("kind", "c", "r", "Which is kinder?", 3.0)
 SHORT = Rule("short", "c", "r", "Which is shorter?", 1.0)
 RULES = Constitution((KIND, SHORT), (), "rules: mine")
@@ -115,6 +119,8 @@ def test_the_model_judges_itself_by_the_rules_question(parts, config):
         assert [one["shown_first"], one["shown_second"]] == pytest.approx([side.item() for side in both], abs=1e-5)
     assert 0 < result.figures["mass"] < 1
     assert result.figures["cut"] == 0
+    masses = [one["mass"] for record in result.judged for one in record["comparisons"]]
+    assert result.figures["mass"] == pytest.approx(sum(masses) / 5)
     assert len(result.pairs) == 5
     assert all(0.5 < pair["label"] < 1 for pair in result.pairs)
 
@@ -138,14 +144,14 @@ def test_unsure_pairs_are_dropped(parts, config, tmp_path):
 
 @pytest.mark.parametrize("lines", [0, 1, 3, 5])
 def test_resumed_files_are_those_of_an_uninterrupted_run(parts, config, tmp_path, lines):
-    label(parts, config(), judge=shorter)
+    label(parts, config())
     names = ("l.jsonl", "l.judged.jsonl", "l.report.html", "l.report.json")
     expected = [(tmp_path / name).read_bytes() for name in names]
     path = tmp_path / "l.judged.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in expected[1].split(b"\n")[:lines]) + b'{"prompt": "o')
     with pytest.raises(UserError, match="exists; --resume goes on with it"):
-        label(parts, config(), judge=shorter)
-    label(parts, config(resume=True), judge=shorter)
+        label(parts, config())
+    label(parts, config(resume=True))
     assert [(tmp_path / name).read_bytes() for name in names] == expected
 
 
@@ -162,7 +168,7 @@ def test_answers_of_a_file_need_no_model(config, tmp_path):
         label_answers(config(**options, judge=f"{tmp_path}/j.py:always_first"), constitution=RULES)
 
 
-def test_a_server_writes_and_judges_chats(config):
+def test_a_server_writes_and_judges_chats(config, tmp_path):
     def answer(path, payload):
         last = payload["messages"][-1]["content"]
         if "Answer A:" not in last:
@@ -172,14 +178,20 @@ def test_a_server_writes_and_judges_chats(config):
 
     chats = [[{"role": "system", "content": f"S{i}"}, {"role": "user", "content": "hi"}] for i in range(12)]
     with serving(answer) as (url, _):
-        cfg = config(model="", server=f"{url}#m", output="", batch_size=24)
+        cfg = config(model="", server=f"{url}#m", batch_size=24)
         result = label_answers(cfg, prompts=chats, constitution=Constitution((KIND,)))
-    assert result.figures["unclear"] == 0
+    assert result.figures["unclear"] == 0.0
     assert 0 < len(result.pairs) == 12 - result.figures["without_two_answers"] < 12
     (chosen,), (rejected,) = result.pairs[0]["chosen"], result.pairs[0]["rejected"]
     assert chosen == {"role": "assistant", "content": "thanks"}
     assert rejected == {"role": "assistant", "content": "fool"}
     assert result.pairs[0]["prompt"] in chats
+    tokenizer = build_tokenizer([WORDS] * 4, 300)
+    tokenizer.chat_template = TURNS
+    pairs, _ = read_pairs(tmp_path / "l.jsonl", tokenizer)  # the template then writes the chat as text
+    assert len(pairs) == len(result.pairs)
+    assert pairs[0].prompt.endswith("user: hi\nassistant: ")
+    assert (pairs[0].chosen.strip(), pairs[0].rejected.strip()) == ("thanks", "fool")
 
 
 @pytest.fixture(scope="module")
@@ -215,5 +227,5 @@ def test_the_report_is_printed(tmp_path, capsys, folder):
     out, err = capsys.readouterr()
     assert "position: for the first shown" in out
     assert "(50 % is none)" in out
-    assert "too long for the judge, cut        4" in out  # the folder's context is 64 tokens
+    assert "too long for the judge, cut        100.0%" in out  # the folder's context is 64 tokens
     assert "pairs; " in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from serving import said, serving
 from tiny import WORDS, tiny_folder
 
@@ -20,6 +21,10 @@ from rlhf_trainer.new_model import build_model, build_tokenizer
 
 PROMPTS = ["one day", "two good", "red night", "blue bad", "three yes"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 KIND = Rule("kind", "What is unkind?", "Make it kind.", "Which is kinder?")
 SHORT = Rule("short", "What is too long?", "Make it short.", "Which is shorter?")
 
@@ -103,6 +108,8 @@ def test_every_text_is_kept_and_the_last_revision_is_sft_data(parts, config, tmp
     figures = json.loads((tmp_path / "r.report.json").read_text())
     assert figures["rules"] == {"kind": 10, "short": 10}
     assert figures["examples"] == figures["conversations"] == 10
+    options = yaml.safe_load((tmp_path / "r.transcripts.config.yaml").read_text())
+    assert (options["output"], options["rounds"]) == (str(tmp_path / "r.jsonl"), 2)
     first = lines[0]["answer"], lines[1]["answer"]
     assert first[0] != first[1]
 
@@ -210,6 +217,11 @@ def test_a_server_writes_chats(config, tmp_path):
         cfg = config(model="", server=f"{url}#m", parallel=2)
         result = revise_answers(cfg, prompts=["one", chat], constitution=Constitution((KIND,)))
         assert [payload["max_tokens"] for _, payload, _ in seen] == [5] * 6
+    tokenizer = build_tokenizer([WORDS] * 4, 300)
+    tokenizer.chat_template = TURNS
+    read, _ = read_examples(tmp_path / "r.jsonl", tokenizer)  # the template then writes the chat as text
+    assert read[1].prompt == "system: S\nuser: two\nassistant: "
+    assert [example.completion for example in read] == ["I am happy to help.", "I am happy to help.\n"]
     assert result.examples == [
         {"prompt": "one", "completion": "I am happy to help."},
         {"messages": [*chat, {"role": "assistant", "content": "I am happy to help."}]},

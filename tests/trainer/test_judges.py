@@ -45,7 +45,7 @@ def test_a_model_is_asked_for_the_two_letters(parts):
             sums.append(sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(tail)))
         a, b = map(math.exp, sums)
         assert probability == pytest.approx(a / (a + b), abs=1e-5)
-        assert judge.mass[row] == pytest.approx(a + b, rel=1e-4)
+        assert judge.notes["mass"][row] == pytest.approx(a + b, rel=1e-4)
     assert judge(*ASKED, ["Which is longer?"] * 2) != found
 
 
@@ -70,7 +70,7 @@ def test_a_comparison_beyond_the_context_loses_its_beginning(parts):
     judge = ModelJudge(model, tokenizer)
     (probability,) = judge(["good " * 600], ["one"], ["two"])
     assert 0 < probability < 1
-    assert judge.cut == 1
+    assert judge.notes["cut"] == [1.0]
 
 
 def test_encoder_decoder_models_judge_too():
@@ -135,8 +135,21 @@ def test_a_server_without_logprobs_is_asked_by_text():
     with serving(answer) as (url, seen):
         judge = ServerJudge(Server(f"{url}#m", parallel=1))
         assert judge(*ASKED) == [0.0, 0.5]
-        assert judge.unclear == 1
+        assert judge.notes["unclear"] == [0.0, 1.0]
         assert [bool(payload.get("logprobs")) for _, payload, _ in seen] == [True, False, False]
+
+
+def test_a_server_of_a_base_model_goes_on_with_the_text():
+    def answer(path, payload):
+        assert path == "/v1/completions"
+        assert payload["prompt"].endswith("Say A or B.\n\nThe better answer is")
+        assert payload["logprobs"] == 5
+        return 200, {
+            "choices": [{"text": " A", "logprobs": {"top_logprobs": [{" A": math.log(0.4), " B": math.log(0.1)}]}}]
+        }
+
+    with serving(answer) as (url, _):
+        assert load_judge(f"{url}#m", chat=False)(*ASKED) == pytest.approx([0.8, 0.8])
 
 
 @pytest.mark.parametrize(
@@ -145,6 +158,14 @@ def test_a_server_without_logprobs_is_asked_by_text():
         ({"text": "A"}, 1.0),
         ({"text": "The better answer is B"}, 0.0),
         ({"text": "BAD"}, None),
+        ({"text": "A good answer is B"}, None),
+        (
+            {
+                "text": "",
+                "logprobs": {"top_logprobs": [{" A": math.log(0.3), "A": math.log(0.3), " B": math.log(0.2)}]},
+            },
+            0.75,
+        ),
         ({"text": ""}, None),
         ({"text": "A", "logprobs": {"content": []}}, 1.0),
         ({"text": "A", "logprobs": {"content": [{"top_logprobs": None}]}}, 1.0),
@@ -152,7 +173,7 @@ def test_a_server_without_logprobs_is_asked_by_text():
     ],
 )
 def test_what_a_reply_says(choice, probability):
-    assert first_better(choice) == probability
+    assert first_better(choice) == (probability and pytest.approx(probability))
 
 
 def test_a_passing_failure_is_tried_again(monkeypatch):
