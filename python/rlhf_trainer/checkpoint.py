@@ -220,9 +220,11 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_part(module: nn.Module) -> dict[str, Tensor]:
-    """`parameters_of` without what is frozen: that comes from where the run began."""
+    """`parameters_of` without what is frozen, or belongs to it (a quantised weight's scales): that is the base's."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in parameters_of(module).items() if name not in frozen}
+    found = parameters_of(module)
+    scales = {name for name in found if ".weight." in name and f"{name.partition('.weight.')[0]}.weight" in frozen}
+    return {name: tensor for name, tensor in found.items() if name not in frozen | scales}
 
 
 def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_trainer import adapters, precision
+from rlhf_trainer import adapters, precision, quantised, rollout_vllm
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.rollout import Rollout
@@ -26,6 +26,8 @@ def validate_options(cfg: PPOConfig) -> None:
         )
     adapters.validate_options(cfg)
     precision.validate_options(cfg)
+    quantised.validate_options(cfg)
+    rollout_vllm.validate_options(cfg)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     if cfg.missing_eos not in ("subtract", "replace"):

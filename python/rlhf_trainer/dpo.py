@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_kernels import dpo_loss
-from rlhf_trainer import adapters, precision
+from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Pair, read_pairs
@@ -270,10 +270,12 @@ def train_dpo(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
-    policy = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code) if model is None else model
+    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
+    policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
     policy = adapters.add_adapter(policy, cfg).to(device).train()
+    quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
-        ref_model = load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+        ref_model = load_causal(cfg.ref_model, tokenizer, **options)
     limit = length_limit(cfg, policy)
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)

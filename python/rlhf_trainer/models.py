@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlhf_trainer import adapters, precision
+from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
 from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
@@ -56,7 +56,7 @@ def _folder(path: str | Path, what: str) -> str:
 def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(_folder(path, what), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: shapes that do not fit
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # RuntimeError: shapes that do not fit
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot load a {what} from it: {reason[:300]}") from None
 
@@ -99,14 +99,16 @@ def load_causal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """The folder's causal or encoder-decoder LM without dropout; its embedding grows if the tokenizer gained tokens.
 
-    An adapter folder gives the base that it names with the adapter on it, which alone is trained.
+    An adapter folder gives the base that it names with the adapter on it, which alone is trained. `options` go to
+    from_pretrained, as `quantised.load_options` makes them.
     """
     adapter = adapters.config_of(path)
     if adapter is not None:
-        model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code)
+        model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, **options)
         adapters.attach(model, path)
         return model
     config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
@@ -118,8 +120,9 @@ def load_causal(
         config=_without_dropout(config),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        **options,
     )
-    return fit_vocabulary(settle_attention(model), tokenizer)
+    return fit_vocabulary(settle_attention(quantised.settle(model)), tokenizer)
 
 
 @torch.no_grad()
@@ -142,12 +145,13 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     num_labels: int | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
     adapter = adapters.config_of(path)
     if adapter is not None:
         return _load_reward_adapter(
-            path, adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, num_labels
+            path, adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, num_labels, **options
         )
     config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
     if num_labels is not None:
@@ -159,8 +163,9 @@ def load_reward_model(
         config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        **options,
     )
-    return fit_vocabulary(model, tokenizer)
+    return fit_vocabulary(quantised.settle(model), tokenizer)
 
 
 def _load_reward_adapter(
@@ -170,6 +175,7 @@ def _load_reward_adapter(
     dtype: torch.dtype,
     trust_remote_code: bool,
     num_labels: int | None,
+    **options: Any,
 ) -> PreTrainedModel:
     _, head = adapters.read_weights(path)
     weight = head.get("weight", head.get("out_proj.weight"))
@@ -177,7 +183,7 @@ def _load_reward_adapter(
         raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
     labels = len(weight) if weight is not None else num_labels
     with quiet():
-        model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels)
+        model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels, **options)
     adapters.attach(model, path)
     own = score_head(model)
     if own is not None:

@@ -34,8 +34,10 @@ from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
+from rlhf_trainer.quantised import LOAD_IN_4BIT
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
-from rlhf_trainer.rollout import Rollout, generate
+from rlhf_trainer.rollout import Rollout
+from rlhf_trainer.rollout_vllm import load_engine
 from rlhf_trainer.runlog import RunLog
 from rlhf_trainer.trackers import REPORT_TO
 from rlhf_trainer.value_head import VALUE_HEAD, ValueHead, load_value_head
@@ -70,6 +72,8 @@ class PPOConfig:
     max_new_tokens: int = option(32, "longest response in tokens")
     temperature: float = option(1.0, "sampling temperature; all logprobs divide the logits by it")
     stop_token: str | None = option(None, "a token that ends a response as EOS does, such as a newline")
+    rollout_engine: str = option("hf", "what samples: `hf`, the policy itself, or `vllm` on the same GPU (extra vllm)")
+    vllm_memory: float = option(0.3, "share of the GPU's memory that vLLM may take")
     missing_eos_penalty: float | None = option(None, "reward units for a response that never ended")
     missing_eos: str = option(
         "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
@@ -108,9 +112,8 @@ class PPOConfig:
     lora_targets: list[str] = option(
         [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
     )
-    value_adapter: bool = option(
-        False, "give the value a LoRA adapter of its own on the same base; false: its head reads the policy's states"
-    )
+    value_adapter: bool = option(False, "a LoRA adapter of the value's own; false: its head reads the policy's states")
+    load_in_4bit: bool = option(False, LOAD_IN_4BIT)
     merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of sampling, permutations and the value head")
     device: str = option("auto", "auto, cpu or cuda")
@@ -254,6 +257,7 @@ def train_ppo(
         cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
     )
     start, beta, history = checkpoints.resume(beta)
+    sample = load_engine(cfg, policy)
     watch, alerts = Watch(cfg), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     sampling["batch_size"] = cfg.rollout_batch_size
@@ -267,7 +271,7 @@ def train_ppo(
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
             with precision.autocast(cfg.dtype, device):
-                rollout = generate(policy, tokenizer, texts, generator=generator, **sampling)
+                rollout = sample(policy, tokenizer, texts, generator=generator, **sampling)
             rolled = time.perf_counter()
             # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
             orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]

@@ -26,6 +26,7 @@ from rlhf_trainer.config import require
 from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, same_weights
+from rlhf_trainer.quantised import check_adapter, load_options
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
 from rlhf_trainer.seq2seq import settle_attention
@@ -53,10 +54,12 @@ def load_inputs(
         prompts = read_prompts(cfg.prompts, tokenizer)
     if not prompts:
         raise UserError("no prompts were given; PPO needs at least one")
-    policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote) if policy is None else policy
+    if policy is None:
+        policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg, device))
     for model in (policy, *([] if reference is None else [reference])):
         settle_attention(model)
-    frozen = load_reference(cfg, add_adapter(policy, cfg), tokenizer, reference)
+    check_adapter(cfg, add_adapter(policy, cfg))
+    frozen = load_reference(cfg, policy, tokenizer, reference, device)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
     if reward is None:
         reward = load_reward(
@@ -79,7 +82,11 @@ def load_inputs(
 
 
 def load_reference(
-    cfg: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: PreTrainedModel | None
+    cfg: PPOConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: PreTrainedModel | None,
+    device: torch.device,
 ) -> PreTrainedModel | Adapter:
     """The frozen reference: given, named, or the policy as it is now.
 
@@ -93,7 +100,8 @@ def load_reference(
             return Adapter(policy, REFERENCE)
         if has_adapter(policy) and is_base(policy, cfg.ref_model):
             return Adapter(policy, None)
-        return load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+        options = load_options(cfg, device)
+        return load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
     if not has_adapter(policy):
         return copy.deepcopy(policy)
     return Adapter(policy, None) if adds_nothing(policy, MAIN) else copy_adapter(policy, MAIN, REFERENCE)

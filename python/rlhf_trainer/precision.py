@@ -58,7 +58,7 @@ def halve(model: nn.Module, dtype: str, trained: bool = False) -> None:
 def restore(model: nn.Module, dtype: str) -> None:
     """float32 again, for whoever uses the model after training."""
     if dtype == "bfloat16":
-        model.float()
+        nn.Module.float(model)  # transformers' own refuses a quantised model, whose 4-bit weights this leaves alone
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

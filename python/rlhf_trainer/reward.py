@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import pairwise_loss
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, quantised
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
 from rlhf_trainer.errors import UserError
@@ -107,7 +107,11 @@ def load_for_training(cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """A one-output classifier on cfg.model's backbone; its head is new unless the folder holds a reward model."""
     torch.manual_seed(cfg.seed)
     with quiet():
-        model = load_reward_model(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, num_labels=1)
+        options = {
+            "trust_remote_code": cfg.trust_remote_code,
+            **quantised.load_options(cfg, resolve_device(cfg.device)),
+        }
+        model = load_reward_model(cfg.model, tokenizer, num_labels=1, **options)
     check_head(model, cfg.model)
     if not has_head(cfg.model, cfg.trust_remote_code):
         init_head(model)
@@ -126,6 +130,7 @@ def prepare(cfg: RewardConfig, model: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter that cfg asks for; its head is trained whatever else is."""
     check_head(model, cfg.model or "model")
     adapters.add_adapter(model, cfg, "SEQ_CLS")
+    quantised.check_adapter(cfg, model)
     head = score_head(model)
     assert head is not None
     head.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import linear_logprobs
-from rlhf_trainer import adapters
+from rlhf_trainer import adapters, quantised
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
 from rlhf_trainer.forward import head_inputs
@@ -141,8 +141,10 @@ def train_sft(
     training, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
     if model is None:
-        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+        options = quantised.load_options(cfg, device)
+        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
     model = adapters.add_adapter(model, cfg).to(device).train()
+    quantised.check_adapter(cfg, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from rlhf_trainer import adapters, precision
+from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.config import option, save_config, say
@@ -20,6 +20,7 @@ from rlhf_trainer.data import Example, Findings, Pair, split_heldout
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.models import context_length, encode_completion, encode_prompt
+from rlhf_trainer.quantised import LOAD_IN_4BIT
 from rlhf_trainer.runlog import RunLog, read_metrics
 from rlhf_trainer.trackers import REPORT_TO, chosen_trackers
 
@@ -63,6 +64,7 @@ class FitConfig:
     lora_targets: list[str] = option(
         [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
     )
+    load_in_4bit: bool = option(False, LOAD_IN_4BIT)
     merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
     seed: int = option(0, "seed of the order of the records, of the held-out part and of new weights")
     device: str = option("auto", "auto, cpu or cuda")
@@ -82,6 +84,7 @@ def validate_options(cfg: FitConfig) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
     adapters.validate_options(cfg)
     precision.validate_options(cfg)
+    quantised.validate_options(cfg)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):

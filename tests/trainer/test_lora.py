@@ -359,6 +359,7 @@ def test_a_run_with_a_value_adapter_is_resumed_to_the_bit(base, tmp_path):
     [
         ({}, "--value_adapter needs a policy that is an adapter"),
         ({**LORA, "advantage": "rloo", "group_size": 2}, "--advantage rloo has no value function"),
+        ({**LORA, "gradient_checkpointing": True}, "--gradient_checkpointing does not go with --value_adapter"),
     ],
 )
 def test_a_value_adapter_that_cannot_be(base, options, message):
