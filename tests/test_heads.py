@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +227,15 @@ def test_under_wrappers_that_hide_the_model() -> None:
     expected = rk.head_of(model).hidden_states(**inputs)
     assert torch.equal(rk.head_of(Wrapper(Wrapper(model))).hidden_states(**inputs), expected)
     assert torch.equal(rk.head_of(torch.compile(model, backend="eager")).hidden_states(**inputs), expected)
+
+
+def test_shared_by_two_processes() -> None:
+    """Each rank's loss and the reduced gradients; a DTensor head gathered, and as the shard of the vocabulary."""
+    pytest.importorskip("accelerate")
+    cases = ["ddp", "accelerate", "fsdp", "fsdp_head", "dtensor"]
+    program = [sys.executable, str(Path(__file__).with_name("head_ranks.py")), *cases]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_under_accelerates_hooks() -> None:
