@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf_trainer.constitution import Rule, Shot
 from rlhf_trainer.data import prompt_records, render_prompt
 from rlhf_trainer.errors import UserError
@@ -39,21 +41,21 @@ class Prompt:
         return {"prompt": self.data, **dict(zip(("chosen", "rejected"), sides, strict=True))}
 
 
-def make_prompt(record: Request, tokenizer: object, chat: bool, where: str) -> Prompt:
+def make_prompt(record: Request, tokenizer: PreTrainedTokenizerBase | None, chat: bool, where: str) -> Prompt:
     """tokenizer: its chat template writes chats as text; None: they stay chats, for a server."""
     messages = [{"role": "user", "content": record}] if isinstance(record, str) else record
     users = [message for message in messages if message["role"] != "system"]
     turns = (f"{message['role']}: {message['content']}" for message in messages)
     shown = users[0]["content"] if len(users) == 1 else "\n\n".join(turns)
-    data = record
+    data: Request = record
     if tokenizer is not None and (chat or not isinstance(record, str)):
-        data = render_prompt(messages, tokenizer, where)  # type: ignore[arg-type]
+        data = render_prompt(messages, tokenizer, where)
     elif not chat and not isinstance(record, str):
         raise UserError(f"{where}: chat messages cannot be sent as plain text; use --format chat")
     return Prompt(data, messages, shown)
 
 
-def read_dialogues(path: str, tokenizer: object, chat: bool) -> list[Prompt]:
+def read_dialogues(path: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> list[Prompt]:
     """The prompts of a file as `rlhf generate` reads it, for a chat or as plain text."""
     found = [make_prompt(record, tokenizer, chat, where) for where, record in prompt_records(path)]
     if not found:

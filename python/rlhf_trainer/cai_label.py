@@ -46,6 +46,8 @@ EXAMPLE = (
     "  rlhf reward --model runs/sft-cai --data pairs.jsonl --output_dir runs/reward"
 )
 SHOWN = 100  # comparisons on the page
+LEAST_MASS = 0.5  # probability of A or B under which the judge's preference is hardly one
+LEAST_AGREEMENT = 0.5  # of both orders: what two coins have
 NOTES = {  # of our own judges
     "mass": "probability of A or B at all",
     "cut": "too long for the judge, cut",
@@ -80,6 +82,8 @@ def run(cfg: CAILabelConfig) -> dict[str, Any]:
     require(cfg, "output")
     figures = label_answers(cfg).figures
     print("\n".join(f"{name:34} {value}" for name, value in report_rows(figures)))
+    for warning in warnings(figures):
+        say(f"warning: {warning}")
     say(f"{cfg.output}: {figures['pairs']} pairs; {Path(cfg.output).with_suffix('.report.html')}")
     return figures
 
@@ -169,7 +173,7 @@ def read_input(
 
 def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[Shot]) -> Judge:
     """The judge that cfg names, or else whoever writes."""
-    if cfg.judge:
+    if cfg.judge and (cfg.judge != cfg.model or writer is None):  # the same model is loaded once
         options: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
         options |= {
             "batch_size": cfg.batch_size,
@@ -309,6 +313,22 @@ def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("by rule", ", ".join(f"{name} {count}" for name, count in figures["rules"].items()) or "-"),
     ]
     return rows + [(what, share(name)) for name, what in NOTES.items() if name in figures]
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """What of the figures says that the labels mean little."""
+    found = []
+    if figures.get("mass") is not None and figures["mass"] < LEAST_MASS:
+        found.append(
+            f"A and B together have a probability of {figures['mass']:.1%} in the judge's eyes: it does not see that "
+            "it is to choose; try --shots, --format or another --judge"
+        )
+    if figures["order_agreement"] is not None and figures["order_agreement"] < LEAST_AGREEMENT:
+        found.append(
+            f"in only {figures['order_agreement']:.1%} of the comparisons both orders prefer the same answer: the "
+            "judge looks at the place more than at the answer"
+        )
+    return found
 
 
 def write_files(

@@ -10,7 +10,7 @@ from tiny import WORDS, tiny_folder
 
 from rlhf_trainer import CAILabelConfig, label_answers
 from rlhf_trainer.cai_dialogue import make_prompt
-from rlhf_trainer.cai_label import compare, labelled, statistics
+from rlhf_trainer.cai_label import compare, labelled, statistics, warnings
 from rlhf_trainer.cli import main
 from rlhf_trainer.constitution import Constitution, Rule
 from rlhf_trainer.data import read_pairs, write_jsonl
@@ -71,6 +71,9 @@ def test_a_judge_that_always_says_a_decides_nothing():
     figures = statistics(records, found, 0)
     assert (figures["first_place"], figures["order_agreement"], figures["ties"]) == (1.0, 0.0, 1)
     assert figures["without_two_answers"] == 1
+    (warning,) = warnings(figures)
+    assert warning.startswith("in only 0.0% of the comparisons both orders prefer the same answer")
+    assert warnings(figures | {"order_agreement": 0.9, "mass": 0.9}) == []
 
 
 def test_rules_are_averaged_by_weight_and_questions_reach_the_judge():
@@ -229,3 +232,4 @@ def test_the_report_is_printed(tmp_path, capsys, folder):
     assert "(50 % is none)" in out
     assert "too long for the judge, cut        100.0%" in out  # the folder's context is 64 tokens
     assert "pairs; " in err
+    assert "warning: A and B together have a probability of" in err
