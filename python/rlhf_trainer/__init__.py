@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rlhf_trainer.data import Example, Pair
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
     from rlhf_trainer.errors import InvariantError, UserError
+    from rlhf_trainer.eval import EvalConfig, EvalResult, evaluate
+    from rlhf_trainer.generate import GenerateConfig, GenerateResult, generate_completions
+    from rlhf_trainer.init import InitConfig, InitResult, init_model
     from rlhf_trainer.judges import load_judge
     from rlhf_trainer.label import LabelConfig, label_server
     from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
@@ -32,6 +35,9 @@ MODULES = {
     "data": ("Example", "Pair"),
     "dpo": ("DPOConfig", "DPOResult", "train_dpo"),
     "errors": ("InvariantError", "UserError"),
+    "eval": ("EvalConfig", "EvalResult", "evaluate"),
+    "generate": ("GenerateConfig", "GenerateResult", "generate_completions"),
+    "init": ("InitConfig", "InitResult", "init_model"),
     "judges": ("load_judge",),
     "label": ("LabelConfig", "label_server"),
     "ppo": ("PPOConfig", "PPOResult", "train_ppo"),
@@ -51,7 +57,13 @@ __all__ = [
     "Constitution",
     "DPOConfig",
     "DPOResult",
+    "EvalConfig",
+    "EvalResult",
     "Example",
+    "GenerateConfig",
+    "GenerateResult",
+    "InitConfig",
+    "InitResult",
     "InvariantError",
     "LabelConfig",
     "PPOConfig",
@@ -66,6 +78,9 @@ __all__ = [
     "SFTResult",
     "UserError",
     "best_of_n",
+    "evaluate",
+    "generate_completions",
+    "init_model",
     "label_answers",
     "label_server",
     "load_constitution",

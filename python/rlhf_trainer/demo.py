@@ -204,7 +204,7 @@ def evaluate(cfg: Config, folder: Path, heldout: list[str]) -> tuple[dict[str, A
         seed=cfg.seed,
     )
     show_command("eval", options)
-    result = evaluation.evaluate(options)
+    result = evaluation.measure_policies(options)
     evaluation.write_result(result, options.output_dir)
     return result, promises(result, kind_diversity(heldout, cfg.seed))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config
 from rlhf_trainer.data import read_prompts, write_jsonl
@@ -48,7 +50,7 @@ EXAMPLE = (
 
 
 @dataclass
-class Config:
+class EvalConfig:
     before: str = option("", "folder of the policy that the others are compared with; KL is measured to it")
     after: list[str] = option([], "folders of one or more other policies; `name=folder` names one in the report")
     prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
@@ -77,7 +79,18 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
+Config = EvalConfig
 PERPLEXITY = "perplexity (under the first)"
+
+
+@dataclass
+class EvalResult:
+    """What `evaluate` returns: eval.json's figures, each prompt's completions and scores, whether every gate passed."""
+
+    figures: dict[str, Any]
+    samples: list[dict[str, Any]]
+    passed: bool
+    output_dir: str  # "": nothing was written
 
 
 @dataclass
@@ -97,7 +110,12 @@ class Answers:
 
 
 def answer(
-    cfg: Config, policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: Any, prompts: list[str], log: RunLog
+    cfg: EvalConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: Any,
+    prompts: list[str],
+    log: RunLog | None,
 ) -> Answers:
     """Sample one completion for each prompt and compare its logprob under policy and reference, token by token."""
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(cfg.seed)
@@ -117,7 +135,8 @@ def answer(
         found = (rollout.response_mask.sum(-1), rollout.ended, log_ratios, -plain.sum(-1))
         for column, values in zip(columns, found, strict=True):
             column += values.tolist()
-        log.progress.advance(log.task, len(batch))
+        if log is not None:
+            log.progress.advance(log.task, len(batch))
     return Answers(completions, *(np.array(column, dtype=np.float64) for column in columns))
 
 
@@ -147,18 +166,18 @@ def win_rates(
     return found
 
 
-def known_measures(cfg: Config) -> list[str]:
-    """The names of all measures that a run with these options has."""
-    named = [entry.partition("=")[0] for entry in cfg.measures]
+def known_measures(cfg: EvalConfig, scorers: Iterable[str] = (), judge: Judge | None = None) -> list[str]:
+    """The names of all measures that a run with these options, scorers and judge has."""
+    named = [*(entry.partition("=")[0] for entry in cfg.measures), *scorers]
     own = ["KL (nats)", PERPLEXITY, "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
     if cfg.toxicity:
         own.append("toxicity")
-    if cfg.reward:
+    if cfg.reward or "reward" in named:
         own += ["reward", "win rate by reward"]
-    return [*own, *named, *(["win rate by judge"] if cfg.judge else [])]
+    return [*own, *named, *(["win rate by judge"] if cfg.judge or judge else [])]
 
 
-def compare(cfg: Config, values: dict[str, dict[str, Values]], answers: dict[str, Answers]) -> dict[str, Any]:
+def compare(cfg: EvalConfig, values: dict[str, dict[str, Values]], answers: dict[str, Answers]) -> dict[str, Any]:
     """{"policies", "changes"}: estimates of every measure for each policy, and its paired change against the first."""
     first = next(iter(values))
     policies: dict[str, Any] = {}
@@ -182,7 +201,7 @@ def compare(cfg: Config, values: dict[str, dict[str, Values]], answers: dict[str
     return {"policies": policies, "changes": changes}
 
 
-def policy_folders(cfg: Config) -> dict[str, str]:
+def policy_folders(cfg: EvalConfig) -> dict[str, str]:
     """Name in the report -> folder; the one to compare with comes first."""
     folders = {}
     for entry in (cfg.before, *cfg.after):
@@ -194,7 +213,7 @@ def policy_folders(cfg: Config) -> dict[str, str]:
     return folders
 
 
-def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
+def load_toxicity(cfg: EvalConfig, device: torch.device) -> RewardFunction:
     """A function as it is; of a classifier the probability of cfg.toxicity_label."""
     assert cfg.toxicity is not None
     if not Path(cfg.toxicity).is_dir():
@@ -214,12 +233,12 @@ def load_toxicity(cfg: Config, device: torch.device) -> RewardFunction:
     return probability
 
 
-def load_own_judge(cfg: Config, device: torch.device) -> Judge:
+def load_own_judge(cfg: EvalConfig, device: torch.device) -> Judge:
     options: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
     return load_judge(cfg.judge or "", question=cfg.judge_question, device=device, **options)
 
 
-def load_scorers(cfg: Config, device: torch.device) -> dict[str, RewardFunction]:
+def load_scorers(cfg: EvalConfig, device: torch.device) -> dict[str, RewardFunction]:
     """Name of the measure -> function; toxicity first."""
     options: dict[str, Any] = {"device": device, "pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
     scorers: dict[str, RewardFunction] = {}
@@ -235,24 +254,36 @@ def load_scorers(cfg: Config, device: torch.device) -> dict[str, RewardFunction]
     return scorers
 
 
-def evaluate(cfg: Config) -> dict[str, Any]:
-    """Answer the prompts with every policy and measure; returns what eval.json holds."""
-    device, folders = resolve_device(cfg.device), policy_folders(cfg)
-    tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
-    prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
-    scorers = load_scorers(cfg, device)
-    judge: Any = load_own_judge(cfg, device) if cfg.judge else None
+def measure_policies(
+    cfg: EvalConfig,
+    policies: Mapping[str, PreTrainedModel] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: list[str] | None = None,
+    scorers: Mapping[str, RewardFunction] | None = None,
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Answer the prompts with every policy and measure; returns what eval.json holds, and "samples"."""
+    device = resolve_device(cfg.device)
+    folders = policy_folders(cfg) if policies is None else dict.fromkeys(policies, "")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
+    prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
+    scorers = load_scorers(cfg, device) | dict(scorers or {})
+    judge = load_own_judge(cfg, device) if judge is None and cfg.judge else judge
     values: dict[str, dict[str, Values]] = {}
     answers: dict[str, Answers] = {}
     reference = None
-    with RunLog(cfg.output_dir, len(prompts) * len(folders), "eval") as log:
+    logging = RunLog(cfg.output_dir, len(prompts) * len(folders), "eval") if cfg.output_dir else nullcontext()
+    with logging as log:
         for name, folder in folders.items():
-            own = load_tokenizer(folder, cfg.pad_token, cfg.trust_remote_code)
+            own = tokenizer if policies else load_tokenizer(folder, cfg.pad_token, cfg.trust_remote_code)
             if own.get_vocab() != tokenizer.get_vocab():
                 raise UserError(
                     f"{folder} and {cfg.before} have different vocabularies; a KL between them has no meaning"
                 )
-            policy = load_causal(folder, own, trust_remote_code=cfg.trust_remote_code).to(device).eval()
+            options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+            policy = policies[name] if policies else load_causal(folder, own, **options)
+            policy = policy.to(device).eval()
             reference = reference if reference is not None else policy
             encode_prompts(policy, own, prompts, cfg.max_new_tokens)
             answers[name] = answer(cfg, policy, reference, own, prompts, log)
@@ -261,7 +292,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
             values[name] |= win_rates(prompts, values, texts, name, judge)
     result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
     result |= compare(cfg, values, answers)
-    result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg)), result)
+    result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg, scorers, judge)), result)
     result["samples"] = sample_records(prompts, values, answers)
     return result
 
@@ -290,8 +321,7 @@ def write_result(result: dict[str, Any], folder: str | Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def validate_options(cfg: Config) -> None:
-    require(cfg, "before", "after", "prompts", "output_dir")
+def validate_numbers(cfg: EvalConfig) -> None:
     for name in ("max_prompts", "max_new_tokens", "batch_size", "bootstrap"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -299,17 +329,51 @@ def validate_options(cfg: Config) -> None:
         raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
 
 
-def run(cfg: Config) -> dict[str, Any]:
+def evaluate(
+    cfg: EvalConfig,
+    *,
+    policies: Mapping[str, PreTrainedModel] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: list[str] | None = None,
+    scorers: Mapping[str, RewardFunction] | None = None,
+    judge: Judge | None = None,
+) -> EvalResult:
+    """Compare policies on the same prompts. What is not passed as an object is loaded from what cfg names.
+
+    Args:
+        policies, tokenizer: name in the report -> policy, the one that the others are compared with first; and the
+            tokenizer of all of them.
+        prompts: the texts to answer.
+        scorers: name -> `(prompts, completions) -> scores`, measured besides what cfg names; "reward" gives win rates.
+        judge: `(prompts, answers, other answers) -> probabilities` that each answer is the better one.
+
+    Without cfg.output_dir nothing is written.
+
+    Raises:
+        UserError: bad input, one sentence; different vocabularies; a gate on a measure that there is not.
+    """
+    given = {"before": policies, "after": policies, "prompts": prompts}
+    require(cfg, *(name for name, one in given.items() if one is None))
+    if policies is not None and tokenizer is None:
+        raise UserError("policies given as objects need their tokenizer")
+    validate_numbers(cfg)
+    parse_gates(cfg.fail_if, known_measures(cfg, scorers or {}, judge))
+    found = measure_policies(cfg, policies, tokenizer, prompts, scorers, judge)
+    if cfg.output_dir:
+        save_config(cfg, cfg.output_dir)
+        write_result(found, cfg.output_dir)
+        write_report(Path(cfg.output_dir) / "report.html", found, title="Evaluation")
+    passed = not any(record["failed"] for record in found["gates"])
+    return EvalResult(found, found["samples"], passed, cfg.output_dir)
+
+
+def run(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, write eval.json, completions.jsonl and report.html, print the table."""
-    validate_options(cfg)
-    parse_gates(cfg.fail_if, known_measures(cfg))
+    require(cfg, "before", "after", "prompts", "output_dir")
     result = evaluate(cfg)
-    save_config(cfg, cfg.output_dir)
-    write_result(result, cfg.output_dir)
-    page = write_report(Path(cfg.output_dir) / "report.html", result, title="Evaluation")
-    print_report(result)
-    print(f"report: {page}")
-    for record in result["gates"]:
+    print_report(result.figures)
+    print(f"report: {Path(cfg.output_dir) / 'report.html'}")
+    for record in result.figures["gates"]:
         outcome = "FAILED" if record["failed"] else "passed"
         print(f"{outcome}: {record['policy']}, --fail_if {record['gate']!r}, is {record['value']:.4g}")
-    return result | {"passed": not any(record["failed"] for record in result["gates"])}
+    return result.figures | {"passed": result.passed}

@@ -35,7 +35,7 @@ EXAMPLE = (
 
 
 @dataclass
-class Config:
+class GenerateConfig:
     model: str = option("", "folder or hub name of the model that answers")
     prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
     output: str = option("", "JSON-lines file to write; the options are kept beside it, in .config.yaml")
@@ -52,12 +52,19 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
-def validate_options(cfg: Config) -> None:
-    require(cfg, "model", "prompts", "output")
-    validate_numbers(cfg)
+Config = GenerateConfig
 
 
-def validate_numbers(cfg: Config) -> None:
+@dataclass
+class GenerateResult:
+    """records: {"prompt", "completions", "ended"} a prompt; figures: how many came, were distinct, and ended."""
+
+    records: list[dict[str, Any]]
+    figures: dict[str, int]
+    output: str  # "": nothing was written
+
+
+def validate_numbers(cfg: GenerateConfig) -> None:
     for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if cfg.max_prompts is not None else [])):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -65,11 +72,11 @@ def validate_numbers(cfg: Config) -> None:
         raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
 
 
-def config_path(cfg: Config) -> Path:
+def config_path(cfg: GenerateConfig) -> Path:
     return Path(cfg.output).with_suffix(".config.yaml")
 
 
-def _same_options(cfg: Config) -> None:
+def _same_options(cfg: GenerateConfig) -> None:
     """UserError unless the interrupted run was started with the same options."""
     path = config_path(cfg)
     try:
@@ -83,7 +90,7 @@ def _same_options(cfg: Config) -> None:
         raise UserError(f"--resume: {cfg.output} was begun with --{key} {before.get(key)}, now it is {now[key]}")
 
 
-def finished(cfg: Config, prompts: Sequence[Any], batch: int) -> int:
+def finished(cfg: GenerateConfig, prompts: Sequence[Any], batch: int) -> int:
     """Prompts that an interrupted run has finished, in whole batches; what it wrote beyond them is cut off."""
     path = Path(cfg.output)
     if not path.exists():
@@ -104,7 +111,7 @@ def finished(cfg: Config, prompts: Sequence[Any], batch: int) -> int:
 
 
 def sample_batches(
-    cfg: Config,
+    cfg: GenerateConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -139,12 +146,12 @@ def progress(description: str) -> Progress:
 
 
 def collect(
-    cfg: Config,
+    cfg: GenerateConfig,
     batches: Iterator[list[dict[str, Any]]],
     start: int,
     total: int,
     description: str,
-    options: Config | None = None,
+    options: GenerateConfig | None = None,
 ) -> list[dict[str, Any]]:
     """All records, those of an interrupted run first; each batch is on disk before the next one is made.
 
@@ -169,14 +176,28 @@ def collect(
     return [record for _, record in read_jsonl(cfg.output)] if cfg.output else records
 
 
-def run(cfg: Config) -> dict[str, Any]:
-    """Sample, appending a batch at a time; returns how many completions came, how many were distinct, and ended."""
-    validate_options(cfg)
-    tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    prompts = read_prompts(cfg.prompts, tokenizer)[: cfg.max_prompts]
+def generate_completions(
+    cfg: GenerateConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: list[str] | None = None,
+) -> GenerateResult:
+    """Sample cfg.n completions of every prompt. What is not passed is loaded; without cfg.output nothing is written.
+
+    Raises:
+        UserError: bad input, one sentence; a file that is there already, without cfg.resume.
+    """
+    needed = {"model": model, "prompts": prompts}
+    require(cfg, *(name for name, given in needed.items() if given is None))
+    validate_numbers(cfg)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
+    prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
     batch = max(1, cfg.batch_size // cfg.n)  # prompts whose completions are sampled together
-    start = finished(cfg, prompts, batch)
-    model: Any = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
+    start = finished(cfg, prompts, batch) if cfg.output else 0
+    if model is None:
+        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = model.to(resolve_device(cfg.device)).eval()
     # What does not fit is said before anything is sampled.
     encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
@@ -190,7 +211,14 @@ def run(cfg: Config) -> dict[str, Any]:
     distinct = sum(len(set(record["completions"])) for record in records)
     ended = sum(sum(record["ended"]) for record in records)
     say(
-        f"{cfg.output}: {count} prompts x {cfg.n} completions, {distinct} distinct, {ended / total:.0%} ended by "
-        f"themselves; {len(prompts) - start} prompts in {seconds:.0f} s"
+        f"{cfg.output or 'generate'}: {count} prompts x {cfg.n} completions, {distinct} distinct, {ended / total:.0%} "
+        f"ended by themselves; {len(prompts) - start} prompts in {seconds:.0f} s"
     )
-    return {"prompts": len(records), "completions": total, "distinct": distinct, "ended": ended}
+    figures = {"prompts": len(records), "completions": total, "distinct": distinct, "ended": ended}
+    return GenerateResult(records, figures, cfg.output)
+
+
+def run(cfg: GenerateConfig) -> dict[str, Any]:
+    """Sample, appending a batch at a time; returns how many completions came, how many were distinct, and ended."""
+    require(cfg, "model", "prompts", "output")
+    return dict(generate_completions(cfg).figures)

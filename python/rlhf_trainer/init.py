@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from rlhf_trainer.config import option, require, save_config, say
 from rlhf_trainer.data import is_jsonl, read_jsonl, read_lines
 from rlhf_trainer.errors import UserError
@@ -19,7 +21,7 @@ EXAMPLE = "rlhf init --text corpus.txt --output_dir runs/base --arch llama --hid
 
 
 @dataclass
-class Config:
+class InitConfig:
     text: list[str] = option([], "training files of the tokenizer: text, or JSON lines (all strings in them); .gz too")
     output_dir: str = option("", "folder to write the model and tokenizer to")
     arch: str = option("llama", "llama, gpt2 or qwen2")
@@ -29,6 +31,18 @@ class Config:
     heads: int = option(4, "attention heads; must divide hidden_size")
     max_length: int = option(512, "longest sequence in tokens")
     seed: int = option(0, "seed of the random weights")
+
+
+Config = InitConfig
+
+
+@dataclass
+class InitResult:
+    """What `init_model` returns: a random model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    output_dir: str  # "": nothing was written
 
 
 def texts_of(path: str) -> Iterator[str]:
@@ -46,11 +60,17 @@ def texts_of(path: str) -> Iterator[str]:
                 waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
-def run(cfg: Config) -> dict[str, Any]:
-    require(cfg, "text", "output_dir")
+def init_model(cfg: InitConfig, *, texts: list[str] | None = None) -> InitResult:
+    """Train a tokenizer on cfg.text, or on `texts`, and make a random model; without cfg.output_dir nothing is written.
+
+    Raises:
+        UserError: no text, a size that cannot be, an unknown architecture.
+    """
+    require(cfg, *(["text"] if texts is None else []))
     if cfg.vocab_size < 259:
         raise UserError(f"--vocab_size {cfg.vocab_size}: at least 259, one for each byte and three special tokens")
-    texts = [text for path in cfg.text for text in texts_of(path)]
+    if texts is None:
+        texts = [text for path in cfg.text for text in texts_of(path)]
     if not any(text.strip() for text in texts):
         raise UserError(f"{', '.join(cfg.text)}: no text in it")
     tokenizer = build_tokenizer(texts, cfg.vocab_size)
@@ -63,8 +83,15 @@ def run(cfg: Config) -> dict[str, Any]:
         max_length=cfg.max_length,
         seed=cfg.seed,
     )
-    save_folder(cfg.output_dir, model, tokenizer)
-    save_config(cfg, cfg.output_dir)
-    parameters = sum(p.numel() for p in model.parameters())
+    if cfg.output_dir:
+        save_folder(cfg.output_dir, model, tokenizer)
+        save_config(cfg, cfg.output_dir)
+    return InitResult(model, tokenizer, cfg.output_dir)
+
+
+def run(cfg: InitConfig) -> dict[str, Any]:
+    require(cfg, "text", "output_dir")
+    made = init_model(cfg)
+    parameters, tokenizer = sum(p.numel() for p in made.model.parameters()), made.tokenizer
     say(f"{cfg.output_dir}: {cfg.arch}, {parameters:,} parameters, vocabulary {len(tokenizer)}")
     return {"parameters": parameters, "vocab_size": len(tokenizer)}

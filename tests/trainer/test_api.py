@@ -16,7 +16,10 @@ import rlhf_trainer
 from rlhf_trainer import (
     BonConfig,
     DPOConfig,
+    EvalConfig,
     Example,
+    GenerateConfig,
+    InitConfig,
     Pair,
     PPOConfig,
     PrefsConfig,
@@ -24,6 +27,9 @@ from rlhf_trainer import (
     SFTConfig,
     UserError,
     best_of_n,
+    evaluate,
+    generate_completions,
+    init_model,
     make_pairs,
     train_dpo,
     train_ppo,
@@ -86,7 +92,23 @@ def test_the_chain_from_objects_writes_nothing(tmp_path, monkeypatch):
         prompts=PROMPTS,
     )
     assert ppo.metrics[0]["objective/kl"] == 0.0
-    assert {result.output_dir for result in (sft, reward, dpo)} == {""}
+    drawn = generate_completions(GenerateConfig(n=2, **options), model=sft.model, tokenizer=tokenizer, prompts=PROMPTS)
+    assert [len(record["completions"]) for record in drawn.records] == [2] * len(PROMPTS)
+    compared = evaluate(
+        EvalConfig(bootstrap=50, fail_if=["win rate by reward<0", "kl>-1"], **options),
+        policies={"dpo": dpo.policy, "ppo": ppo.policy},
+        tokenizer=tokenizer,
+        prompts=PROMPTS,
+        scorers={"reward": reward.score},
+        judge=lambda prompts, answers, others: [0.75] * len(prompts),
+    )
+    assert compared.figures["policies"]["ppo"]["measures"]["win rate by judge"]["mean"] == 0.5  # asked in both orders
+    assert [gate["failed"] for gate in compared.figures["gates"]] == [False, True]
+    assert not compared.passed
+    assert len(compared.samples) == len(PROMPTS)
+    made = init_model(InitConfig(vocab_size=260, hidden_size=16, layers=1, heads=1), texts=["a b"])
+    assert made.model.config.vocab_size == len(made.tokenizer)
+    assert {result.output_dir for result in (sft, reward, dpo, ppo, compared, made)} == {""}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 

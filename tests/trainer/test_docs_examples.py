@@ -37,6 +37,7 @@ PAGE_OF = {
     "reward": "reward",
     "dpo": "dpo",
     "bon": "bon",
+    "init": "README",
     "cai": "cai",
 }
 

@@ -114,7 +114,7 @@ def test_perplexity_is_the_first_policys_per_token_and_untempered(places, tmp_pa
     monkeypatch.setattr(
         evaluation, "generate", lambda *args, **options: rollouts.append(right(*args, **options)) or rollouts[-1]
     )
-    result = evaluation.evaluate(config(places, tmp_path, temperature=0.5, batch_size=7))
+    result = evaluation.measure_policies(config(places, tmp_path, temperature=0.5, batch_size=7))
     tokenizer = load_tokenizer(places / "sft")
     model = load_causal(places / "sft", tokenizer)
     for name, own in (("sft", rollouts[:3]), ("ppo", rollouts[3:])):
@@ -137,7 +137,7 @@ def test_kl_is_that_of_the_two_distributions(places, tmp_path):
     prompt = "one day"
     write_jsonl(tmp_path / "same.jsonl", [{"prompt": prompt}] * 1500)
     options = {"prompts": f"{tmp_path}/same.jsonl", "max_prompts": 1500, "max_new_tokens": 1, "batch_size": 500}
-    result = evaluation.evaluate(config(places, tmp_path, **options, temperature=0.5))
+    result = evaluation.measure_policies(config(places, tmp_path, **options, temperature=0.5))
     tokenizer = load_tokenizer(places / "sft")
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     logs = [
@@ -156,7 +156,7 @@ def test_kl_is_that_of_the_two_distributions(places, tmp_path):
 
 
 def test_a_policy_equal_to_the_reference_is_at_kl_zero_and_answers_the_same(places, tmp_path):
-    result = evaluation.evaluate(
+    result = evaluation.measure_policies(
         config(places, tmp_path, after=[f"copy={places}/sft"], measures=[f"chars={places}/measure.py:longer"])
     )
     assert result["policies"]["copy"] == result["policies"]["sft"]
@@ -213,7 +213,7 @@ def test_run_leaves_figures_completions_and_a_page(places, tmp_path, capsys):
 
 
 def test_same_seed_same_figures(places, tmp_path):
-    first, second, other = (evaluation.evaluate(config(places, tmp_path, seed=seed)) for seed in (3, 3, 4))
+    first, second, other = (evaluation.measure_policies(config(places, tmp_path, seed=seed)) for seed in (3, 3, 4))
     assert first == second
     assert first["samples"] != other["samples"]
 
