@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_trainer.config import say
+from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.runlog import read_metrics
 
@@ -93,49 +94,66 @@ class Checkpoints:
         """(steps done, beta, metrics so far): from the newest valid checkpoint if cfg.resume, else (0, beta, [])."""
         if not self.cfg.output_dir:
             return 0, beta, []
-        found = self.list()
         if not self.cfg.resume:
             refuse_leftovers(self.cfg)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            current().barrier()  # every rank has looked
+            if current().main:
+                shutil.rmtree(self.folder, ignore_errors=True)
             return 0, beta, []
-        for path in reversed(found):
-            reason = damage(path)
-            if reason is None:
-                return self._restore(path)
-            say(f"{path}: skipped, {reason}")
+        newest = current().first(self._newest() if current().main else None)
+        if newest is not None:
+            return self._restore(newest)
         say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
         return 0, beta, []
+
+    def _newest(self) -> Path | None:
+        for path in reversed(self.list()):
+            reason = damage(path)
+            if reason is None:
+                return path
+            say(f"{path}: skipped, {reason}")
+        return None
 
     def list(self) -> list[Path]:
         """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
         return _checkpoints_in(self.folder)
 
     def save(self, step: int, beta: float) -> Path:
-        """Write a checkpoint, then delete the oldest beyond keep_checkpoints."""
-        final = self.folder / f"step-{step:08d}"
+        """Write a checkpoint, then delete the oldest beyond keep_checkpoints.
+
+        Every rank calls it: what is spread over them is gathered, and the first one writes.
+        """
+        ranks, final = current(), self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        generators = ranks.every(_rng())
+        state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
         try:
-            for name, module in self.modules.items():
-                save_file(trained_part(module), temporary / f"{name}.safetensors")
-            save_file(self._optimizer_tensors(), temporary / "optimizer.safetensors")
-            save_file(_rng_tensors(self.generator), temporary / "rng.safetensors")
-            state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
-            (temporary / "state.json").write_text(json.dumps(state | _rng_json()), encoding="utf-8")
-            digests = {p.name: _digest(p.read_bytes()) for p in sorted(temporary.iterdir())}
-            (temporary / "meta.json").write_text(json.dumps({"sha256": digests}, indent=2), encoding="utf-8")
-            for path in [*temporary.iterdir(), temporary]:
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _fsync(self.folder)
+            if ranks.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            for name, tensors in self._files(generators):
+                if ranks.main:
+                    save_file(tensors, temporary / f"{name}.safetensors")
+            if ranks.main:
+                state |= {"rng": [{name: rng[name] for name in ("python", "numpy")} for rng in generators]}
+                (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                _seal(temporary, final)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
-        for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
-            shutil.rmtree(old)
+        if ranks.main:
+            for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
+                shutil.rmtree(old)
+        ranks.barrier()
         return final
+
+    def _files(self, generators: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each safetensors file of a checkpoint, one at a time in memory."""
+        for name, module in self.modules.items():
+            yield name, trained_part(module)
+        yield "optimizer", self._optimizer_tensors()
+        states = {f"torch.{rank}": rng["torch"] for rank, rng in enumerate(generators)}
+        yield "rng", states | {"generator": self.generator.get_state().cpu()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -158,13 +176,13 @@ class Checkpoints:
         self.scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-        rng = load_file(path / "rng.safetensors")
-        torch.set_rng_state(rng["torch"])
-        self.generator.set_state(rng["generator"])
-        version, internal, gauss = state["python_rng"]
-        random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state["numpy_rng"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002  a reward may draw from it
+        tensors = load_file(path / "rng.safetensors")
+        self.generator.set_state(tensors["generator"])
+        ranks, others = current(), len(state["rng"])
+        rank = ranks.rank if ranks.rank < others else 0
+        _set_rng(state["rng"][rank] | {"torch": tensors[f"torch.{rank}"]})
+        if ranks.world != others:
+            say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
         step = state["step"]
         history = [metrics for metrics in read_metrics(self.cfg.output_dir) if metrics["step"] <= step]
         say(f"resumed from {path} after step {step}")
@@ -250,13 +268,29 @@ def _config_values(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE}
 
 
-def _rng_tensors(generator: torch.Generator) -> dict[str, Tensor]:
-    return {"torch": torch.get_rng_state(), "generator": generator.get_state().cpu()}
-
-
-def _rng_json() -> dict[str, Any]:
+def _rng() -> dict[str, Any]:
+    """The states of this process's global generators: a reward function may draw from them."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {"python_rng": random.getstate(), "numpy_rng": [name, keys.tolist(), *rest]}
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+
+
+def _seal(temporary: Path, final: Path) -> None:
+    """Add the sums of the files, bring everything to the disk, and give the folder its name."""
+    digests = {p.name: _digest(p.read_bytes()) for p in sorted(temporary.iterdir())}
+    (temporary / "meta.json").write_text(json.dumps({"sha256": digests}, indent=2), encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _fsync(final.parent)
 
 
 def _digest(data: bytes) -> str:

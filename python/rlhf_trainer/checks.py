@@ -64,6 +64,20 @@ def validate_options(cfg: PPOConfig) -> None:
             raise UserError(f"--{name} {value}: must be {'more than' if low else 'at least'} 0")
 
 
+def check_shares(cfg: PPOConfig, world: int) -> None:
+    """UserError where a rank would have nothing to do, or an option is for one process."""
+    if world > 1 and cfg.rollout_engine != "hf":
+        raise UserError(
+            f"--rollout_engine {cfg.rollout_engine} is for one process; {world} share their rollouts with hf"
+        )
+    rows, groups = cfg.batch_size // cfg.minibatches, cfg.batch_size // cfg.group_size
+    if min(rows, groups) < world:
+        raise UserError(
+            f"{world} processes share each minibatch of {rows} responses and each rollout of {groups} groups; there "
+            "must be at least one for each process: raise --batch_size or start fewer"
+        )
+
+
 def check_first_kl(kl: Tensor, equal_weights: bool) -> None:
     """At step 0 a policy with the reference's weights is at KL 0 exactly, token by token."""
     if equal_weights and bool((kl != 0).any()):

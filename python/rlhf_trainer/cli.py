@@ -26,6 +26,8 @@ STAGES = {
     "demo": ("demo", "the whole chain on a tiny model, offline, in minutes"),
 }
 
+SHARED = ("sft", "reward", "dpo", "ppo")  # stages that several processes of `accelerate launch` share
+
 
 def usage() -> str:
     lines = [f"  {stage:8} {summary}" for stage, (_, summary) in STAGES.items()]
@@ -46,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from rlhf_trainer.config import parse_config
+    from rlhf_trainer.distributed import launched
+
+    if launched()[1] > 1 and stage not in SHARED:
+        message = f"rlhf {stage}: error: it runs in one process; of several, each would write the same files"
+        print(message, file=sys.stderr)
+        return 2
 
     logging.disable_progress_bar()  # one bar per stage, ours
     module: Any = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
@@ -57,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_config(module.Config, rest, f"rlhf {stage}", module.SUMMARY, getattr(module, "EXAMPLE", ""))
         result = module.run(cfg)
     except UserError as error:
-        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        if not getattr(error, "told_by_rank_0", False):
+            print(f"rlhf {stage}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0 if result.get("passed", True) else 1

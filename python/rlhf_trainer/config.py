@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from rlhf_trainer.distributed import current, launched
 from rlhf_trainer.errors import UserError
 
 C = TypeVar("C")
@@ -104,6 +105,8 @@ def unknown(key: str, known: Sequence[str], kind: str, otherwise: str = "--help 
 
 def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml") -> None:
     """Write every option's value as YAML, so that `--config` on it repeats the run."""
+    if not current().main:
+        return
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -117,4 +120,6 @@ def require(cfg: Any, *names: str) -> None:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """A line for the user; of several ranks the first one speaks."""
+    if launched()[0] == 0:
+        print(message, file=sys.stderr, flush=True)

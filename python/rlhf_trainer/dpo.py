@@ -20,6 +20,7 @@ from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Pair, read_pairs
+from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, save_folder
 from rlhf_trainer.pair_figures import judge, length_baseline, summary
@@ -94,14 +95,16 @@ def answer_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, pe
 def all_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, cfg: DPOConfig) -> Tensor:
     """`answer_logprobs` of any number of rows, on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    logprobs = torch.empty(len(rows))
+    ranks, logprobs = current(), torch.zeros(len(rows))
     size = 2 * (cfg.micro_batch_size or cfg.batch_size)  # a pair is two rows
     device = next(model.parameters()).device
-    for start in range(0, len(order), size):
+    for (start,), weight in ranks.deal(range(0, len(order), size), 1):
         part = order[start : start + size]
         with precision.autocast(cfg.dtype, device):
             found = answer_logprobs(model, [rows[i] for i in part], pad_id, cfg.per_token)
-        logprobs[part] = found.cpu()
+        if weight:
+            logprobs[part] = found.cpu()
+    ranks.sum_(logprobs)
     return logprobs
 
 
@@ -145,9 +148,10 @@ class Trained:
 
     def observe(self) -> dict[str, float]:
         """TRL's names; a pair without a winner (label 0.5) does not count in the accuracy."""
-        logps_chosen, logps_rejected, chosen, rejected = torch.cat(self.seen, 1)
-        labels = torch.tensor(self.labels)
-        self.seen, self.labels = [], []
+        everyone = current().every((torch.cat([torch.empty(4, 0), *self.seen], 1), self.labels))
+        logps_chosen, logps_rejected, chosen, rejected = torch.cat([seen for seen, _ in everyone], 1)
+        labels = torch.tensor([label for _, labels in everyone for label in labels])
+        self.discard()
         right = ((chosen - rejected) * (labels - 0.5).sign())[labels != 0.5]
         return {
             "rewards/chosen": chosen.mean().item(),
@@ -157,6 +161,9 @@ class Trained:
             "logps/chosen": logps_chosen.mean().item(),
             "logps/rejected": logps_rejected.mean().item(),
         }
+
+    def discard(self) -> None:
+        self.seen, self.labels = [], []
 
 
 def reference_logprobs(
@@ -168,20 +175,20 @@ def reference_logprobs(
         UserError: a run is resumed with another reference or other data than it was begun with.
     """
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
-    logprobs = None
+    ranks, logprobs = current(), None
     if cfg.output_dir:
         refuse_leftovers(cfg)
         path = Path(cfg.output_dir) / KEPT
         described = [weights_digest(reference), cfg.per_token, [[row.ids, row.prompt] for row in rows]]
         identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-        logprobs = _kept(path, identity, cfg.resume)
+        logprobs = ranks.first(_kept(path, identity, cfg.resume) if ranks.main else None)
     if logprobs is None:
         training = reference.training
         logprobs = all_logprobs(reference.eval(), rows, pad_id, cfg)
         reference.train(training)
         if not bool(logprobs.isfinite().all()):
             raise UserError(f"{cfg.ref_model or cfg.model}: the reference's logprobs are not finite")
-        if cfg.output_dir:
+        if cfg.output_dir and ranks.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.tmp")
             save_file({"logprobs": logprobs}, temporary, metadata={"identity": identity})
@@ -239,11 +246,13 @@ def fit_pairs(
         text=lambda item: f"{item.rows.pair.prompt}{item.rows.pair.chosen} | {item.rows.pair.rejected}",
         evaluate=evaluate,
         observe=trained.observe,
+        discard=trained.discard,
     )
     metrics = fit(cfg, "dpo", model, items, task)
     return metrics, figures() if kept else {}
 
 
+@on_all_ranks
 def train_dpo(
     cfg: DPOConfig,
     *,
@@ -292,7 +301,8 @@ def train_dpo(
         adapters.merge(policy)
     if cfg.output_dir:
         save_folder(cfg.output_dir, policy, tokenizer, records={"dpo.json": result})
-        write_curves(cfg, result)
+        if current().main:
+            write_curves(cfg, result)
     return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)
 
 

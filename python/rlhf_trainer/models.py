@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_trainer import adapters, precision, quantised
+from rlhf_trainer.distributed import current, launched
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
 from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
@@ -33,8 +34,10 @@ NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} bes
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA if there is a GPU, else the CPU."""
+    """ "auto" is CUDA if there is a GPU, else the CPU; of several processes each has a GPU of its own."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda" and launched()[1] > 1 and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu or auto")
     try:
@@ -216,8 +219,10 @@ def save_folder(
     Of a model with an adapter only the adapter is written.
 
     It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
-    checkpoints in it stay.
+    checkpoints in it stay. Of several ranks the first one writes.
     """
+    if not current().main:
+        return Path(folder)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

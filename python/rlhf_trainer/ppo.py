@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +27,16 @@ from rlhf_trainer import precision
 from rlhf_trainer.adapters import Adapter, active, merge
 from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
-from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, validate_options
+from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
 from rlhf_trainer.config import option, save_config
+from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
 from rlhf_trainer.quantised import LOAD_IN_4BIT
-from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
+from rlhf_trainer.rewards import RewardFunction, load_reward, shared_scores
 from rlhf_trainer.rollout import Rollout
 from rlhf_trainer.rollout_vllm import load_engine
 from rlhf_trainer.runlog import RunLog
@@ -192,10 +193,6 @@ def group_baseline(rewards: Tensor, mask: Tensor, cfg: PPOConfig) -> Tensor:
     return group_advantages(rewards.sum(-1), cfg.group_size, kind=kind).unsqueeze(-1) * mask
 
 
-def micro_batches(rows: Tensor, size: int | None) -> Iterator[Tensor]:
-    yield from rows.split(size or len(rows))
-
-
 @dataclass
 class Batch:
     """A rollout with everything the update needs; tensors [B, R], scores [B]."""
@@ -209,6 +206,7 @@ class Batch:
     returns: Tensor
 
 
+@on_all_ranks
 def train_ppo(
     cfg: PPOConfig,
     *,
@@ -229,10 +227,14 @@ def train_ppo(
         prompts: the texts to answer.
         on_update: called with the number of updates done and the policy, after each update.
 
+    Under `accelerate launch` every rank calls it alike, and rank 0 writes.
+
     Raises:
         UserError: bad input, one sentence. InvariantError: a step-0 invariant does not hold.
     """
     validate_options(cfg)
+    ranks = current()
+    check_shares(cfg, ranks.world)
     device = resolve_device(cfg.device)
     set_seed(cfg.seed)  # Python's and NumPy's too: a reward function may draw from them
     given = (model, tokenizer, ref_model, reward, prompts)
@@ -248,6 +250,7 @@ def train_ppo(
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
     parameters = [*trained, *(parameter for head in heads.values() for parameter in head.parameters())]
+    ranks.broadcast(parameters)
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -275,7 +278,7 @@ def train_ppo(
             rolled = time.perf_counter()
             # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
             orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]
-            raw_scores = scores_of(reward, rollout.prompts, rollout.completions).to(device)
+            raw_scores = shared_scores(reward, rollout, cfg.group_size).to(device)
             batch = assess(policy, reference, value_head, rollout, raw_scores, orders[0], beta, cfg)
             if update == 0:
                 check_first_kl(batch.kl, reference_is_policy)
@@ -294,24 +297,25 @@ def train_ppo(
                 "seconds/update": time.perf_counter() - scored,
             }
             if gold is not None:
-                gold_scores = scores_of(gold, rollout.prompts, rollout.completions, "gold reward")
+                gold_scores = shared_scores(gold, rollout, cfg.group_size, "gold reward")
                 metrics["objective/gold_scores"] = gold_scores.mean().item()
             history.append(metrics)
-            beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
             if on_update is not None:
                 on_update(update + 1, policy)
             warnings = [] if log is None else watch.check(history, rollout)  # adds its own metrics
             alarms = alerts.check(metrics)
-            stop = stop_reason(metrics, cfg, alarms)
+            next_beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
+            beta, stop = ranks.first((next_beta, stop_reason(metrics, cfg, alarms)))
+            leave = ranks.any(bool(terminated))
             if log is not None:
                 note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
                 log.step(update + 1, metrics, note)
                 if (update + 1) % max(1, cfg.updates // 10) == 0:
                     log.completions(update + 1, samples(batch))
-                if terminated or (cfg.save_every and (update + 1) % cfg.save_every == 0):
+                if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
                     checkpoints.save(update + 1, beta)
             announce(log, update + 1, [*warnings, *alarms], rollout.completions)
-            if terminated:
+            if leave:
                 raise SystemExit(143)
             if stop is not None:
                 stopped = stop
@@ -338,14 +342,15 @@ def assess(
     cfg: PPOConfig,
 ) -> Batch:
     """Logprobs, values, KL-shaped rewards, advantages and returns of a rollout; `order` groups the forward passes."""
-    mask = rollout.response_mask
+    ranks, mask = current(), rollout.response_mask
     logprobs, values, ref_logprobs = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     for minibatch in order.tensor_split(cfg.minibatches):
-        for rows in micro_batches(minibatch, cfg.micro_batch_size):
+        for rows, _ in ranks.deal(minibatch, cfg.micro_batch_size):
             with precision.autocast(cfg.dtype, mask.device):
                 logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
             with precision.autocast(cfg.dtype, mask.device), active(reference) as ref_model:
                 ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
+    ranks.sum_(logprobs, values, ref_logprobs)
     kl = kl_penalty(logprobs, ref_logprobs)
     final = final_scores(scores, rollout.ended, cfg)
     rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)
@@ -370,14 +375,14 @@ def optimize(
     cfg: PPOConfig,
 ) -> list[dict[str, float]]:
     """The epochs of one update; returns the statistics of every minibatch."""
-    rollout, mask = batch.rollout, batch.rollout.response_mask
+    ranks, rollout, mask = current(), batch.rollout, batch.rollout.response_mask
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     minibatch_stats: list[dict[str, float]] = []
     for order in orders:
         for minibatch in order.tensor_split(cfg.minibatches):
             tokens = mask[minibatch].sum()  # the mean is over the whole minibatch, whatever the micro-batches
             stats: dict[str, Tensor] = {}
-            for rows in micro_batches(minibatch, cfg.micro_batch_size):
+            for rows, weight in ranks.deal(minibatch, cfg.micro_batch_size):
                 with precision.autocast(cfg.dtype, mask.device), precision.recomputing(policy):
                     logprobs, entropy, values = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
                 if update == 0 and not minibatch_stats:
@@ -404,17 +409,20 @@ def optimize(
                     parts |= {"value_loss": vf_loss, "value_clipfrac": vf_stats["clip_fraction"] * share}
                 for name, values_ in (("logprob", logprobs), ("value", values), ("loss", loss)):
                     check_finite(name, values_, update + 1, rows, rollout)
-                loss.backward()
+                (loss * weight).backward()
                 parts |= {"approx_kl": pg_stats["approx_kl"] * share, "ratio": pg_stats["ratio_mean"] * share}
                 clipped = pg_stats["clip_fraction_low"] + pg_stats["clip_fraction_high"]
                 parts |= {"clipfrac": clipped * share}
                 for name, part in parts.items():
-                    stats[name] = stats.get(name, 0.0) + part.detach()
+                    stats[name] = stats.get(name, 0.0) + weight * part.detach()
+            ranks.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             check_finite("gradient", norm, update + 1, minibatch, rollout)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            minibatch_stats.append({name: float(value) for name, value in stats.items()} | {"grad_norm": float(norm)})
+            sums = torch.stack([value.double() for value in stats.values()])
+            ranks.sum_(sums)
+            minibatch_stats.append(dict(zip(stats, sums.tolist(), strict=True)) | {"grad_norm": float(norm)})
             if cfg.target_kl is not None and minibatch_stats[-1]["approx_kl"] > cfg.target_kl:
                 return minibatch_stats
     return minibatch_stats

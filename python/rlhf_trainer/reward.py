@@ -15,6 +15,7 @@ from rlhf_kernels import pairwise_loss
 from rlhf_trainer import adapters, quantised
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
+from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import (
     NORMALISATION,
@@ -187,10 +188,13 @@ def margins_and_accuracies(differences: Tensor, pairs: Sequence[Pair]) -> list[t
 def all_scores(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int) -> Tensor:
     """[M] raw rewards of any number of rows, on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    scores = torch.empty(len(rows))
-    for start in range(0, len(order), batch_size):
+    ranks, scores = current(), torch.zeros(len(rows))
+    for (start,), weight in ranks.deal(range(0, len(order), batch_size), 1):
         part = order[start : start + batch_size]
-        scores[part] = score_rows(model, [rows[i] for i in part], pad_id).cpu()
+        found = score_rows(model, [rows[i] for i in part], pad_id).cpu()
+        if weight:
+            scores[part] = found
+    ranks.sum_(scores)
     return scores
 
 
@@ -239,10 +243,11 @@ def fit_pairs(
         return losses_of(chosen, rejected, pairs, cfg.margin)
 
     def observe() -> dict[str, float]:
-        if not seen:  # all of them ties
-            return {}
-        margin, accuracy = (sum(column) / len(seen) for column in zip(*seen, strict=True))
+        everyone = [pair for part in current().every(seen) for pair in part]
         seen.clear()
+        if not everyone:  # all of them ties
+            return {}
+        margin, accuracy = (sum(column) / len(everyone) for column in zip(*everyone, strict=True))
         return {"margin": margin, "accuracy": accuracy}
 
     def figures() -> dict[str, Any]:
@@ -262,6 +267,7 @@ def fit_pairs(
         text=lambda item: f"{item.pair.prompt}{item.pair.chosen} | {item.pair.rejected}",
         evaluate=evaluate,
         observe=observe,
+        discard=seen.clear,
         group=together,
     )
     metrics = fit(cfg, "reward", model, rows, task)
@@ -269,6 +275,7 @@ def fit_pairs(
     return metrics, figures() if heldout else {}
 
 
+@on_all_ranks
 def train_reward(
     cfg: RewardConfig,
     *,
@@ -315,7 +322,8 @@ def train_reward(
     if cfg.output_dir:
         records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
         save_folder(cfg.output_dir, model, tokenizer, records=records)
-        write_report(cfg.output_dir, found)
+        if current().main:
+            write_report(cfg.output_dir, found)
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 
 

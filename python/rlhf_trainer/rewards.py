@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_trainer.adapters import REWARD, Adapter, active, attach_reward, shares_base
+from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import (
     fit_vocabulary,
@@ -26,6 +27,9 @@ from rlhf_trainer.models import (
 )
 from rlhf_trainer.precision import autocast, halve
 from rlhf_trainer.seq2seq import is_encoder_decoder
+
+if TYPE_CHECKING:
+    from rlhf_trainer.rollout import Rollout
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -128,8 +132,21 @@ def load_function(source: str) -> RewardFunction:
     return function
 
 
-def scores_of(reward: RewardFunction, prompts: list[str], completions: list[str], what: str = "reward") -> torch.Tensor:
-    """Call a reward function; UserError if it raises, returns the wrong count, or something that is not finite."""
+def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, what: str = "reward") -> torch.Tensor:
+    """The scores [B] of a rollout; each rank calls the function for its block of the rows, whole groups of them."""
+    ranks, count = current(), len(rollout.prompts)
+    block = ranks.block(count, group_size)
+    mine = scores_of(reward, rollout.prompts[block], rollout.completions[block], what, block.start)
+    return ranks.assemble(block, mine, count)
+
+
+def scores_of(
+    reward: RewardFunction, prompts: list[str], completions: list[str], what: str = "reward", first: int = 0
+) -> torch.Tensor:
+    """Call a reward function; UserError if it raises, returns the wrong count, or something that is not finite.
+
+    `first`: the number of the first completion, for the message.
+    """
     try:
         returned = reward(prompts, completions)
     except UserError:
@@ -145,7 +162,7 @@ def scores_of(reward: RewardFunction, prompts: list[str], completions: list[str]
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise UserError(
-                f"the {what} function returned {score} for completion {index}: "
+                f"the {what} function returned {score} for completion {first + index}: "
                 f"prompt {prompts[index][:60]!r}, completion {completions[index][:60]!r}"
             )
     return torch.tensor(scores, dtype=torch.float32)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import sample_tokens
 from rlhf_trainer import seq2seq
+from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import position_ids
 from rlhf_trainer.models import context_length, encode_prompt, left_pad
@@ -107,11 +108,13 @@ def generate(
     temperature: float = 1.0,
     stop_token: str | None = None,
     batch_size: int | None = None,
+    group_size: int = 1,
 ) -> Rollout:
     """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
 
     With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
-    The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row.
+    The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row. Of several
+    ranks each samples its block of the rows, no group of `group_size` of them torn, and gets the rows of all.
     """
     device = next(model.parameters()).device
     shape = (max_new_tokens, len(prompts))
@@ -122,7 +125,9 @@ def generate(
     ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for rows in batches_by_length(encoded, batch_size):
+    block = current().block(len(prompts), group_size)
+    for part in batches_by_length(encoded[block], batch_size):
+        rows = [block.start + row for row in part]
         padded, real = left_pad([encoded[row] for row in rows], pad_id)
         place = slice(longest - padded.shape[1], None)
         ids[rows, place], mask[rows, place], ended[rows] = respond(
@@ -135,6 +140,7 @@ def generate(
             temperature=temperature,
             prompts=[prompts[row] for row in rows],
         )
+    ids, mask, ended = (current().assemble(block, x[block], len(prompts)) for x in (ids, mask, ended))
     length = longest + int(mask[:, longest:].sum(-1).max())
     ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
     return Rollout(ids, mask, longest, ended, list(prompts), decode(tokenizer, ids, mask, longest, stops))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ def load_engine(cfg: PPOConfig, policy: PreTrainedModel) -> Callable[..., Rollou
         UserError: vLLM cannot load this policy: it is in no folder, an encoder-decoder model, or has new tokens.
     """
     if cfg.rollout_engine == "hf":
-        return rollout.generate
+        return partial(rollout.generate, group_size=cfg.group_size)
     if is_encoder_decoder(policy):
         raise UserError("--rollout_engine vllm takes decoders only; an encoder-decoder model needs hf")
     path = adapters.base_name(policy)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf_trainer.distributed import current
 from rlhf_trainer.trackers import Trackers
 
 
@@ -21,7 +22,8 @@ class RunLog:
     """Context manager around a stage's loop.
 
     `step(step, metrics)` appends one JSON object to metrics.jsonl, reports to the trackers and moves the bar. With
-    `start` > 0 (a resumed run) lines of steps that will be repeated are dropped first.
+    `start` > 0 (a resumed run) lines of steps that will be repeated are dropped first. Of several ranks the first one
+    writes; the others' logs are silent.
 
     Args:
         report_to: names of trackers, see `trackers`. cfg: the stage's options, which trackers keep with the run.
@@ -37,6 +39,9 @@ class RunLog:
         report_to: Sequence[str] = (),
         cfg: Any = None,
     ) -> None:
+        self.silent = not current().main
+        if self.silent:
+            return
         self.folder = Path(output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
@@ -57,6 +62,8 @@ class RunLog:
         self.every = max(1, total // 10)  # without a terminal: about ten plain lines
 
     def __enter__(self) -> RunLog:
+        if self.silent:
+            return self
         self.file = self.path.open("a", encoding="utf-8")
         if self.live:
             self.progress.start()
@@ -65,6 +72,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.silent:
+            return
         self.file.close()
         if self.live:
             self.progress.stop()
@@ -72,6 +81,8 @@ class RunLog:
 
     def step(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
         """Record the metrics of step `step` (1 is the first); `note` is the short text beside the bar."""
+        if self.silent:
+            return
         metrics = {key: _plain(value) for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step} | metrics) + "\n")
         self.file.flush()
@@ -83,12 +94,16 @@ class RunLog:
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Keep sample completions: a line each in completions.jsonl, and a table in the trackers."""
+        if self.silent:
+            return
         self._append("completions.jsonl", [{"step": step, **row} for row in rows])
         if rows:
             self.trackers.table("completions", rows, step)
 
     def alert(self, step: int, record: dict[str, Any], title: str, message: str) -> None:
         """Say the message above the bar, keep the record in alerts.jsonl, and raise an alert in the trackers."""
+        if self.silent:
+            return
         self.say(message)
         self._append("alerts.jsonl", [{"step": step, **record}])
         self.trackers.alert(title, message, step)
@@ -100,7 +115,8 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self.console.print(message, highlight=False, markup=False)
+        if not self.silent:
+            self.console.print(message, highlight=False, markup=False)
 
 
 def _plain(value: Any) -> Any:

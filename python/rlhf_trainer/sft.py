@@ -14,6 +14,7 @@ from rlhf_kernels import linear_logprobs
 from rlhf_trainer import adapters, quantised
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
+from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import (
     left_pad,
@@ -97,8 +98,11 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_si
     """Nats per completion token over all rows."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    total = sum(completion_losses(model, batch, pad_id).sum().item() for batch in batches)
-    return total / sum(map(counted_tokens, rows))
+    total = torch.zeros((), dtype=torch.float64)
+    for (batch,), weight in current().deal(batches, 1):
+        total += weight * completion_losses(model, batch, pad_id).sum().item()
+    current().sum_(total)
+    return total.item() / sum(map(counted_tokens, rows))
 
 
 def encode_examples(
@@ -113,6 +117,7 @@ def encode_examples(
     return rows
 
 
+@on_all_ranks
 def train_sft(
     cfg: SFTConfig,
     *,

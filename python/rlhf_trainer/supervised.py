@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,7 @@ from rlhf_trainer.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.data import Example, Findings, Pair, split_heldout
+from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.models import context_length, encode_completion, encode_prompt
@@ -169,7 +170,7 @@ class Task(Generic[Item]):
     losses: items -> [M] loss of each item, summed over its units (tokens of a completion; 1 for a pair).
     units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
     evaluate: metrics on held-out data, by name.
-    observe: metrics of the step just done, from what `losses` saw.
+    observe: metrics of the step just done, from what `losses` saw on all ranks. discard: forget what it saw so far.
     group: items of one group are always learned from in the same step; None: every item on its own.
     """
 
@@ -180,6 +181,7 @@ class Task(Generic[Item]):
     text: Callable[[Item], str]
     evaluate: Callable[[], dict[str, float]]
     observe: Callable[[], dict[str, float]] = dict
+    discard: Callable[[], None] = lambda: None
     group: Callable[[Item], Hashable] | None = None
 
 
@@ -221,17 +223,11 @@ def all_batches(
     return steps
 
 
-def micro_batches(batch: list[Item], size: int | None, length: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The batch in parts of similar length, so that little is padding."""
-    ordered = sorted(batch, key=length)
-    for start in range(0, len(ordered), size or len(ordered)):
-        yield ordered[start : start + (size or len(ordered))]
-
-
 def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: Task[Item]) -> dict[str, float]:
     """Train `model` in place; returns the last metrics.
 
-    Each step minimises the sum of its items' losses over the batch's units, so that micro-batches change nothing.
+    Each step minimises the sum of its items' losses over the batch's units: neither micro-batches nor the number of
+    ranks that share it change anything.
 
     Raises:
         UserError: a loss or gradient that is not finite, before the optimizer steps; it names step and items.
@@ -242,6 +238,10 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
         precision.enable_checkpointing(model)
     precision.halve(model, cfg.dtype)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ranks = current()
+    ranks.broadcast(parameters)
+    if ranks.rank:
+        torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = get_scheduler(
         cfg.schedule, optimizer, num_warmup_steps=round(cfg.warmup * total), num_training_steps=total
@@ -273,9 +273,10 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
                 log.step(step, metrics, _note(metrics))
             alarms = alerts.check(metrics)
             announce(log, step, alarms, [task.text(item) for item in batch[:SHOWN]] if alarms else [])
-            if cfg.output_dir and (terminated or (cfg.save_every and step % cfg.save_every == 0)):
+            leave = ranks.any(bool(terminated))
+            if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0)
-            if terminated:
+            if leave:
                 raise SystemExit(143)
             if alarms and cfg.stop_on_alert:
                 say(f"stopped at step {step} of {total}: {alarms[0].metric}: {alarms[0].reason}")
@@ -292,24 +293,31 @@ def _optimizer_step(
     task: Task[Item],
     step: int,
 ) -> dict[str, float]:
-    units = sum(task.units(item) for item in batch)
+    ranks, units = current(), sum(task.units(item) for item in batch)
     mean = 0.0
-    for part in micro_batches(batch, cfg.micro_batch_size, task.length):
+    # Parts of similar length, so that little is padding.
+    for part, weight in ranks.deal(sorted(batch, key=task.length), cfg.micro_batch_size):
         with precision.autocast(cfg.dtype, next(model.parameters()).device):
             losses = task.losses(part)
+        if not weight:
+            task.discard()
         finite = losses.detach().isfinite().tolist()
         bad = [item for item, fine in zip(part, finite, strict=True) if not fine]
         if bad:
             raise _not_finite("loss", step, bad, task)
-        loss = losses.sum() / units
+        loss = losses.sum() / units * weight
         loss.backward()
         mean += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ranks.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     if not norm.isfinite():
         raise _not_finite("gradient", step, batch, task)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": mean, "grad_norm": norm.item()}
+    total = torch.tensor(mean, dtype=torch.float64)
+    ranks.sum_(total)
+    return {"loss": total.item(), "grad_norm": norm.item()}
 
 
 def _not_finite(what: str, step: int, items: list[Item], task: Task[Item]) -> UserError:

@@ -1,0 +1,259 @@
+"""Two ranks over gloo: the run of one process with half the rows each; one writes; errors and SIGTERM stop both."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_trainer import distributed
+from rlhf_trainer.checks import check_shares
+from rlhf_trainer.cli import main
+from rlhf_trainer.distributed import Ranks
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer
+from rlhf_trainer.models import save_folder
+from rlhf_trainer.ppo import PPOConfig
+
+TIMES = ("seconds/", "eps", "tokens_per_second")
+# Runs argument lists one after the other, in the environments given with them; prints the exit code of each. What
+# rank 1 writes below the folder is printed too.
+DRIVER = """
+import json, os, sys
+folder, written = sys.argv[1], []
+def hook(event, arguments):
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    changes = writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+    if changes and str(arguments[0]).startswith(folder):
+        written.append([event, str(arguments[0])])
+if os.environ["RANK"] == "1":
+    sys.addaudithook(hook)
+from rlhf_trainer.cli import main
+codes = []
+for environment, arguments in json.loads(sys.argv[2]):
+    os.environ.update(environment)
+    try:
+        codes.append(main(arguments))
+    except SystemExit as error:
+        codes.append(error.code)
+print(json.dumps([codes, written]))
+"""
+
+
+def start(arguments, rank, port, **environment):
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | environment
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+
+def two_ranks(arguments, timeout=600, **environment):
+    """[(exit code, stdout, stderr)] of both ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(arguments, rank, port, **environment) for rank in (0, 1)]
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(ranks, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer = make_tokenizer()
+    save_folder(folder / "policy", make_model(tokenizer, 0), tokenizer)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "reward.py").write_text(
+        "import os, signal, time\ncalls = [0]  # anew for each command\n"
+        "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+        "def fails(prompts, completions):\n    calls[0] += 1\n"
+        "    if os.environ['RANK'] == '1' and calls[0] == 2:\n        raise ValueError('no more')\n"
+        "    if os.environ['RANK'] == os.environ.get('SLEEPS') and calls[0] == 2:\n        time.sleep(600)\n"
+        "    return score(prompts, completions)\n"
+        "def stops(prompts, completions):\n    calls[0] += 1\n"
+        "    if calls[0] == 3 and os.environ['RANK'] == os.environ.pop('STOPS', ''):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return score(prompts, completions)\n"
+    )
+    letters = "abcd"
+    texts = [(letters[i % 4] + letters[i // 4 % 4], letters[i // 2 % 4] * (1 + i % 5)) for i in range(29)]
+    lines = [json.dumps({"prompt": prompt, "completion": text}) for prompt, text in texts]
+    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n")
+    pairs = [
+        {"prompt": prompt, "chosen": text, "rejected": text[::-1] + "a", "label": 1 - 0.1 * (i % 3)}
+        for i, (prompt, text) in enumerate(texts)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    return folder
+
+
+def ppo(folder, output, reward="score", **options):
+    values = {
+        "model": folder / "policy",
+        "prompts": folder / "prompts.txt",
+        "reward": f"{folder}/reward.py:{reward}",
+        "output_dir": folder / output,
+        "updates": 20,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "minibatches": 2,
+        "epochs": 2,
+        "max_new_tokens": 4,
+        "lr": 1e-3,
+        "kl_target": 1.0,
+        "device": "cpu",
+    }
+    return ["ppo", *(f"--{key}={value}" for key, value in (values | options).items())]
+
+
+def supervised(folder, stage, output, **options):
+    values = {
+        "model": folder / "policy",
+        "data": folder / ("examples.jsonl" if stage == "sft" else "pairs.jsonl"),
+        "output_dir": folder / output,
+        "batch_size": 5,
+        "micro_batch_size": 2,
+        "heldout": 7,
+        "evals": 2,
+        "lr": 1e-3,
+        "device": "cpu",
+    }
+    return [stage, *(f"--{key}={value}" for key, value in (values | options).items())]
+
+
+def commands(folder, prefix):
+    """Every stage in few steps, PPO in 20."""
+    return {
+        "ppo": ppo(folder, f"{prefix}-ppo"),
+        "grpo": ppo(folder, f"{prefix}-grpo", advantage="grpo", group_size=2, lora_r=2, updates=3, whiten_rewards=True),
+        "sft": supervised(folder, "sft", f"{prefix}-sft"),
+        "reward": supervised(folder, "reward", f"{prefix}-reward", lora_r=2),
+        "dpo": supervised(folder, "dpo", f"{prefix}-dpo", micro_batch_size=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """One process's folders, the same commands by two ranks, and a run that SIGTERM on rank 1 stopped and resumed."""
+    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 5
+    stopped = ppo(folder, "stopped", reward="stops", save_every=0)
+    script = [({}, arguments) for arguments in commands(folder, "two").values()]
+    script += [({"STOPS": "1"}, stopped), ({}, [*stopped, "--resume=true"])]
+    (code, output, errors), (other, other_output, _) = two_ranks(["-c", DRIVER, folder, json.dumps(script)])
+    assert (code, other) == (0, 0), errors
+    codes, other_codes = json.loads(output)[0], json.loads(other_output)[0]
+    assert codes == other_codes == [0, 0, 0, 0, 0, 143, 0], errors
+    return json.loads(other_output)[1]
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+
+
+@pytest.mark.parametrize(("stage", "steps"), [("ppo", 20), ("grpo", 3), ("sft", 5), ("reward", 5), ("dpo", 5)])
+def test_two_ranks_give_the_run_of_one(folder, runs, stage, steps):
+    one, two = (metrics(folder / f"{prefix}-{stage}") for prefix in ("one", "two"))
+    assert len(one) == len(two) >= steps
+    for first, second in zip(one, two, strict=True):
+        for record in (first, second):
+            record.pop("val/var_explained", None)  # 1 minus a ratio of variances, which may both be tiny
+        assert second == pytest.approx(first, abs=1e-5, rel=1e-5)
+    names = {path.name for path in (folder / f"one-{stage}").iterdir()}
+    assert names == {path.name for path in (folder / f"two-{stage}").iterdir()}
+    for name in names:
+        if name.endswith(".safetensors"):
+            first, second = (load_file(folder / f"{prefix}-{stage}" / name) for prefix in ("one", "two"))
+            assert first.keys() == second.keys()
+            assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
+
+
+def test_only_rank_0_writes(runs):
+    assert runs == []
+
+
+def test_sigterm_on_one_rank_saves_and_a_resumed_run_has_the_same_bits(folder, runs):
+    assert [path.name for path in (folder / "stopped" / "checkpoints").iterdir()] == ["step-00000003"]
+    stopped, whole = metrics(folder / "stopped"), metrics(folder / "two-ppo")
+    assert stopped == whole
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("stopped", "two-ppo"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("sleeps", ["", "0"], ids=["in a collective", "elsewhere"])
+def test_an_error_on_one_rank_stops_both_with_its_message(folder, sleeps):
+    arguments = ["-m", "rlhf_trainer", *ppo(folder, f"failed{sleeps}", reward="fails")]
+    (code, _, errors), (other, _, other_errors) = two_ranks(arguments, SLEEPS=sleeps)
+    assert (code, other) == (2, 2)
+    message = "error: rank 1: the reward function raised ValueError: no more"
+    assert message in errors
+    assert "Traceback" not in errors + other_errors
+    assert not list((folder / f"failed{sleeps}").glob("*.safetensors"))
+
+
+# Without processes
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 11])
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_deal_gives_every_row_once(world, count, size):
+    for sharded in (False, True):
+        dealt = [list(Ranks(rank, world, sharded=sharded).deal(list(range(count)), size)) for rank in range(world)]
+        rows = [row for parts in dealt for part, weight in parts if weight for row in part]
+        assert sorted(rows) == list(range(count))
+        assert all(len(part) <= (size or count) for parts in dealt for part, _ in parts)
+        assert not sharded or len({len(parts) for parts in dealt}) == 1  # as many collectives on every rank
+        assert sharded or all(weight == 1 for parts in dealt for _, weight in parts)
+
+
+def test_blocks_are_whole_groups():
+    blocks = [Ranks(rank, 3).block(16, 4) for rank in range(3)]
+    assert [(block.start, block.stop) for block in blocks] == [(0, 4), (4, 8), (8, 16)]
+
+
+def test_more_processes_than_rows_are_refused():
+    with pytest.raises(UserError, match="3 processes share each minibatch of 2 responses"):
+        check_shares(PPOConfig(batch_size=4, minibatches=2), 3)
+    with pytest.raises(UserError, match="of 1 groups"):
+        check_shares(PPOConfig(batch_size=4, minibatches=1, group_size=4), 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "told to use FSDP 1; --fsdp_version 2 is supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "told to use DEEPSPEED"),
+    ],
+)
+def test_launches_that_are_not_supported(monkeypatch, variables, message):
+    for name, value in ({"WORLD_SIZE": "2"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.join(torch.device("cpu"))
+
+
+def test_other_stages_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval"]) == 2
+    assert "rlhf eval: error: it runs in one process" in capsys.readouterr().err
+
+
+def test_one_process_needs_no_group():
+    ranks = distributed.join(torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+    x = torch.ones(2)
+    ranks.sum_(x)
+    assert x.tolist() == [1, 1]
+    assert (ranks.any(True), ranks.first("a"), ranks.every("a"), ranks.longest(3)) == (True, "a", ["a"], 3)
