@@ -247,18 +247,25 @@ def attach_reward(model: PreTrainedModel, path: str | Path) -> nn.Linear:
     return linear.requires_grad_(False)
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the main adapter, with the head of a reward model, as peft does; nothing of the base."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The main adapter and the head of a reward model, under the names of peft's files."""
     tensors = tensors_of(model, MAIN)
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             tensors |= {f"{name}.{key}": tensor for key, tensor in getattr(model, name).state_dict().items()}
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the `saved_tensors` as peft does; nothing of the base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
+    for name in HEADS:
+        if isinstance(getattr(model, name, None), nn.Module):
             lora.modules_to_save = [name]
     lora.inference_mode = True
     lora.save_pretrained(str(folder))
-    tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -26,6 +26,7 @@ from rlhf_trainer.config import say
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.sharding import full, is_spread, spread_like
 
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
@@ -159,7 +160,7 @@ class Checkpoints:
         tensors = {}
         for index, entry in self.optimizer.state_dict()["state"].items():
             for key, value in entry.items():
-                tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                tensors[f"{index}.{key}"] = full(torch.as_tensor(value)).detach().cpu().contiguous()
         return tensors
 
     def _restore(self, path: Path) -> tuple[int, float, list[dict[str, float]]]:
@@ -168,9 +169,10 @@ class Checkpoints:
         for name, module in self.modules.items():
             load_parameters(module, load_file(path / f"{name}.safetensors"))
         restored: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for key, tensor in load_file(path / "optimizer.safetensors").items():
             index, _, name = key.partition(".")
-            restored.setdefault(int(index), {})[name] = tensor
+            restored.setdefault(int(index), {})[name] = spread_like(tensor, parameters[int(index)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": restored, "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
@@ -230,10 +232,11 @@ def damage(path: Path) -> str | None:
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name; of tied ones the first name only."""
     kept, seen = {}, set()
-    for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor.detach().cpu().contiguous()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        place = id(tensor) if is_spread(tensor) else tensor.data_ptr()
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            kept[name] = full(tensor.detach()).cpu().contiguous()
     return kept
 
 
@@ -249,7 +252,7 @@ def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(spread_like(tensor, own[name]))
 
 
 def weights_digest(module: nn.Module, frozen: bool = False) -> str:

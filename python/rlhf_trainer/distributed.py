@@ -203,6 +203,10 @@ def on_all_ranks(stage: Callable[..., T]) -> Callable[..., T]:
         from rlhf_trainer.models import resolve_device  # which asks for the rank
 
         ranks = join(resolve_device(cfg.device))
+        if ranks.sharded and cfg.merge:
+            raise UserError("--merge does not go with FSDP 2: save the adapter, and merge it in one process")
+        if ranks.sharded and cfg.load_in_4bit:
+            raise UserError("--load_in_4bit does not go with FSDP 2: 4-bit weights are not sharded")
         with together(ranks.rank, ranks.world):
             return stage(cfg, *arguments, **options)
 

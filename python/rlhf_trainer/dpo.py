@@ -28,6 +28,7 @@ from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, 
 from rlhf_trainer.reward import PairRows, encode_pairs
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import completion_losses, counted_tokens
+from rlhf_trainer.sharding import place
 from rlhf_trainer.supervised import FitConfig, Row, Task, fit, length_limit, read_both, say_findings, validate_options
 
 SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen start, or --ref_model, is the reference.
@@ -281,7 +282,7 @@ def train_dpo(
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    policy = adapters.add_adapter(policy, cfg).to(device).train()
+    policy = place(adapters.add_adapter(policy, cfg), device, dtype=cfg.dtype).train()
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
@@ -292,7 +293,7 @@ def train_dpo(
         if pair.margin:
             findings.mention("margin, which DPO does not use", pair.line)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
-    reference = policy if ref_model is None else ref_model.to(device)
+    reference = policy if ref_model is None else place(ref_model, device)
     metrics, figures = fit_pairs(cfg, policy, reference, rows, heldout_rows, tokenizer)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:

@@ -40,6 +40,7 @@ from rlhf_trainer.rewards import RewardFunction, load_reward, shared_scores
 from rlhf_trainer.rollout import Rollout
 from rlhf_trainer.rollout_vllm import load_engine
 from rlhf_trainer.runlog import RunLog
+from rlhf_trainer.sharding import full, home, place, with_weights
 from rlhf_trainer.trackers import REPORT_TO
 from rlhf_trainer.value_head import VALUE_HEAD, ValueHead, load_value_head
 from rlhf_trainer.watch import Watch
@@ -148,6 +149,7 @@ def run(cfg: PPOConfig) -> dict[str, Any]:
 # What one forward pass yields
 
 
+@with_weights
 def token_outputs(
     policy: PreTrainedModel, value_head: ValueHead | None, rollout: Rollout, rows: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,19 +245,21 @@ def train_ppo(
     gold = None
     if cfg.gold_reward is not None:
         gold = load_reward(cfg.gold_reward, label=cfg.gold_label, device=device, dtype=cfg.dtype)
-    value_head = load_value_head(cfg, policy, device) if cfg.advantage == "gae" else None
+    value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
     precision.halve(policy, cfg.dtype)
+    place(policy, device, *heads.values())
+    separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
+    if separate is not None:
+        place(separate, device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
     parameters = [*trained, *(parameter for head in heads.values() for parameter in head.parameters())]
-    ranks.broadcast(parameters)
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     beta, stopped = cfg.kl_coef, "all updates done"
-    separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     checkpoints = Checkpoints(
         cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
     )
@@ -416,7 +420,7 @@ def optimize(
                 for name, part in parts.items():
                     stats[name] = stats.get(name, 0.0) + weight * part.detach()
             ranks.sum_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            norm = full(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
             check_finite("gradient", norm, update + 1, minibatch, rollout)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

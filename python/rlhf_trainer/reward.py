@@ -32,6 +32,7 @@ from rlhf_trainer.models import (
 from rlhf_trainer.pair_figures import calibration_figure, judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
 from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.sharding import place, with_weights
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -146,6 +147,7 @@ def has_head(path: str, trust_remote_code: bool) -> bool:
     return any(name.endswith("SequenceClassification") for name in architectures)
 
 
+@with_weights
 def score_rows(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
     """[M] float32: raw reward of each row, read at its last token (EOS)."""
     device = next(model.parameters()).device
@@ -302,7 +304,8 @@ def train_reward(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
-    model = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model).to(device).train()
+    model = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
+    model = place(model, device, dtype=cfg.dtype).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)

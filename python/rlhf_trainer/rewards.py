@@ -27,6 +27,7 @@ from rlhf_trainer.models import (
 )
 from rlhf_trainer.precision import autocast, halve
 from rlhf_trainer.seq2seq import is_encoder_decoder
+from rlhf_trainer.sharding import whole
 
 if TYPE_CHECKING:
     from rlhf_trainer.rollout import Rollout
@@ -80,7 +81,7 @@ def load_reward(
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts
-        with active(model) as scorer, autocast(dtype, device):
+        with active(model) as scorer, whole(scorer), autocast(dtype, device):
             raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
         return ((raw - mean) / std).tolist()
 

@@ -17,6 +17,7 @@ from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import position_ids
 from rlhf_trainer.models import context_length, encode_prompt, left_pad
+from rlhf_trainer.sharding import whole
 
 
 @dataclass
@@ -126,20 +127,21 @@ def generate(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     block = current().block(len(prompts), group_size)
-    for part in batches_by_length(encoded[block], batch_size):
-        rows = [block.start + row for row in part]
-        padded, real = left_pad([encoded[row] for row in rows], pad_id)
-        place = slice(longest - padded.shape[1], None)
-        ids[rows, place], mask[rows, place], ended[rows] = respond(
-            model,
-            padded.to(device),
-            real.to(device),
-            uniform[:, rows],
-            ends=torch.tensor(stops, device=device),
-            pad_id=pad_id,
-            temperature=temperature,
-            prompts=[prompts[row] for row in rows],
-        )
+    with whole(model):
+        for part in batches_by_length(encoded[block], batch_size):
+            rows = [block.start + row for row in part]
+            padded, real = left_pad([encoded[row] for row in rows], pad_id)
+            place = slice(longest - padded.shape[1], None)
+            ids[rows, place], mask[rows, place], ended[rows] = respond(
+                model,
+                padded.to(device),
+                real.to(device),
+                uniform[:, rows],
+                ends=torch.tensor(stops, device=device),
+                pad_id=pad_id,
+                temperature=temperature,
+                prompts=[prompts[row] for row in rows],
+            )
     ids, mask, ended = (current().assemble(block, x[block], len(prompts)) for x in (ids, mask, ended))
     length = longest + int(mask[:, longest:].sum(-1).max())
     ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()

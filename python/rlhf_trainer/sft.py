@@ -24,6 +24,7 @@ from rlhf_trainer.models import (
     save_folder,
 )
 from rlhf_trainer.seq2seq import is_encoder_decoder
+from rlhf_trainer.sharding import place, with_weights
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -58,6 +59,7 @@ class SFTResult:
     output_dir: str  # "": nothing was written
 
 
+@with_weights
 def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
     """[M] float32: -log p of each row's completion tokens, EOS included, summed; prompt and padding do not count.
 
@@ -148,7 +150,7 @@ def train_sft(
     if model is None:
         options = quantised.load_options(cfg, device)
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
-    model = adapters.add_adapter(model, cfg).to(device).train()
+    model = place(adapters.add_adapter(model, cfg), device, dtype=cfg.dtype).train()
     quantised.check_adapter(cfg, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)

@@ -23,6 +23,7 @@ from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.models import context_length, encode_completion, encode_prompt
 from rlhf_trainer.quantised import LOAD_IN_4BIT
 from rlhf_trainer.runlog import RunLog, read_metrics
+from rlhf_trainer.sharding import full
 from rlhf_trainer.trackers import REPORT_TO, chosen_trackers
 
 Item = TypeVar("Item")
@@ -239,7 +240,6 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     precision.halve(model, cfg.dtype)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = current()
-    ranks.broadcast(parameters)
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -310,7 +310,7 @@ def _optimizer_step(
         mean += loss.item()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ranks.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = full(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
     if not norm.isfinite():
         raise _not_finite("gradient", step, batch, task)
     optimizer.step()

@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
         "    if os.environ['RANK'] == os.environ.get('SLEEPS') and calls[0] == 2:\n        time.sleep(600)\n"
         "    return score(prompts, completions)\n"
         "def stops(prompts, completions):\n    calls[0] += 1\n"
-        "    if calls[0] == 3 and os.environ['RANK'] == os.environ.pop('STOPS', ''):\n"
+        "    if calls[0] == 3 and os.environ.get('RANK') == os.environ.pop('STOPS', ''):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return score(prompts, completions)\n"
     )
@@ -112,6 +112,7 @@ def ppo(folder, output, reward="score", **options):
         "max_new_tokens": 4,
         "lr": 1e-3,
         "kl_target": 1.0,
+        "report_to": "none",
         "device": "cpu",
     }
     return ["ppo", *(f"--{key}={value}" for key, value in (values | options).items())]
@@ -127,6 +128,7 @@ def supervised(folder, stage, output, **options):
         "heldout": 7,
         "evals": 2,
         "lr": 1e-3,
+        "report_to": "none",
         "device": "cpu",
     }
     return [stage, *(f"--{key}={value}" for key, value in (values | options).items())]
@@ -134,9 +136,11 @@ def supervised(folder, stage, output, **options):
 
 def commands(folder, prefix):
     """Every stage in few steps, PPO in 20."""
+    lora = {"lora_r": 2, "advantage": "grpo", "group_size": 2, "whiten_rewards": True}
     return {
         "ppo": ppo(folder, f"{prefix}-ppo"),
-        "grpo": ppo(folder, f"{prefix}-grpo", advantage="grpo", group_size=2, lora_r=2, updates=3, whiten_rewards=True),
+        "gae": ppo(folder, f"{prefix}-gae", reward="stops", updates=5, save_every=0),
+        "grpo": ppo(folder, f"{prefix}-grpo", updates=3, **lora),
         "sft": supervised(folder, "sft", f"{prefix}-sft"),
         "reward": supervised(folder, "reward", f"{prefix}-reward", lora_r=2),
         "dpo": supervised(folder, "dpo", f"{prefix}-dpo", micro_batch_size=1),
@@ -145,15 +149,28 @@ def commands(folder, prefix):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """One process's folders, the same commands by two ranks, and a run that SIGTERM on rank 1 stopped and resumed."""
-    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 5
-    stopped = ppo(folder, "stopped", reward="stops", save_every=0)
-    script = [({}, arguments) for arguments in commands(folder, "two").values()]
-    script += [({"STOPS": "1"}, stopped), ({}, [*stopped, "--resume=true"])]
+    """One process's folders, those of two ranks and of two with FSDP 2; what rank 1 wrote.
+
+    SIGTERM on rank 1 stops the runs named gae, which are then resumed.
+    """
+    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 6
+    script = []
+    for prefix, fsdp in (("two", "false"), ("fsdp", "true")):
+        environment = {"ACCELERATE_USE_FSDP": fsdp, "FSDP_VERSION": "2", "STOPS": ""}
+        for name, arguments in commands(folder, prefix).items():
+            if name == "gae":
+                script.append((environment | {"STOPS": "1"}, arguments))
+                arguments = [*arguments, "--resume=true"]
+            if (prefix, name) != ("fsdp", "ppo"):
+                script.append((environment, arguments))
+    whole = ppo(folder, "whole", reward="stops", updates=5, save_every=0)
+    script.append(({"ACCELERATE_USE_FSDP": "false"}, whole))
+    mixed = ppo(folder, "mixed", updates=1, lora_r=2, dtype="bfloat16", gradient_checkpointing=True)
+    script.append(({"ACCELERATE_USE_FSDP": "true"}, mixed))
     (code, output, errors), (other, other_output, _) = two_ranks(["-c", DRIVER, folder, json.dumps(script)])
     assert (code, other) == (0, 0), errors
     codes, other_codes = json.loads(output)[0], json.loads(other_output)[0]
-    assert codes == other_codes == [0, 0, 0, 0, 0, 143, 0], errors
+    assert codes == other_codes == [0, 143, *[0] * 5, 143, *[0] * 7], errors
     return json.loads(other_output)[1]
 
 
@@ -162,19 +179,25 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("ppo", 20), ("grpo", 3), ("sft", 5), ("reward", 5), ("dpo", 5)])
-def test_two_ranks_give_the_run_of_one(folder, runs, stage, steps):
-    one, two = (metrics(folder / f"{prefix}-{stage}") for prefix in ("one", "two"))
-    assert len(one) == len(two) >= steps
+STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [*(("two", stage) for stage in STAGES), *(("fsdp", stage) for stage in STAGES if stage != "ppo")],
+)
+def test_two_ranks_give_the_run_of_one(folder, runs, ranks, stage):
+    one, two = (metrics(folder / f"{prefix}-{stage}") for prefix in ("one", ranks))
+    assert len(one) == len(two) >= STAGES[stage]
     for first, second in zip(one, two, strict=True):
         for record in (first, second):
             record.pop("val/var_explained", None)  # 1 minus a ratio of variances, which may both be tiny
         assert second == pytest.approx(first, abs=1e-5, rel=1e-5)
     names = {path.name for path in (folder / f"one-{stage}").iterdir()}
-    assert names == {path.name for path in (folder / f"two-{stage}").iterdir()}
+    assert names == {path.name for path in (folder / f"{ranks}-{stage}").iterdir()} - {"checkpoints"}
     for name in names:
         if name.endswith(".safetensors"):
-            first, second = (load_file(folder / f"{prefix}-{stage}" / name) for prefix in ("one", "two"))
+            first, second = (load_file(folder / f"{prefix}-{stage}" / name) for prefix in ("one", ranks))
             assert first.keys() == second.keys()
             assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
 
@@ -184,11 +207,17 @@ def test_only_rank_0_writes(runs):
 
 
 def test_sigterm_on_one_rank_saves_and_a_resumed_run_has_the_same_bits(folder, runs):
-    assert [path.name for path in (folder / "stopped" / "checkpoints").iterdir()] == ["step-00000003"]
-    stopped, whole = metrics(folder / "stopped"), metrics(folder / "two-ppo")
-    assert stopped == whole
-    first, second = (load_file(folder / name / "model.safetensors") for name in ("stopped", "two-ppo"))
+    for prefix in ("two", "fsdp"):
+        assert [path.name for path in (folder / f"{prefix}-gae" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert metrics(folder / "two-gae") == metrics(folder / "whole")
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("two-gae", "whole"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_bfloat16_and_checkpointing_with_fsdp(folder, runs):
+    assert metrics(folder / "mixed")[0]["objective/kl"] == 0
+    saved = load_file(folder / "mixed" / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)  # it was trained
 
 
 @pytest.mark.parametrize("sleeps", ["", "0"], ids=["in a collective", "elsewhere"])

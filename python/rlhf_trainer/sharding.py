@@ -1,0 +1,157 @@
+"""FSDP 2: weights, gradients and optimizer states spread over the ranks; a layer is whole only while it computes.
+
+torch's `fully_shard` with accelerate's settings. The losses call backbone and head by themselves, while FSDP gathers
+weights in the forward of the module that owns them. So a `Root` that owns model and heads runs any function as its
+forward: within it the head's weight is an ordinary tensor, and the gradients of all are summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from rlhf_trainer import precision
+from rlhf_trainer.distributed import current
+from rlhf_trainer.errors import UserError
+
+T = TypeVar("T")
+
+
+class Root(nn.Module):
+    """What FSDP takes for the outermost module."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+_roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
+
+
+def home(device: torch.device) -> torch.device:
+    """Where a model is loaded to: the device, or the CPU if it goes to the devices in shards."""
+    return torch.device("cpu") if current().sharded else device
+
+
+def place(model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype: str = "float32") -> PreTrainedModel:
+    """The model on its device, whole; under FSDP 2 this rank's shard of it and of the `heads`. In place.
+
+    Of several ranks all begin with rank 0's values of what is trained. Called before an optimizer takes the parameters.
+    Shards of frozen weights are made in cfg.dtype.
+    """
+    if not current().sharded:
+        model.to(device)
+    trained = (parameter for module in (model, *heads) for parameter in module.parameters() if parameter.requires_grad)
+    current().broadcast(trained)
+    if not current().sharded:
+        return model
+    precision.halve(model, dtype)
+    options = _options(device)
+    blocks = _block_names(model)
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, **options)
+    for head in heads:
+        fully_shard(head, **options)
+    root = Root(model, *heads)
+    fully_shard(root, **options)
+    for unit in _units(root):
+        unit.set_gradient_divide_factor(1.0)  # a sum: the losses divide by the units of the whole minibatch
+        unit.set_force_sum_reduction_for_comms(True)
+    _roots[model] = root
+    with torch.no_grad():
+        root(lambda: None)  # tells FSDP which module is the outermost, before another one runs by itself
+    return model
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    settings = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if type(settings.cpu_offload).__name__ == "CPUOffloadPolicy":
+        raise UserError("accelerate was told to offload FSDP's parameters to the CPU; that is not supported")
+    mesh = init_device_mesh(device.type, (current().world,))
+    return {"mesh": mesh, "reshard_after_forward": settings.reshard_after_forward}
+
+
+def _block_names(model: PreTrainedModel) -> set[str]:
+    """Class names of the layers that are gathered one at a time: accelerate's setting, or what transformers says."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return {name.strip() for name in named.split(",") if name.strip()} or set(model._no_split_modules or ())
+
+
+def _units(root: nn.Module) -> list[Any]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return model in _roots
+
+
+def through(model: nn.Module, function: Callable[[], T]) -> T:
+    """`function()`, which computes with the model: under FSDP 2 on every rank, with the weights gathered as needed."""
+    root = _roots.get(model)
+    return function() if root is None else root(function)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within the block all weights are gathered on every rank, so that each computes alone, as a rollout does."""
+    root = _roots.get(model)
+    if root is None:
+        yield
+        return
+    units = _units(root)
+    reshards = _options(next(model.parameters()).device)["reshard_after_forward"]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(reshards and unit is not root, recurse=False)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_weights(function: F) -> F:
+    """A function that computes with the model, its first argument, called `through` it."""
+
+    @functools.wraps(function)
+    def wrapper(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        return through(model, lambda: function(model, *arguments, **options))
+
+    return wrapper  # type: ignore[return-value]
+
+
+def is_spread(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over the ranks as a whole, on each of them; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, as `like` is spread; rank 0's values count."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
