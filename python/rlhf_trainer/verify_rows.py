@@ -21,6 +21,7 @@ from rlhf_trainer.ppo import PPOConfig, train_ppo
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.supervised import Row
+from rlhf_trainer.verify_ranks import largest_difference
 
 QUICK, QUICK_GAP = 60, 0.95  # updates of PPO, and what they must close of the gap
 BETA = 0.3  # under which DPO's gate was set: its pairs come from the reference, which must reach what pi* prefers
@@ -31,6 +32,7 @@ GROUP_SIZE = 16
 PAIRS = 2048  # of each prompt
 BEST_OF = 16
 REPEATS = 64  # of each prompt
+RANKS_DIFFERENCE = 0.00001  # of any metric over 20 updates: the order of float32 sums
 ERRORS = 4  # standard errors by which a Monte Carlo mean may be off: once in 16,000 runs
 
 
@@ -185,10 +187,18 @@ def group_lines(kind: str, seed: int) -> list[Line]:
     return [Line(f"{kind}: gap closed", gap, f">= {GROUP_GAP}", gap >= GROUP_GAP)]
 
 
+def ranks_lines(seed: int) -> list[Line]:
+    """The command in two processes that share each batch, against one."""
+    tokenizer, reference = fitted(seed)
+    difference = largest_difference(reference, tokenizer, seed)
+    return [Line("two ranks: metrics differ by", difference, f"<= {RANKS_DIFFERENCE}", difference <= RANKS_DIFFERENCE)]
+
+
 ROWS: dict[str, Callable[[int], list[Line]]] = {
     "lora": lora_lines,
     "grpo": functools.partial(group_lines, "grpo"),
     "rloo": functools.partial(group_lines, "rloo"),
     "dpo": dpo_lines,
     "bon": bon_lines,
+    "ranks": ranks_lines,
 }
