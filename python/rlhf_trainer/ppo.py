@@ -28,13 +28,13 @@ from rlhf_trainer.adapters import Adapter, active, merge
 from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
-from rlhf_trainer.config import option, save_config
+from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import resolve_device, save_folder
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
-from rlhf_trainer.ppo_metrics import adapt_kl_coef, samples, stop_reason, summarize
+from rlhf_trainer.ppo_metrics import adapt_kl_coef, phase_times, samples, stop_reason, summarize
 from rlhf_trainer.quantised import LOAD_IN_4BIT
 from rlhf_trainer.rewards import RewardFunction, load_reward, shared_scores
 from rlhf_trainer.rollout import Rollout
@@ -143,6 +143,7 @@ class PPOResult:
 
 def run(cfg: PPOConfig) -> dict[str, Any]:
     result = train_ppo(cfg)
+    say(phase_times(result.metrics))
     return {"stopped": result.stopped, "metrics": result.metrics[-1] if result.metrics else {}}
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rlhf_trainer.ppo import Batch, PPOConfig
 
 
+PHASES = ("rollout", "scoring", "update")
+
+
 def summarize(
     batch: Batch, minibatches: list[dict[str, float]], beta: float, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
@@ -48,6 +51,14 @@ def summarize(
         metrics["val/clipfrac_avg"] = average["value_clipfrac"]
         metrics["val/var_explained"] = 1 - errors.var(correction=0).item() / spread if spread > 0 else 0.0
     return metrics
+
+
+def phase_times(history: list[dict[str, float]]) -> str:
+    """Seconds of each phase over a run, and its share of them."""
+    seconds = {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in history) for phase in PHASES}
+    total = sum(seconds.values())
+    shares = (f"{phase} {value:.1f} s ({value / total:.0%})" for phase, value in seconds.items() if total)
+    return f"{len(history)} updates: " + ", ".join(shares)
 
 
 def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:

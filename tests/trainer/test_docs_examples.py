@@ -35,6 +35,7 @@ PAGE_OF = {
     "prefs": "preferences",
     "sft": "sft",
     "reward": "reward",
+    "ppo": "ppo",
     "dpo": "dpo",
     "bon": "bon",
     "init": "README",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer import PPOConfig, ppo, train_ppo
+from rlhf_trainer import PPOConfig, ppo, ppo_metrics, train_ppo
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
@@ -286,8 +287,15 @@ def command(folder, **options):
     return main(["ppo", *(f"--{key}={value}" for key, value in (values | options).items())])
 
 
-def test_the_command_writes_an_ordinary_folder(folders):
+def test_phases_are_timed_and_their_shares_printed():
+    rows = [{"seconds/rollout": 1.0, "seconds/scoring": 0.5, "seconds/update": 0.5}] * 2
+    said = "2 updates: rollout 2.0 s (50%), scoring 1.0 s (25%), update 1.0 s (25%)"
+    assert ppo_metrics.phase_times(rows) == said
+
+
+def test_the_command_writes_an_ordinary_folder(folders, capsys):
     assert command(folders) == 0
+    assert re.search(r"2 updates: rollout .* s \(.*%\), scoring .*, update ", capsys.readouterr().err)
     out = folders / "out"
     policy = AutoModelForCausalLM.from_pretrained(out)
     assert policy.config.model_type == "phi"
