@@ -231,35 +231,122 @@ def batch_calls(draw: st.DrawFn) -> BatchCall:
     return BatchCall(tuple(tensors), row, mask, draw(_MODE), draw(_FLAG), drawn)
 
 
+class SamplingCall(NamedTuple):
+    call: LogitsCall
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+    def __repr__(self) -> str:
+        return f"top_k {self.top_k}, top_p {self.top_p}, seed {self.seed}, {self.call}"
+
+
+_SAMPLING = st.builds(
+    SamplingCall,
+    logits_calls(),
+    st.sampled_from([None, None, 1, 2, 5, 30, 127, 10**6]),
+    st.sampled_from([None, None, 1e-6, 0.1, 0.5, 0.8, 0.9999, 1.0]),
+    st.integers(0, 2**63 - 1),
+)
+
+
+def sampling_calls() -> st.SearchStrategy[SamplingCall]:
+    return _SAMPLING
+
+
+class PreferenceCall(NamedTuple):
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor]  # [M], each its own dtype and layout
+    margin: float | Tensor | None
+    label: float | Tensor | None
+    options: dict[str, object]  # of dpo_loss
+    groups: Tensor | int  # of M scores
+    kind: str  # of advantage
+    described: str
+
+    def __repr__(self) -> str:
+        return self.described
+
+
+_PAIRS = st.integers(0, 40)
+_NUMBER = st.sampled_from([None, 0.0, 0.25, 1.0, "each"])
+_BETA = st.sampled_from([0.01, 0.1, 0.5, 2.0])
+_DPO = st.sampled_from([("sigmoid", 0.0), ("sigmoid", 0.1), ("sigmoid", 0.5), ("ipo", 0.0)])
+_KIND = st.sampled_from(["grpo", "rloo", "mean"])
+_GROUP = st.sampled_from([1, 2, 4, 7, None])  # None: by ids
+
+
+@st.composite
+def preference_calls(draw: st.DrawFn) -> PreferenceCall:
+    """Pairs of rewards or of logprobs, some extreme, and a partition of as many scores into groups."""
+    size, seed, dtypes, extreme, strided = draw(_GROUP), draw(_SEED), draw(_DTYPES), draw(_FLAG), draw(_FLAG)
+    count = draw(_PAIRS)
+    count -= count % (size or 1)
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(4, count, generator=generator)
+    if extreme:
+        special = torch.tensor([0.0, 119.0, -119.0, 1e4, -1e4, 1e-30, 3e-4])
+        place = torch.rand(x.shape, generator=generator)
+        x = torch.where(place < 0.2, special[(place * 35).long() % 7], x)
+    pairs = [one.to(dtype) for one, dtype in zip(x, dtypes, strict=True)]
+    if strided:
+        pairs = [one.repeat_interleave(2)[::2] for one in pairs]
+    margin, label = draw(_NUMBER), draw(_NUMBER)
+    if margin == "each":
+        margin = torch.randn(count, generator=generator)
+    if label == "each":
+        label = torch.rand(count, generator=generator)
+    groups: Tensor | int = size or torch.randint(-3, 9, (count,), generator=generator).to(draw(_LABEL_DTYPE))
+    (kind, smoothing), beta = draw(_DPO), draw(_BETA)
+    options = {"beta": beta, "kind": kind, "label_smoothing": smoothing}
+    described = (
+        f"M={count}, {dtypes}, seed {seed}, extreme {extreme}, margin {margin}, label {label}, {options}, {groups}"
+    )
+    return PreferenceCall(tuple(pairs), margin, label, options, groups, draw(_KIND), described)
+
+
 class HeadCall(NamedTuple):
-    hidden: Tensor
+    hidden: Tensor  # [B, T, D]
     weight: Tensor
     labels: Tensor
     bias: Tensor | None
     mask: Tensor | None
     scalars: dict[str, object]
     workspace: int
+    seed: int
+    drawn: tuple  # what the tensors were made from
+
+    def __repr__(self) -> str:
+        shapes = f"hidden {list(self.hidden.shape)} {self.hidden.dtype}, weight {list(self.weight.shape)}"
+        return f"{shapes}, {self.scalars}, workspace {self.workspace}, seed {self.seed}, drawn as {self.drawn}"
+
+
+_WIDTH = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33]))
+_BIAS = st.sampled_from(["none", "plain", "offset", "masked"])
+_SOFTCAP = st.sampled_from([None, 3.0, 30.0])
+_LOGIT_SCALE = st.sampled_from([1.0, 0.3, 2.0])
+_WORKSPACE = st.sampled_from([0, 700, 5000, 64 << 20])
 
 
 @st.composite
 def head_calls(draw: st.DrawFn) -> HeadCall:
     """Heads of any small size: hidden rows spoilt, a bias that masks tokens, workspaces of one or many chunks."""
-    rows, width = draw(st.integers(1, 7)), draw(st.integers(1, 9))
-    vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)])))
-    dtype, generator = draw(st.sampled_from(DTYPES)), torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    shape, width, vocab, dtype, seed = draw(_LOGITS_SHAPE), draw(_WIDTH), draw(_VOCAB), draw(_DTYPE), draw(_SEED)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, width, generator=generator).to(dtype)
     weight = (3 * torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype)
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
-    kind = draw(st.sampled_from(["none", "plain", "offset", "masked"]))
+    labels = torch.randint(0, vocab, shape, generator=generator)
+    kind, softcap, masked = draw(_BIAS), draw(_SOFTCAP), draw(_MASK)
     bias = None if kind == "none" else torch.randn(vocab, generator=generator).to(dtype)
-    softcap = draw(st.sampled_from([None, 3.0, 30.0]))
     if kind == "offset":
         bias = bias - 50
     if kind == "masked" and softcap is None:
         bias[torch.arange(vocab) % 3 == 1] = float("-inf")
         labels = labels // 3 * 3
-    mask = edge_cases.MASKS[draw(st.sampled_from(sorted(edge_cases.MASKS)))](torch.Size((rows,)))
+    mask = edge_cases.MASKS[masked](torch.Size(shape))
     hidden, labels = edge_cases.spoil(hidden, labels, mask)
-    scalars = {"softcap": softcap, "logit_scale": draw(st.sampled_from([1.0, 0.3, 2.0]))}
-    scalars["temperature"] = draw(st.sampled_from([1.0, 0.6, torch.linspace(0.5, 2.0, rows)]))
-    return HeadCall(hidden, weight, labels, bias, mask, scalars, draw(st.sampled_from([0, 700, 5000, 64 << 20])))
+    layout, temperature = draw(_LAYOUT), draw(_TEMPERATURE)
+    scalars = {"softcap": softcap, "logit_scale": draw(_LOGIT_SCALE)}
+    scalars["temperature"] = torch.linspace(0.5, 2.0, shape[1]) if temperature is None else temperature
+    drawn = (kind, masked, layout)
+    hidden = edge_cases.LAYOUTS[layout](hidden)
+    return HeadCall(hidden, weight, labels.to(draw(_LABEL_DTYPE)), bias, mask, scalars, draw(_WORKSPACE), seed, drawn)

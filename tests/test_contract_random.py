@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import soaked
+import soaked_sampling
 import strategies
 import test_full_kl as test_full_kl_
 import test_linear
@@ -63,6 +65,27 @@ def test_gae_packed(backend: Backend, small_blocks: None, call: strategies.Packe
 @given(call=strategies.rollout_calls())
 def test_ppo_advantages(backend: Backend, small_blocks: None, call: strategies.RolloutCall) -> None:
     rollouts.check(backend, call.tensors, *call[1:])
+
+
+@settings(SLICE, max_examples=100)
+@given(call=strategies.sampling_calls())
+def test_sample_tokens(kernel_backend: Backend, small_blocks: None, call: strategies.SamplingCall) -> None:
+    soaked_sampling.SOAKED["sample_tokens"].check(call, kernel_backend.name, kernel_backend.device)
+
+
+@SLICE
+@given(call=strategies.preference_calls())
+def test_preference(call: strategies.PreferenceCall) -> None:
+    """No kernel serves these; what plain PyTorch makes of every dtype against float64."""
+    for op in ("pairwise_loss", "dpo_loss", "group_advantages"):
+        soaked.SOAKED[op].check(call, "reference", "cpu")
+
+
+@settings(SLICE, max_examples=60)
+@given(call=strategies.batch_calls())
+def test_losses_against_truth(kernel_backend: Backend, small_blocks: None, call: strategies.BatchCall) -> None:
+    for op in ("policy_loss", "value_loss"):
+        soaked.SOAKED[op].check(call, kernel_backend.name, kernel_backend.device)
 
 
 def _assert_finite_and_masked(outputs: list[torch.Tensor], mask: torch.Tensor | None, *per_token: torch.Tensor) -> None:
