@@ -7,7 +7,7 @@ import pytest
 import test_scan
 import torch
 import truth
-from conftest import Backend
+from conftest import HAS_GPU, Backend, require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -157,6 +157,32 @@ def test_wrong_offsets_are_named(backend: Backend, offsets: list[int], place: in
     x, cu_seqlens = torch.zeros(10), torch.tensor(offsets, dtype=dtype)
     with pytest.raises(ValueError, match=rf"cu_seqlens holds {offsets[place]} at {place}; .* end at 10"):
         rk.gae(x, x, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[-5, 4, 30], [20, 1, 39], [0, 50, 9], [33, 33, 33], [0, 2**31 - 1, -(2**31)], [19, 21], [0], [40]]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_what_wrong_offsets_leave_out_is_nan_on_a_gpu(
+    wrong: list[int], dtype: torch.dtype, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where offsets are not read before the launch, no element stays uninitialised memory."""
+    require_backend("triton")
+    from rlhf_kernels.backends.triton import scan
+
+    device = "cuda" if HAS_GPU else "cpu"
+    x, bootstrap = torch.ones(40, device=device), torch.zeros(len(wrong) - 1, device=device)
+    offsets = torch.tensor(wrong, dtype=dtype, device=device)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, lambda *args, **kwargs: torch.full((40,), 777.0, device=device))
+    outputs = scan.gae_packed(x, x, None, bootstrap, offsets, 0.9, 0.95, 0)
+    monkeypatch.undo()
+    first, last = (min(max(n, 0), 40) for n in (wrong[0], wrong[-1]))
+    for output in outputs:
+        assert (output != 777).all()
+        assert output[: min(first, *wrong) if min(wrong) > 0 else 0].isnan().all()
+        assert output[max(first, last) :].isnan().all()
+        assert output[first:last].isfinite().all()
 
 
 def test_wrong_arguments() -> None:

@@ -45,6 +45,9 @@ def gae_packed(
     Offsets are clamped to [0, total]; what wrong ones leave out at either end is NaN.
     """
     total, sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    if sequences == 0:
+        missing = rewards.new_full((total,), float("nan"), dtype=torch.float32)
+        return missing, missing.clone()
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     mask = None if mask is None else mask.contiguous()
     return _launch(rewards, values, mask, bootstrap, cu_seqlens, sequences, total, (0, 0, 0), gamma, lam, masked)

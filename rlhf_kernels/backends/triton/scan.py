@@ -64,6 +64,15 @@ def first_lane(x, BLOCK_T: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, BLOCK_T) == 0, x, 0.0), 0)
 
 
+@triton.jit
+def fill_nan(advantages_ptr, returns_ptr, begin, end, BLOCK_T: tl.constexpr):
+    """What wrong offsets leave out at either end; nothing where they are right."""
+    for start in range(begin, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        tl.store(advantages_ptr + t, float("nan"), mask=t < end)
+        tl.store(returns_ptr + t, float("nan"), mask=t < end)
+
+
 @triton.jit(do_not_specialize=["stride_rewards", "stride_values", "T"])
 def _gae_kernel(
     rewards_ptr,
@@ -92,6 +101,10 @@ def _gae_kernel(
         length = load_offset(offsets_ptr + sequence + 1, T) - begin
         rewards_ptr += begin
         values_ptr += begin
+        if sequence == 0:
+            fill_nan(advantages_ptr, returns_ptr, 0, begin, BLOCK_T)
+        if sequence == tl.num_programs(0) - 1:
+            fill_nan(advantages_ptr, returns_ptr, begin + length, T, BLOCK_T)
     if mask_ptr is not None:
         mask_ptr += begin
     future = 0.0 if bootstrap_ptr is None else gamma * tl.load(bootstrap_ptr + sequence)
@@ -143,8 +156,14 @@ def gae_packed(
     lam: float,
     masked: int,
 ) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask [total], bootstrap [S] fp32, cu_seqlens [S + 1] -> advantages, returns [total] fp32."""
+    """rewards, values, mask [total], bootstrap [S] fp32, cu_seqlens [S + 1] -> advantages, returns [total] fp32.
+
+    Offsets are clamped to [0, total]; what wrong ones leave out at either end is NaN.
+    """
     total, sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    if sequences == 0:
+        missing = rewards.new_full((total,), float("nan"), dtype=torch.float32)
+        return missing, missing.clone()
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     return _launch(
         sequences if total else 0, rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, (0, 0), total, masked
