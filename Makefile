@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/cuda_on_cpu tests/arm64 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # A process for each core, one thread in each: a small tensor's ops wait for a second thread longer than they gain.
 # Where nvcc is, the CUDA module must have been built too.
 REQUIRE := cpu,triton$(if $(shell command -v nvcc),$(shell echo ,)cuda)
