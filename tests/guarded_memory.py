@@ -7,6 +7,7 @@ a wrong result raises; otherwise it prints how many calls it made.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import sys
@@ -195,6 +196,8 @@ def check_far(backend: str) -> int:
                 kl, stats = module.full_kl_fwd(first, second, None, 0.7, None, 0)
                 grad = module.full_kl_bwd(g, first, second, None, 0.7, None, 0, stats)
                 results[-1] += (kl, grad)
+            uniform = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+            results[-1] += module.sample_tokens(logits, uniform, None, 0.7, None, 20, 0.9)
         for a, b in zip(*results, strict=True):
             _same(a, b)
     rewards = flat.as_strided((3, 20), (stride, 1)).copy_(near[:, :20])
@@ -216,7 +219,26 @@ def check_far(backend: str) -> int:
             lambda x: rk.whiten(x, mask),
         ):
             _same(call(rewards), call(near[:, :20]))
-    return 7
+        for call in (
+            lambda x: rk.policy_loss(x, x.detach() + 0.1, x.detach(), mask),
+            lambda x: rk.policy_loss(x, x.detach() + 0.1, x.detach(), mask, ratio="sequence"),
+            lambda x: rk.policy_loss(near[:, :20].clone().requires_grad_(), x.detach(), x.detach(), mask),
+            lambda x: rk.value_loss(x, x.detach() + 0.3, x.detach() - 0.5, mask),
+            lambda x: rk.value_loss(near[:, 1:21].clone().requires_grad_(), x.detach(), x.detach(), mask),
+        ):
+            results = []
+            for x in (rewards, near[:, :20]):
+                loss, stats = call(x.detach().requires_grad_())
+                results.append([loss.detach(), *stats.values()])
+            for a, b in zip(*results, strict=True):
+                _same(a, b)
+        grads = []
+        for x in (rewards, near[:, :20]):
+            leaf = x.detach().requires_grad_()
+            loss = rk.policy_loss(leaf, x + 0.1, x, mask)[0] + rk.value_loss(leaf, x + 0.3, x - 0.5, mask)[0]
+            grads += torch.autograd.grad(loss, leaf)
+        _same(*grads)
+    return 10
 
 
 def check_ppo_advantages(backend: str, side: str) -> int:
@@ -280,8 +302,62 @@ def check_linear(backend: str, side: str) -> int:
     return calls
 
 
+def check_sampling(backend: str, side: str) -> int:
+    """Every filter on whole and on ragged blocks, a row in the middle that nobody may read."""
+    module, calls = dispatch.load(backend), 0
+    sizes, dtypes = (1, 37, 128, 4097), (torch.float32, torch.float16, torch.bfloat16)
+    filters = ((0, 1.0), (1, 1.0), (0, 0.8), (30, 0.8))
+    if backend == "triton":  # the filters take several passes over a row, at the interpreter's price
+        from rlhf_kernels.backends.triton import sampling
+
+        sampling.blocks = lambda V: (128, 1)
+        sizes, dtypes, filters = (37, 129), dtypes[:1], filters[::3]
+    for V, dtype, (top_k, top_p) in itertools.product(sizes, dtypes, filters):
+        logits = edge_cases.logits_of("normal", (1, 3, V), dtype, calls)
+        mask, temperatures = torch.tensor([True, False, True]), torch.tensor([0.5, 1.0, 2.0])
+        uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+        plain = (logits, uniform, mask, 1.0, temperatures, min(top_k, V), top_p)
+        fenced = [guarded(x, side) if isinstance(x, Tensor) else x for x in plain]
+        for a, b in zip(*(module.sample_tokens(*arguments) for arguments in (plain, fenced)), strict=True):
+            _same(a, b)
+        calls += 1
+    return calls
+
+
+def check_losses(backend: str, side: str) -> int:
+    """policy_loss by token and by sequence, and value_loss, with their gradients."""
+    calls = 0
+    for time, dtype in itertools.product((1, 37, 1025), (torch.float32, torch.bfloat16)):
+        mask = edge_cases.MASKS["holes"](torch.Size((2, time)))
+        plain = (*edge_cases.logits_of("normal", (4, 2, time), dtype, calls), mask)
+        outputs = []
+        for place in (Tensor.clone, lambda x: guarded(x, side)):
+            x, old, third, weights, counted = (place(y) for y in plain)
+            outputs.append([])
+            with rk.use_backend(backend):
+                for ratio in ("token", "sequence"):
+                    leaf = x.requires_grad_()
+                    loss, stats = rk.policy_loss(leaf, old, third, counted, importance_weights=weights, ratio=ratio)
+                    outputs[-1] += [loss, *stats.values(), *torch.autograd.grad(loss, leaf)]
+                loss, stats = rk.value_loss(leaf, old, third, counted)
+                outputs[-1] += [loss, *stats.values(), *torch.autograd.grad(loss, leaf)]
+        for a, b in zip(*outputs, strict=True):
+            _same(a.detach(), b.detach())
+        calls += 1
+    return calls
+
+
 def check_near(backend: str, side: str) -> int:
-    checks = check_full_kl, check_logits, check_gae, check_gae_packed, check_ppo_advantages, check_tokens, check_linear
+    checks = [
+        check_full_kl,
+        check_logits,
+        check_gae,
+        check_gae_packed,
+        check_ppo_advantages,
+        check_tokens,
+        check_linear,
+    ]
+    checks += [check_sampling, check_losses]
     return sum(check(backend, side) for check in checks)
 
 

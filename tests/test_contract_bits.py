@@ -109,6 +109,24 @@ def test_full_kl_rows(backend: Backend, V: int, dtype: torch.dtype) -> None:
     _assert_rows_do_not_depend_on_the_batch(call, [logits, ref, upstream])
 
 
+@pytest.mark.parametrize(
+    ("filters", "dtype"), [({}, torch.float32), ({"top_k": 20, "top_p": 0.8}, torch.bfloat16)], ids=str
+)
+def test_sampled_rows(backend: Backend, small_blocks: None, filters: dict[str, object], dtype: torch.dtype) -> None:
+    """Given its u, a row's token and logprob are its own, to the bit."""
+    if backend.interpreted and filters:
+        pytest.skip("several passes over every row, at the interpreter's price")
+    rows, V = (5, 130) if backend.interpreted else (257, 129 if backend.name == "reference" else 1001)
+    logits = edge_cases.logits_of("normal", (rows, V), dtype)
+    uniform = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+    def call(logits: Tensor, uniform: Tensor) -> list[Tensor]:
+        moved = logits.to(backend.device), uniform.to(backend.device)
+        return [x.cpu() for x in rk.sample_tokens(moved[0], uniform=moved[1], temperature=0.7, **filters)]
+
+    _assert_rows_do_not_depend_on_the_batch(call, [logits, uniform])
+
+
 def test_gae_rows(backend: Backend, small_blocks: None) -> None:
     rows = 9 if backend.interpreted else 257
     generator = torch.Generator().manual_seed(5)

@@ -42,7 +42,7 @@ def test_full_kl(backend: Backend, small_blocks: None, call: strategies.KlCall) 
     test_full_kl_.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
 
 
-@settings(SLICE, max_examples=60)
+@settings(SLICE, max_examples=40)
 @given(call=strategies.head_calls())
 def test_linear_logprobs(backend: Backend, small_blocks: None, call: strategies.HeadCall) -> None:
     case = Case(call.hidden, call.weight, call.labels, call.bias, **call.scalars)
@@ -67,13 +67,13 @@ def test_ppo_advantages(backend: Backend, small_blocks: None, call: strategies.R
     rollouts.check(backend, call.tensors, *call[1:])
 
 
-@settings(SLICE, max_examples=100)
+@settings(SLICE, max_examples=15)
 @given(call=strategies.sampling_calls())
 def test_sample_tokens(kernel_backend: Backend, small_blocks: None, call: strategies.SamplingCall) -> None:
     soaked_sampling.SOAKED["sample_tokens"].check(call, kernel_backend.name, kernel_backend.device)
 
 
-@SLICE
+@settings(SLICE, max_examples=100)
 @given(call=strategies.preference_calls())
 def test_preference(call: strategies.PreferenceCall) -> None:
     """No kernel serves these; what plain PyTorch makes of every dtype against float64."""
@@ -81,7 +81,7 @@ def test_preference(call: strategies.PreferenceCall) -> None:
         soaked.SOAKED[op].check(call, "reference", "cpu")
 
 
-@settings(SLICE, max_examples=60)
+@settings(SLICE, max_examples=10)
 @given(call=strategies.batch_calls())
 def test_losses_against_truth(kernel_backend: Backend, small_blocks: None, call: strategies.BatchCall) -> None:
     for op in ("policy_loss", "value_loss"):
