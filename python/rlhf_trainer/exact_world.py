@@ -17,11 +17,19 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import encode_completion, encode_prompt, left_pad
+from rlhf_trainer.seq2seq import is_encoder_decoder, settle_attention
 
 LETTERS = "abcd"
 MAX_TOKENS = 5
@@ -78,6 +86,30 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel
     return model.eval()
 
 
+def make_seq2seq(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A T5 with two layers of width 32 on either side, and the same bias in its head."""
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.lm_head = torch.nn.Linear(32, len(tokenizer))  # T5's own has no bias
+    with torch.no_grad():
+        model.lm_head.bias[[tokenizer.pad_token_id, tokenizer.sep_token_id]] = -1e4
+    return settle_attention(model.eval())
+
+
 def corpus(size: int, seed: int) -> list[tuple[str, str]]:
     """(prompt, response) pairs of a noisy Markov chain: a letter stays, steps on, jumps or ends."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,8 +154,22 @@ def _sequences(
 
 
 def _logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Logprob of every target token [B, L - 1], 0 elsewhere."""
-    return linear_logprobs(**head_inputs(model, ids, mask, 1), mask=targets[:, 1:], temperature=temperature)
+    """Logprob of every target token [B, L - 1] ([B, 5] of an encoder-decoder model), 0 elsewhere."""
+    start = 1
+    if is_encoder_decoder(model):
+        start = ids.shape[1] - MAX_TOKENS
+        ids, mask, targets = _responses_right(ids, mask, targets)
+    return linear_logprobs(**head_inputs(model, ids, mask, start), mask=targets[:, start:], temperature=temperature)
+
+
+def _responses_right(*rows: Tensor) -> tuple[Tensor, ...]:
+    """ids, mask, targets [B, L] of `_sequences` with every response beginning at column L - 5, where its prompt ends.
+
+    What a response lacks to 5 tokens is padding on the left of its row, and moves to the right.
+    """
+    lacking = MAX_TOKENS - rows[-1].sum(-1, keepdim=True)
+    places = (torch.arange(rows[0].shape[1]) + lacking) % rows[0].shape[1]
+    return tuple(row.gather(1, places) for row in rows)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from rlhf_trainer import verify_reward, verify_rows
 from rlhf_trainer.config import option, say
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.exact_world import PROMPTS, ExactWorld, oracle
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.threads import one_thread
-from rlhf_trainer.verify_rows import QUICK, QUICK_GAP, ROWS, Line, fitted, ppo_config
+from rlhf_trainer.verify_rows import QUICK, QUICK_GAP, Line, fitted, ppo_config
 
 matplotlib.use("Agg")  # a server has no display
 
@@ -30,6 +32,9 @@ SUMMARY = """Train with PPO in a world small enough to enumerate, and compare wi
 PPO with LoRA, with group baselines (grpo, rloo), and DPO on pairs must reach the same optimum, best-of-N its exact
 reward and KL: see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
+
+ROWS = verify_rows.ROWS | verify_reward.ROWS
+DEFAULT = ("lora", "grpo", "rloo", "dpo", "bon", "ranks", "micro")  # the others take as long again, see docs/verify.md
 
 FULL = 150  # updates
 EVERY = 5  # updates between two points of the curve: enumerating costs about as much as an update
@@ -43,7 +48,9 @@ class Config:
     seed: int = option(0, "seed of the world's corpus, the model and the training")
     beta: float = option(0.3, "weight of the KL penalty")
     temperature: float = option(1.0, "sampling temperature")
-    rows: list[str] = option(list(ROWS), f"what is checked besides PPO, of {', '.join(ROWS)}; at the gates' own beta")
+    rows: list[str] = option(
+        list(DEFAULT), f"what is checked besides PPO, of {', '.join(ROWS)}; or all, or none; at the gates' own beta"
+    )
 
 
 @dataclass
@@ -64,17 +71,23 @@ def run(cfg: Config) -> dict[str, Any]:
     for name in ("beta", "temperature"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
-    for name in cfg.rows:
+    names = list(ROWS) if cfg.rows == ["all"] else [] if cfg.rows == ["none"] else list(dict.fromkeys(cfg.rows))
+    for name in names:
         if name not in ROWS:
-            raise UserError(f"--rows {name}: not one of {', '.join(ROWS)}")
+            raise UserError(f"--rows {name}: not one of {', '.join(ROWS)}, and not all or none by itself")
     say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
     verdict = judge(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
     checks = gates(verdict, cfg.full)
     lines: list[Line] = []
-    for name in cfg.rows:
-        say(f"checking {name}")
+    for place, name in enumerate(names, start=1):
+        say(f"checking {name}, {place} of {len(names)}")
+        began = time.perf_counter()
         with one_thread():
-            lines += ROWS[name](cfg.seed)
+            found = ROWS[name](cfg.seed)
+        for line in found:
+            say(f"  {line.name}: {line.reached:.4g}, gate {line.gate}, {'passed' if line.kept else 'FAILED'}")
+        say(f"  {time.perf_counter() - began:.0f} s")
+        lines += found
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     result = asdict(verdict) | {"rows": [asdict(line) for line in lines]}
@@ -144,7 +157,7 @@ def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[
         gate, kept = checks.get(name, ("", None))
         table.add_row(name, f"{value:.4f}", gate, {True: "passed", False: "FAILED", None: ""}[kept])
     for line in lines:
-        table.add_row(escape(line.name), f"{line.reached:.4f}", line.gate, "passed" if line.kept else "FAILED")
+        table.add_row(escape(line.name), f"{line.reached:.4g}", line.gate, "passed" if line.kept else "FAILED")
     Console().print(table)
 
 

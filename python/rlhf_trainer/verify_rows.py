@@ -1,4 +1,4 @@
-"""Further rows of `rlhf verify`: LoRA, group baselines and DPO reach PPO's optimum, best-of-N has its exact figures."""
+"""Further rows of `rlhf verify`: what must reach PPO's optimum too, and best-of-N with its exact figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from rlhf_trainer.adapters import Adapter, active
 from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
 from rlhf_trainer.data import Pair
 from rlhf_trainer.dpo import DPOConfig, fit_pairs
-from rlhf_trainer.exact_world import MAX_TOKENS, PROMPTS, ExactWorld, fit_reference, make_model, make_tokenizer, oracle
+from rlhf_trainer.exact_world import (
+    MAX_TOKENS,
+    PROMPTS,
+    ExactWorld,
+    fit_reference,
+    make_model,
+    make_seq2seq,
+    make_tokenizer,
+    oracle,
+)
 from rlhf_trainer.ppo import PPOConfig, train_ppo
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import generate
@@ -29,6 +38,9 @@ DPO_GAP = 0.95
 GROUP_GAP = 0.95
 GROUP_UPDATES = 30
 GROUP_SIZE = 16
+COLD = 0.7  # a sampling temperature
+MICRO, MICRO_UPDATES = 48, 5  # sequences; does not divide a minibatch of 256
+SAME_KL = 1e-6  # nats between policies trained with and without micro-batches: what the order of sums may change
 PAIRS = 2048  # of each prompt
 BEST_OF = 16
 REPEATS = 64  # of each prompt
@@ -55,6 +67,15 @@ def fitted(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     return tokenizer, reference
 
 
+@functools.lru_cache(maxsize=1)
+def fitted_seq2seq(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """As `fitted`, of an encoder-decoder model."""
+    tokenizer = make_tokenizer()
+    reference = make_seq2seq(tokenizer, seed)
+    fit_reference(reference, tokenizer, seed)
+    return tokenizer, reference
+
+
 def ppo_config(updates: int, seed: int = 0, beta: float = BETA, temperature: float = 1.0) -> PPOConfig:
     """The options under which the gates were set."""
     return PPOConfig(
@@ -72,6 +93,45 @@ def ppo_config(updates: int, seed: int = 0, beta: float = BETA, temperature: flo
     )
 
 
+def trained(cfg: PPOConfig, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A copy of the reference after `train_ppo`."""
+    policy = copy.deepcopy(reference)
+    train_ppo(cfg, model=policy, tokenizer=tokenizer, reward=oracle, prompts=PROMPTS)
+    return policy
+
+
+def gap_line(
+    name: str, cfg: PPOConfig, tokenizer: PreTrainedTokenizerFast, reference: PreTrainedModel, gate: float
+) -> Line:
+    """What PPO with these options closes of the gap."""
+    world = ExactWorld(reference, tokenizer, BETA, cfg.temperature)
+    policy = trained(cfg, reference, tokenizer)
+    gap = world.gap_closed(world.measure(policy).objective, world.measure(reference).objective)
+    return Line(f"{name}: gap closed", gap, f">= {gate}", gap >= gate)
+
+
+def temperature_lines(seed: int) -> list[Line]:
+    """PPO in the world of a colder policy."""
+    return [gap_line(f"temperature {COLD}", ppo_config(QUICK, seed, BETA, COLD), *fitted(seed), QUICK_GAP)]
+
+
+def seq2seq_lines(seed: int) -> list[Line]:
+    """PPO of an encoder-decoder model in its own world: its reference is another one."""
+    return [gap_line("encoder-decoder (T5)", ppo_config(QUICK, seed), *fitted_seq2seq(seed), QUICK_GAP)]
+
+
+def micro_lines(seed: int) -> list[Line]:
+    """The same policy, whether minibatches go through the model whole or in parts of unequal size."""
+    tokenizer, reference = fitted(seed)
+    world = ExactWorld(reference, tokenizer, BETA, 1.0)
+    cfg = ppo_config(MICRO_UPDATES, seed)
+    whole, parts = (
+        world.log_policy(trained(replace(cfg, micro_batch_size=size), reference, tokenizer)) for size in (None, MICRO)
+    )
+    kl = (whole.exp() * (whole - parts)).sum(-1).mean().abs().item()
+    return [Line("micro-batches: KL between with and without", kl, f"<= {SAME_KL}", kl <= SAME_KL)]
+
+
 def lora_config(seed: int) -> PPOConfig:
     """PPO with LoRA, the head included: with its head frozen this model cannot be as sure as pi* is, 0.93 at most."""
     targets = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"]
@@ -82,8 +142,7 @@ def lora_lines(seed: int) -> list[Line]:
     """PPO with LoRA reaches the optimum too; its reference is the same base, which must not have moved."""
     tokenizer, reference = fitted(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
-    policy = copy.deepcopy(reference)
-    train_ppo(lora_config(seed), model=policy, tokenizer=tokenizer, reward=oracle, prompts=PROMPTS)
+    policy = trained(lora_config(seed), reference, tokenizer)
     end, start = world.measure(policy), world.measure(reference).objective
     with active(Adapter(policy, None)) as base:
         moved = (world.log_policy(base) - world.reference).abs().max().item()
@@ -178,13 +237,8 @@ def bon_lines(seed: int) -> list[Line]:
 
 def group_lines(kind: str, seed: int) -> list[Line]:
     """PPO's loop with a group baseline in place of the value head, and half of PPO's quick updates."""
-    tokenizer, reference = fitted(seed)
-    world = ExactWorld(reference, tokenizer, BETA, 1.0)
-    cfg = replace(ppo_config(GROUP_UPDATES, seed, BETA), advantage=kind, group_size=GROUP_SIZE)
-    policy = copy.deepcopy(reference)
-    train_ppo(cfg, model=policy, tokenizer=tokenizer, reward=oracle, prompts=PROMPTS)
-    gap = world.gap_closed(world.measure(policy).objective, world.measure(reference).objective)
-    return [Line(f"{kind}: gap closed", gap, f">= {GROUP_GAP}", gap >= GROUP_GAP)]
+    cfg = replace(ppo_config(GROUP_UPDATES, seed), advantage=kind, group_size=GROUP_SIZE)
+    return [gap_line(kind, cfg, *fitted(seed), GROUP_GAP)]
 
 
 def ranks_lines(seed: int) -> list[Line]:
@@ -201,4 +255,7 @@ ROWS: dict[str, Callable[[int], list[Line]]] = {
     "dpo": dpo_lines,
     "bon": bon_lines,
     "ranks": ranks_lines,
+    "micro": micro_lines,
+    "temperature": temperature_lines,
+    "seq2seq": seq2seq_lines,
 }

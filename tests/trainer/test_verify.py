@@ -220,7 +220,7 @@ def test_the_command_passes_its_quick_gates(tmp_path, capsys):
     reached = {row["name"]: row["reached"] for row in verdict["rows"] if row["kept"]}
     gaps = [name for name in reached if name.endswith("gap closed")]
     assert gaps == [f"{way}: gap closed" for way in ("PPO with LoRA", "grpo", "rloo", "DPO")]
-    assert len(reached) == len(verdict["rows"]) == 9
+    assert len(reached) == len(verdict["rows"]) == 10
     assert min(reached[name] for name in gaps) >= 0.95
     assert [step for step, _ in verdict["curve"]] == list(range(0, verify.QUICK + 1, verify.EVERY))
     assert (tmp_path / "verify.png").read_bytes().startswith(b"\x89PNG")
