@@ -97,6 +97,40 @@ def test_two_models_of_different_width(backend: Backend, direction: str, dtype: 
         check(backend, case, other, direction, workspace=workspace)
 
 
+@pytest.mark.parametrize("D", [1, 64, 100])
+def test_sizes(backend: Backend, D: int) -> None:
+    for V in (1, 37, 60 if backend.interpreted else 1003):
+        check(backend, head(5, D, V), head(5, D, V, seed=1), "forward", workspace=1500)
+
+
+def test_tokens_that_a_bias_closes(backend: Backend) -> None:
+    """-inf by bias on both sides: probability 0 in both policies, no part in the divergence."""
+    case, other = head(5, 16, 60), head(5, 16, 60, seed=1)
+    closed = torch.arange(60) % 3 == 1
+    pair = [x._replace(bias=x.bias.masked_fill(closed, float("-inf"))) for x in (case, other)]
+    leaves = [x.to(backend.device).requires_grad_() for x in (pair[0].hidden, pair[0].weight, pair[0].bias)]
+    constants = [x.to(backend.device) for x in (other.hidden, other.weight)]
+    options = {"bias": leaves[2], "ref_bias": pair[1].bias.to(backend.device)}
+    opened = [x._replace(weight=x.weight[~closed], bias=x.bias[~closed]) for x in (case, other)]
+    for direction in DIRECTIONS:
+        kl = rk.linear_kl(*leaves[:2], *constants, direction=direction, **options)
+        grads = torch.autograd.grad(kl.sum(), leaves)
+        expected = truth_of(*opened, direction, torch.ones(5))
+        assert (grads[1].cpu()[closed] == 0).all()
+        assert (grads[2].cpu()[closed] == 0).all()
+        found = [kl.detach().cpu(), grads[0].cpu(), grads[1].cpu()[~closed], grads[2].cpu()[~closed]]
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
+
+
+def test_no_rows(backend: Backend) -> None:
+    leaves = [torch.ones(shape, device=backend.device, requires_grad=True) for shape in ((0, 3, 8), (17, 8))]
+    for direction in DIRECTIONS:
+        kl = rk.linear_kl(*leaves, *(x.detach() for x in leaves), direction=direction)
+        assert kl.shape == (0, 3)
+        assert all((x == 0).all() for x in torch.autograd.grad(kl.sum(), leaves))
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("options", [{"softcap": 3.0, "logit_scale": 0.6}, {"temperature": 0.7, "logit_scale": 1.5}])
 def test_scalars(backend: Backend, direction: str, options: dict) -> None:
