@@ -226,14 +226,20 @@ def test_opcheck_logits(kernel_backend: Backend, dtype: torch.dtype, with_entrop
 def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) -> None:
     ops = torch.ops.rlhf_kernels
     call = _head_inputs(kernel_backend.device, dtype)
-    torch.library.opcheck(ops.linear_logprobs.default, (*call, True))
+    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, False))
+    # Memory for dW has parts that nobody has written: no comparison of all outputs.
+    some = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, True), test_utils=some)
     bare = [None if i in (2, 3, 4, 6, 8, 9) else x for i, x in enumerate(call)]
-    torch.library.opcheck(ops.linear_logprobs.default, (*bare, False))
-    _, entropy, stats = (y.detach() for y in ops.linear_logprobs(*call, True))
+    torch.library.opcheck(ops.linear_logprobs.default, (*bare, False, False))
+    _, entropy, stats, _ = (y.detach() for y in ops.linear_logprobs(*call, True, False))
     g = _normal(6).to(kernel_backend.device)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in call]
     for wanted in ([True] * 5, [False, True, False, False, True]):
         torch.library.opcheck(ops.linear_logprobs_backward.default, (*inputs, g, g, entropy, stats, wanted))
+    kept = ops.linear_logprobs(*call, True, True)[3]
+    arguments = (*inputs, g, g, entropy, stats, [True] * 5, kept)
+    torch.library.opcheck(ops.linear_logprobs_backward_.default, arguments, test_utils=some)
 
 
 def _head_inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:

@@ -35,12 +35,13 @@ def test_vocabulary_sharded_over_processes(world: int) -> None:
 def test_peak_memory(op: str, dtype: str) -> None:
     """At most the workspace and 32 MiB, and for a 16-bit weight one fp32 accumulator; the logits would take more."""
     require_backend("cpu")
-    for N, V, D in ((2048, 32001, 32), (512, 128256, 16)):
+    # In the last the logits fit the memory of dW, and wait there for linear_logprobs's backward.
+    for N, V, D in ((2048, 32001, 32), (512, 128256, 16), *([(320, 128256, 320)] if op == "logprobs" else [])):
         extra = int(_run("linear_memory.py", op, dtype, str(N), str(V), str(D)))
         accumulator = 4 * V * D if dtype == "bfloat16" else 0
         logits = N * V * (4 if dtype == "float32" else 2)
         assert extra <= (64 << 20) + (32 << 20) + accumulator, f"{extra / 2**20:.0f} MiB"
-        assert logits > (96 << 20) + accumulator
+        assert logits > (96 << 20) + accumulator or N <= D
 
 
 def test_peak_memory_under_lora() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, fits_its_gradient
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def linear_logprobs(
     Equals `selected_logprobs(logits, labels, temperature=..., mask=..., with_entropy=...)` with
     `logits = (hidden @ weight.T + bias) * logit_scale`, and `softcap * tanh(logits / softcap)` if a softcap is given.
     Rows are compacted by the mask first, so a masked row costs nothing; one GEMM forward, three backward (the logits
-    again, dH, dW), none for a gradient that nobody asked for. Under autocast hidden, weight and bias are cast as for
+    again, dH, dW), none for a gradient that nobody asked for. Where weight wants a gradient, memory of its size is
+    taken in the forward already and keeps the logits of up to D rows, which are then not made again. Under autocast
+    hidden, weight and bias are cast as for
     torch.nn.functional.linear.
 
     Args:
@@ -123,53 +125,58 @@ def logprobs_of(call: Call, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         scalars = (call.divisor, call.softcap, call.logit_scale)
         return reference.linear_logprobs(*call.leaves, call.labels, call.mask, *scalars, with_entropy)
-    logprobs, entropy, _ = _forward(*call.flat(), with_entropy)
+    # The backward's memory of dW keeps the logits until then: one GEMM less. A compiled graph would copy it.
+    wants_weight = torch.is_grad_enabled() and call.weight.requires_grad and not torch.compiler.is_compiling()
+    keep = wants_weight and fits_its_gradient(call.labels.numel(), call.weight, call.workspace)
+    logprobs, entropy, *_ = _forward(*call.flat(), with_entropy, keep)
     return logprobs.view(shape), entropy.view(shape) if with_entropy else None
 
 
 @torch.library.custom_op(
     "rlhf_kernels::linear_logprobs",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool with_entropy) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, bool with_entropy, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2]."""
-    call, (with_entropy,) = split(arguments)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], the first chunk's products in memory for dW or [0]."""
+    call, (with_entropy, keep) = split(arguments)
     count = call.labels.shape[0]
     new = call.hidden.new_zeros
     logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
     entropy = new(count if with_entropy else 0, dtype=torch.float32)
-    sweep = call.sweep(OP)
+    store = None
+    if keep:
+        store = dispatch.load(dispatch.required(OP, call.hidden)).allocate(
+            tuple(call.weight.shape), call.weight.dtype, call.weight.device
+        )
+    sweep = call.sweep(OP, store=store)
     for chunk in sweep:
         chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(chunk, with_entropy)
         logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
         if with_entropy:
             entropy[chunk.places] = chunk_entropy
-    return logprobs, entropy, stats
+    return logprobs, entropy, stats, call.weight.new_empty(0) if store is None else store
 
 
 @_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, (with_entropy,) = split(arguments)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (with_entropy, keep) = split(arguments)
     count, new = call.labels.shape[0], call.hidden.new_empty
     return (
         new(count, dtype=torch.float32),
         new(count if with_entropy else 0, dtype=torch.float32),
         new((count, 2), dtype=torch.float64),
+        call.weight.new_empty(call.weight.shape if keep else (0,)),
     )
 
 
-@torch.library.custom_op(
-    "rlhf_kernels::linear_logprobs_backward",
-    mutates_args=(),
-    schema=f"({SCHEMA}, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor stats, bool[] wanted)"
-    f" -> ({GRADIENTS})",
-)
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the call's leaves; zero elements for one that is not wanted."""
+_BACKWARD = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor stats, bool[] wanted"
+
+
+def _gradients(arguments: Sequence[Any], store: Tensor | None) -> tuple[Tensor, ...]:
     call, (grad_logprobs, grad_entropy, entropy, stats, wanted) = split(arguments)
-    sweep = call.sweep(OP, wanted=wanted)
-    gradients = Gradients(sweep, call.hidden, wanted)
+    sweep = call.sweep(OP, wanted=wanted, store=store)
+    gradients = Gradients(sweep, call.hidden, wanted, store)
     for chunk in sweep:
         g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
@@ -178,30 +185,71 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return gradients.finish()
 
 
+@torch.library.custom_op(
+    "rlhf_kernels::linear_logprobs_backward",
+    mutates_args=(),
+    schema=f"({SCHEMA}, {_BACKWARD}) -> ({GRADIENTS})",
+)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of the call's leaves; zero elements for one that is not wanted."""
+    return _gradients(arguments, None)
+
+
 @_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, (*_, wanted) = split(arguments)
     return call.empty_gradients(wanted)
 
 
+@torch.library.custom_op(
+    "rlhf_kernels::linear_logprobs_backward_",
+    mutates_args=("kept",),
+    schema=f"({SCHEMA}, {_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
+)
+def _backward_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same from the forward's products in `kept`, which becomes dW; the weight's place in the result is empty."""
+    kept = arguments[-1]
+    found = list(_gradients(arguments[:-1], kept))
+    found[1] = kept.new_empty(0)
+    return tuple(found)
+
+
+@_backward_in_place.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (*_, wanted, _kept) = split(arguments)
+    return call.empty_gradients([wanted[0], False, *wanted[2:]])
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward now running was called with retain_graph=True; a torch that does not say so: yes."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, entropy, stats = output
+    _, entropy, stats, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(*inputs[:TENSORS], entropy, stats)
-    *ctx.scalars, ctx.with_entropy = inputs[TENSORS:]
+    ctx.mark_non_differentiable(stats, kept)
+    ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept)
+    *ctx.scalars, ctx.with_entropy, _ = inputs[TENSORS:]
 
 
 def _autograd(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _stats: None, _kept: None
 ) -> tuple[Tensor | None, ...]:
     if not ctx.with_entropy:
         grad_entropy = None
     wanted = list(ctx.needs_input_grad[:LEAVES])
     grads: list[Tensor | None] = [None] * LEAVES
     if grad_logprobs is not None or grad_entropy is not None:
-        *tensors, entropy, stats = ctx.saved_tensors
-        found = _backward(*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted)
+        *tensors, entropy, stats, kept = ctx.saved_tensors
+        arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted)
+        traced = type(kept) is not Tensor  # a fake or functional one: a graph must not write into what it saved
+        if wanted[1] and kept.numel() and not traced and not graph_is_kept():
+            found = list(_backward_in_place(*arguments, kept))
+            found[1] = kept
+        else:  # another backward may need the products once more
+            found = list(_backward(*arguments))
         grads = [x if want else None for x, want in zip(found, wanted, strict=True)]
     return *grads, *(None,) * (len(ctx.needs_input_grad) - LEAVES)
 

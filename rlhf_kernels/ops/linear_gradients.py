@@ -17,9 +17,10 @@ class _Total:
     A sum of several 16-bit GEMMs is accumulated in fp32 and rounded once.
     """
 
-    def __init__(self, sweep: Sweep, like: Tensor, wanted: bool) -> None:
+    def __init__(self, sweep: Sweep, like: Tensor, wanted: bool, result: Tensor | None = None) -> None:
+        """result: memory for it."""
         allocate, shape = sweep.backend.allocate, tuple(like.shape)
-        self._result = allocate(shape if wanted else (0,), like.dtype, like.device)
+        self._result = allocate(shape if wanted else (0,), like.dtype, like.device) if result is None else result
         one_product = sweep.chunks <= 1 and like.dtype == sweep.head.weight.dtype
         self._in_place = not wanted or one_product or like.dtype == torch.float32
         self._sum = self._result if self._in_place else allocate(shape, torch.float32, like.device)
@@ -43,12 +44,13 @@ class Gradients:
     Zero elements stand for one that is not.
     """
 
-    def __init__(self, sweep: Sweep, hidden: Tensor, wanted: Sequence[bool]) -> None:
-        head = sweep.head
+    def __init__(self, sweep: Sweep, hidden: Tensor, wanted: Sequence[bool], weight: Tensor | None = None) -> None:
+        """weight: memory for dW."""
+        head, place = sweep.head, weight
         weight, self._like_bias = head.weight, head.weight if head.bias is None else head.bias
         self._sweep, self._wanted = sweep, wanted
         self.hidden = torch.zeros(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self._weight = _Total(sweep, weight, wanted[1])
+        self._weight = _Total(sweep, weight, wanted[1], place)
         self._bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
         like_a, like_b = (weight[:0] if x is None else x for x in (head.lora_a, head.lora_b))
         self._lora_a = like_a.new_zeros(like_a.shape if wanted[3] else (0,), dtype=torch.float32)

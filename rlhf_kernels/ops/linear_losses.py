@@ -295,17 +295,11 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
     A second tensor of the weight's size would be more than the forward's whole workspace.
     """
-    if torch.compiler.is_compiling() or _graph_is_kept():
+    if torch.compiler.is_compiling() or linear.graph_is_kept():
         return grad * factor.to(grad.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return grad
     return grad.mul_(factor.to(grad.dtype))
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward now running was called with retain_graph=True; a torch that does not say so: yes."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asked is None else asked()
 
 
 @torch.library.custom_op(

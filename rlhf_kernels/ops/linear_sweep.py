@@ -57,6 +57,7 @@ class Rows(NamedTuple):
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
     products: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
+    store: Tensor | None  # [V, D], the memory of the coming dW: each tile of the products begins where its dW will
 
 
 class Sweep:
@@ -74,8 +75,13 @@ class Sweep:
         keep: bool = False,
         wanted: Sequence[bool] = (False,) * 5,
         rows: int | None = None,
+        store: Tensor | None = None,
     ) -> None:
-        """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan."""
+        """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan.
+
+        store: where the first chunk's products are, or are to stay; see `fits_its_gradient`.
+        """
+        self._store = store
         self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self._bias = None if head.bias is None else head.bias.float().contiguous()
@@ -106,8 +112,8 @@ class Sweep:
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1
         else:
-            per_row = (size + 4) * width + low  # gathered hidden states, and dH before it is rounded
-            limit = min(TALLEST, max(1, workspace // (2 * per_row)))
+            per_row = _bytes_of_row(width, size) + low
+            limit = _tallest(workspace, per_row)
             chunks = -(-self.count // limit)
         self.chunks = chunks
         even = -(-self.count // max(1, chunks))
@@ -134,6 +140,7 @@ class Sweep:
                 self._labels[places],
                 None if temperature is None else temperature[places].contiguous(),
                 self._tile[: (stop - start) * vocab].view(-1, vocab) if self._keep else None,
+                None if start else self._store,
             )
 
     def _gather(self, places: Tensor | slice, start: int, stop: int) -> Tensor:
@@ -155,12 +162,17 @@ class Sweep:
         if rows.products is not None:
             tile = rows.products[:, part]
         else:
-            tile = self._tile[: count * (part.stop - part.start)].view(count, -1)
+            tile = self._place(self._tile if rows.store is None else rows.store[part].view(-1), count, part)
         weight, low = self.head.weight[part], self.lora_b(part)
         if low is None or rows.low is None:
             return self._product(rows.hidden, weight, out=tile)
         # The small product first: in 16 bits it is the one to be rounded twice.
         return self._product(rows.hidden, weight, out=self._product(rows.low, low, out=tile), beta=1)
+
+    @staticmethod
+    def _place(memory: Tensor, count: int, part: slice) -> Tensor:
+        """A tile [count, W] at the beginning of flat memory."""
+        return memory[: count * (part.stop - part.start)].view(count, -1)
 
     def lora_b(self, part: slice) -> Tensor | None:
         """Its rows of a tile, in the dtype of the products."""
@@ -237,7 +249,14 @@ class Sweep:
     def gradient_tiles(self, rows: Rows, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept."""
         for part in self.parts():
-            tile = self._products(rows, part) if rows.products is None else rows.products[:, part]
+            if rows.products is not None:
+                tile = rows.products[:, part]
+            elif rows.store is not None:  # a copy, because dW will be written over it
+                count = rows.hidden.shape[0]
+                kept = self._place(rows.store[part].view(-1), count, part)
+                tile = self._place(self._tile, count, part).copy_(kept)
+            else:
+                tile = self._products(rows, part)
             self.backend.linear_gradient(tile, *self._epilogue(rows, part), coefficients)
             yield part, tile
 
@@ -257,4 +276,22 @@ class Sweep:
             rows.labels[kept],
             None if rows.temperature is None else rows.temperature[kept],
             None if rows.products is None else rows.products[: kept.numel()],
+            None,
         )
+
+
+def _bytes_of_row(width: int, size: int) -> int:
+    """Gathered hidden states, and dH before it is rounded."""
+    return (size + 4) * width
+
+
+def _tallest(workspace: int, per_row: int) -> int:
+    """Rows of a recomputed chunk at the most."""
+    return min(TALLEST, max(1, workspace // (2 * per_row)))
+
+
+def fits_its_gradient(rows: int, weight: Tensor, workspace: int) -> bool:
+    """Whether a chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there for the backward."""
+    width = weight.shape[1]
+    limit = _tallest(workspace, _bytes_of_row(width, weight.element_size()))
+    return rows <= min(limit, width) or (rows > limit and -(-limit // 16) * 16 <= width)
