@@ -69,6 +69,8 @@ class Job:
     frozen: int = 2  # bytes of a frozen weight: --dtype bfloat16
     mixed: bool = True  # matrix products in bf16 from rounded copies of the trained float32 weights
     checkpointing: bool = True
+    gather: bool = True  # FSDP 2: --gather_for_rollout
+    reward: bool = True  # on these devices; else a function that asks elsewhere
 
     @property
     def trained(self) -> int:
@@ -81,14 +83,19 @@ class Job:
         return m.layers * self.lora * sum(a + b for a, b in shapes)
 
 
+def frozen(job: Job) -> float:
+    """Bytes of a frozen copy of the model: linear layers in bf16, the embedding in float32."""
+    return job.model.weights * job.frozen + job.model.head * (4 - job.frozen)
+
+
 def stored(job: Job) -> float:
     """Bytes of the policy's weights: what is trained is float32."""
-    return job.model.weights * job.frozen + job.trained * 4 if job.lora else job.model.weights * 4
+    return frozen(job) + job.trained * 4 if job.lora else job.model.weights * 4
 
 
 def rounded(job: Job) -> float:
-    """Bytes of the copies that autocast makes of trained weights and keeps for one forward pass or one rollout."""
-    return job.trained * 2 if job.mixed else 0
+    """Bytes of the copies of trained weights that autocast keeps for a forward pass or a rollout; none under FSDP 2."""
+    return job.trained * 2 if job.mixed and not job.sharded else 0
 
 
 def memory(job: Job) -> dict[str, float]:
@@ -96,11 +103,12 @@ def memory(job: Job) -> dict[str, float]:
     m, share = job.model, job.devices if job.sharded else 1
     tokens, rows = job.prompt + job.response, job.batch / job.devices
     copies = 0 if job.lora else 1  # of the base, for each of reference and reward model
+    rewards = copies * frozen(job) if job.reward else 0
     held = {
         "policy": stored(job) / share,
         "gradients, Adam": job.trained * 12 / share,
-        "reference": copies * m.weights * job.frozen / share,
-        "reward model": copies * m.weights * job.frozen,  # whole on every device
+        "reference": copies * frozen(job) / share,
+        "reward model": rewards / share,
     }
     layer = m.width * (18 + 4 * m.ffn / m.width) * 2  # bytes a token and layer that backward needs, attention fused
     kept = m.width * 2 * m.layers + layer if job.checkpointing else layer * m.layers
@@ -108,7 +116,9 @@ def memory(job: Job) -> dict[str, float]:
     rollout = rows * tokens * m.layers * 2 * m.kv_width * 2  # keys and values
     rollout += rounded(job)
     if job.sharded:
-        rollout += stored(job) * (1 - 1 / share)  # gathered for the rollout
+        layer_at_work = (m.body / m.layers * 2 + m.head) * stored(job) / m.weights
+        scoring = rewards * (1 - 1 / share)  # a reward model is gathered to score
+        rollout = max(scoring, rollout + (stored(job) * (1 - 1 / share) if job.gather else layer_at_work))
         each = stored(job) / m.weights + (2 if job.mixed and not job.lora else 0)
         update += (m.body / m.layers * 2 + m.head * (1 if m.tied else 2)) * each  # layer at work, the next, the head
     else:
@@ -130,11 +140,14 @@ def seconds(job: Job, machine: Machine) -> dict[str, float]:
     """Of one iteration, by phase; communication is not hidden behind computation."""
     m, tokens, rows = job.model, job.prompt + job.response, job.batch / job.devices
     rate, weights = machine.flops * machine.reached, m.weights * (2 if job.mixed else 4)
+    if job.sharded and not job.lora:
+        weights = m.weights * 8  # read in float32, written and read in bf16: no copies are kept
     cache = rows * (job.prompt + job.response / 2) * m.layers * 2 * m.kv_width * 2
     step = max((weights + cache) / (machine.bandwidth * machine.streamed), rows * 2 * m.weights / rate)
     rollout = rows * forward_flops(job, job.prompt, 1) / rate
     rollout += job.response * (step + m.layers * machine.overhead)
-    scoring = rows * (2 * forward_flops(job, tokens, job.response) + forward_flops(job, tokens, 0)) / rate
+    scoring = rows * 2 * forward_flops(job, tokens, job.response) / rate
+    scoring += rows * forward_flops(job, tokens, 0) / rate if job.reward else 0
     one = forward_flops(job, tokens, 0)
     passes = (2 if job.lora else 3) + (1 if job.checkpointing else 0)  # a frozen weight needs no gradient
     head = 2 * m.head * job.response * (3 if job.lora else 4)  # linear_logprobs: 1 GEMM forward, 3 backward
@@ -147,8 +160,8 @@ def seconds(job: Job, machine: Machine) -> dict[str, float]:
     if job.sharded:
         gathered = stored(job) * wire
         exchange = steps * micros * (2 * gathered + job.trained * 4 * wire)  # twice, and the gradients
-        exchange += gathered  # the rollout
-        reference = gathered if job.lora else m.weights * job.frozen * wire
+        exchange += gathered * (1 if job.gather else job.response)  # the rollout: once, or for every token
+        reference = gathered if job.lora else frozen(job) * wire
         exchange += job.minibatches * micros * (gathered + reference)  # scoring
     else:
         exchange = steps * 2 * 4 * job.trained * wire  # sums in float32
@@ -170,7 +183,13 @@ JOBS = [
     ("LoRA 16, DDP", Job(LLAMA_8B, 8, lora=16), H100),
     ("every weight, FSDP 2", Job(LLAMA_8B, 8, sharded=True), H100),
     ("LoRA 16, FSDP 2", Job(LLAMA_70B, 8, sharded=True, lora=16), H100),
+    ("the same, by layers", Job(LLAMA_70B, 8, sharded=True, lora=16, gather=False, reward=False), H100),
     ("every weight, FSDP 2", Job(LLAMA_70B, 64, sharded=True, batch=1024), CLUSTER),
+    (
+        "the same, by layers",
+        Job(LLAMA_70B, 64, sharded=True, batch=1024, micro=8, gather=False, reward=False),
+        CLUSTER,
+    ),
 ]
 
 
@@ -228,7 +247,18 @@ def measure() -> None:
     model = build_model("gpt2", tokenizer, hidden_size=256, layers=4, heads=4, max_length=64)
     model.resize_token_embeddings(50257, mean_resizing=False)
     shape = Model("GPT-2-like", 4, 256, 1024, 256, 50257, True, gated=False)
-    job = Job(shape, 1, batch=32, micro=32, prompt=32, response=32, minibatches=1, mixed=False, checkpointing=False)
+    job = Job(
+        shape,
+        1,
+        batch=32,
+        micro=32,
+        prompt=32,
+        response=32,
+        minibatches=1,
+        mixed=False,
+        checkpointing=False,
+        reward=False,
+    )
     flops, bandwidth = rates()
     print(f"{torch.get_num_threads()} threads: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
     machine = Machine("this CPU", 0, flops, bandwidth, 1.0, reached=1.0, streamed=1.0, overhead=0.0)
@@ -236,10 +266,8 @@ def measure() -> None:
         updates=4, batch_size=32, minibatches=1, max_new_tokens=32, missing_eos_penalty=1.0, lr=1e-6, device="cpu"
     )
     prompts = [" ".join(text.split()[i % 15] for i in range(start, start + 31)) for start in range(8)]
-    reward_model = 0.0  # the reward is a function
     result = train_ppo(cfg, model=model, tokenizer=tokenizer, reward=lambda _, c: [0.0] * len(c), prompts=prompts)
     predicted = seconds(job, machine)
-    predicted["scoring"] -= 32 * forward_flops(job, 64, 0) / flops - reward_model
     print(row(["phase", "formula, s", "measured, s (last of 4)", "ratio"]))
     print(row(["---"] * 4))
     for phase in ("rollout", "scoring", "update"):

@@ -30,7 +30,16 @@ from rlhf_trainer.sharding import full, is_spread, spread_like
 
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
-FREE = {"gradient_checkpointing", "resume", "overwrite", "save_every", "keep_checkpoints", "output_dir", "device"}
+FREE = {
+    "gather_for_rollout",
+    "gradient_checkpointing",
+    "resume",
+    "overwrite",
+    "save_every",
+    "keep_checkpoints",
+    "output_dir",
+    "device",
+}
 
 
 class Flag:

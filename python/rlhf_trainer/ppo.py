@@ -65,6 +65,9 @@ class PPOConfig:
     rollout_batch_size: int | None = option(
         None, "responses sampled at once, prompts of similar length together; none: all of the batch"
     )
+    gather_for_rollout: bool = option(
+        True, "under FSDP 2 every rank gathers the whole policy for a rollout; false: layer by layer, slower"
+    )
     micro_batch_size: int | None = option(None, "sequences per forward pass; changes memory, never the result")
     epochs: int = option(4, "passes over each rollout")
     max_new_tokens: int = option(32, "longest response in tokens")

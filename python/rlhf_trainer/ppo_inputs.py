@@ -29,7 +29,7 @@ from rlhf_trainer.models import load_causal, load_tokenizer, same_weights
 from rlhf_trainer.quantised import check_adapter, load_options
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
-from rlhf_trainer.seq2seq import settle_attention
+from rlhf_trainer.seq2seq import is_encoder_decoder, settle_attention
 from rlhf_trainer.sharding import home
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def load_inputs(
         policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg, device))
     for model in (policy, *([] if reference is None else [reference])):
         settle_attention(model)
+    if not cfg.gather_for_rollout and is_encoder_decoder(policy):
+        raise UserError("--gather_for_rollout false is for decoders; an encoder-decoder's ranks cannot take turns")
     check_adapter(cfg, add_adapter(policy, cfg))
     frozen = load_reference(cfg, policy, tokenizer, reference, device)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 
 DTYPE = "float32, or bfloat16: mixed precision, what is trained stays in float32"
@@ -33,7 +34,9 @@ def validate_options(cfg: Any) -> None:
 
 def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
     """Around forward passes, never around a backward or an optimizer's step: it caches rounded weights."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+    # FSDP frees a layer's weights after its use; the rounded copies in autocast's cache would stay.
+    options = {"enabled": dtype == "bfloat16", "cache_enabled": not current().sharded}
+    return torch.autocast(torch.device(device).type, torch.bfloat16, **options)
 
 
 def full(device: torch.device) -> torch.autocast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import position_ids
 from rlhf_trainer.models import context_length, encode_prompt, left_pad
-from rlhf_trainer.sharding import whole
+from rlhf_trainer.sharding import Turns, whole
 
 
 @dataclass
@@ -110,12 +111,14 @@ def generate(
     stop_token: str | None = None,
     batch_size: int | None = None,
     group_size: int = 1,
+    gather: bool = True,
 ) -> Rollout:
     """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
 
     With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
     The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row. Of several
-    ranks each samples its block of the rows, no group of `group_size` of them torn, and gets the rows of all.
+    ranks each samples its block of the rows, no group of `group_size` of them torn, and gets the rows of all;
+    without `gather` a policy that is sharded over them is gathered layer by layer, not as a whole.
     """
     device = next(model.parameters()).device
     shape = (max_new_tokens, len(prompts))
@@ -127,7 +130,9 @@ def generate(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     block = current().block(len(prompts), group_size)
-    with whole(model):
+    one = ids[:1, :1], torch.ones(1, 1, dtype=torch.bool, device=device)
+    turns = Turns(model, lambda: Steps(model, *one).next_logits(*one), gather)
+    with whole(model, gather):
         for part in batches_by_length(encoded[block], batch_size):
             rows = [block.start + row for row in part]
             padded, real = left_pad([encoded[row] for row in rows], pad_id)
@@ -141,7 +146,9 @@ def generate(
                 pad_id=pad_id,
                 temperature=temperature,
                 prompts=[prompts[row] for row in rows],
+                turns=turns,
             )
+        turns.finish()
     ids, mask, ended = (current().assemble(block, x[block], len(prompts)) for x in (ids, mask, ended))
     length = longest + int(mask[:, longest:].sum(-1).max())
     ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
@@ -175,6 +182,7 @@ def respond(
     pad_id: int,
     temperature: float,
     prompts: Sequence[str],
+    turns: Turns,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Left-padded prompts ids, mask [B, P], uniform [T, B] -> ids, mask [B, P + T], ended [B].
 
@@ -186,7 +194,7 @@ def respond(
     ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
     running = torch.arange(count, device=ids.device)
     for step, end in enumerate(range(width, width + longest)):
-        logits = steps.next_logits(ids[running, :end], mask[running, :end])
+        logits = turns.take(partial(steps.next_logits, ids[running, :end], mask[running, :end]))
         token, logprob = sample(logits, temperature, uniform[step, running])
         check_logprobs(logprob, prompts, running)
         going = ~ended[running]

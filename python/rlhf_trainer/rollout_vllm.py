@@ -51,7 +51,7 @@ def load_engine(cfg: PPOConfig, policy: PreTrainedModel) -> Callable[..., Rollou
         UserError: vLLM cannot load this policy: it is in no folder, an encoder-decoder model, or has new tokens.
     """
     if cfg.rollout_engine == "hf":
-        return partial(rollout.generate, group_size=cfg.group_size)
+        return partial(rollout.generate, group_size=cfg.group_size, gather=cfg.gather_for_rollout)
     if is_encoder_decoder(policy):
         raise UserError("--rollout_engine vllm takes decoders only; an encoder-decoder model needs hf")
     path = adapters.base_name(policy)

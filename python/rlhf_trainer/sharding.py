@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -73,6 +74,8 @@ def place(model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype
         unit.set_gradient_divide_factor(1.0)  # a sum: the losses divide by the units of the whole minibatch
         unit.set_force_sum_reduction_for_comms(True)
     _roots[model] = root
+    # FSDP warns of outputs that are views, which an operation in place would break; there is none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     with torch.no_grad():
         root(lambda: None)  # tells FSDP which module is the outermost, before another one runs by itself
     return model
@@ -109,10 +112,10 @@ def through(model: nn.Module, function: Callable[[], T]) -> T:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def whole(model: nn.Module, gather: bool = True) -> Iterator[None]:
     """Within the block all weights are gathered on every rank, so that each computes alone, as a rollout does."""
     root = _roots.get(model)
-    if root is None:
+    if root is None or not gather:
         yield
         return
     units = _units(root)
@@ -126,6 +129,28 @@ def whole(model: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(reshards and unit is not root, recurse=False)
+
+
+class Turns:
+    """Forward passes layer by layer, on ranks that need unlike numbers of them, as rollouts do.
+
+    A rank that has finished repeats `idle`, a small forward pass, until all have. Where the model is whole each rank
+    goes alone.
+    """
+
+    def __init__(self, model: nn.Module, idle: Callable[[], Any], gathered: bool) -> None:
+        self.model, self.idle = model, idle
+        self.shared = is_sharded(model) and not gathered
+
+    def take(self, function: Callable[[], T]) -> T:
+        if not self.shared:
+            return function()
+        current().any(True)
+        return through(self.model, function)
+
+    def finish(self) -> None:
+        while self.shared and current().any(False):
+            through(self.model, self.idle)
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -137,6 +137,7 @@ def supervised(folder, stage, output, **options):
 def commands(folder, prefix):
     """Every stage in few steps, PPO in 20."""
     lora = {"lora_r": 2, "advantage": "grpo", "group_size": 2, "whiten_rewards": True}
+    lora["gather_for_rollout"] = prefix != "fsdp"
     return {
         "ppo": ppo(folder, f"{prefix}-ppo"),
         "gae": ppo(folder, f"{prefix}-gae", reward="stops", updates=5, save_every=0),
@@ -166,6 +167,7 @@ def runs(folder):
     whole = ppo(folder, "whole", reward="stops", updates=5, save_every=0)
     script.append(({"ACCELERATE_USE_FSDP": "false"}, whole))
     mixed = ppo(folder, "mixed", updates=1, lora_r=2, dtype="bfloat16", gradient_checkpointing=True)
+    mixed.append(f"--reward={folder}/one-reward")  # an adapter on the same base
     script.append(({"ACCELERATE_USE_FSDP": "true"}, mixed))
     (code, output, errors), (other, other_output, _) = two_ranks(["-c", DRIVER, folder, json.dumps(script)])
     assert (code, other) == (0, 0), errors
