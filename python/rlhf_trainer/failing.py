@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -85,13 +85,14 @@ def _wait(store: dist.Store, keys: list[str]) -> bool:
 def _watch(store: dist.Store, rank: int, done: threading.Event) -> None:
     while not done.wait(1.0):
         try:
-            found = store.check([ERROR])
+            if not store.check([ERROR]):
+                continue
+            first, text = json.loads(store.get(ERROR))
         except RuntimeError:  # the store's host is gone; so will be this process
             return
-        if found and not done.wait(GRACE):
-            first, text = json.loads(store.get(ERROR))
-            if first != rank:
-                print(f"rlhf: error: rank {first}: {text}", file=sys.stderr, flush=True)
-                store.set(f"{GONE}/{rank}", "1")
-                os._exit(2)
+        if first == rank or done.wait(GRACE):
             return
+        print(f"rlhf: error: rank {first}: {text}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # the store's host may have left meanwhile
+            store.set(f"{GONE}/{rank}", "1")
+        os._exit(2)

@@ -112,7 +112,7 @@ def kept(before, after, prompts, kl=1.0):
     values = {}
     for name, completions in texts.items():
         count = len(completions)
-        answers = evaluation.Answers(completions, np.ones(count), np.ones(count), np.full(count, kl))
+        answers = evaluation.Answers(completions, *(np.ones(count),) * 2, np.full(count, kl), np.ones(count))
         values[name] = evaluation.measure_all(answers, prompts, scorers, name == "sft")
     result = evaluation.compare(evaluation.Config(bootstrap=50), values, texts)
     return [check.kept for check in demo.promises(result, demo.kind_diversity(prompts, 0))]

@@ -200,7 +200,7 @@ def test_learns_the_preference_and_reports_it(trained):
     assert result["heldout"]["accuracy_low"] == pytest.approx(pair_figures.wilson_interval(1.0, 6)[0])
     assert json.loads((output / "reward.json").read_text()) == result
     assert (output / "calibration.png").read_bytes().startswith(b"\x89PNG")
-    assert (output / "report.html").read_text().count("data:image/png") == 2
+    assert (output / "report.html").read_text().count("data:image/png") == 4  # two, on light pages and on dark
     entry = result["heldout"]["calibration"][-1]
     assert entry["low"] < entry["accuracy"] <= entry["high"]
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
