@@ -48,14 +48,14 @@ class Comparison:
 
 
 class OtherProcesses:
-    """Share of this machine's cores used by processes other than this one, between start and share()."""
+    """Share of this machine's cores that neither this process nor its children used, between start and share()."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds since boot that all cores were busy, seconds of this process, wall clock."""
+        """Seconds that all cores were busy, seconds of this process and of its children that have ended, wall clock."""
         own = os.times()
         try:
             user, nice, system, _, _, irq, softirq, steal = map(
@@ -64,7 +64,7 @@ class OtherProcesses:
         except FileNotFoundError:  # not Linux: the load average in the record has to do
             return 0.0, 0.0, time.monotonic()
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy, own.user + own.system, time.monotonic()
+        return busy, sum(own[:4]), time.monotonic()
 
     def share(self) -> float:
         busy, own, wall = (now - then for now, then in zip(self._read(), self._start, strict=True))
