@@ -109,12 +109,13 @@ def kept(before, after, prompts, kl=1.0):
         "on topic": world.on_topic,
     }
     texts = {"sft": before, "ppo": after}
-    values = {}
+    values, answers = {}, {}
     for name, completions in texts.items():
         count = len(completions)
-        answers = evaluation.Answers(completions, *(np.ones(count),) * 2, np.full(count, kl), np.ones(count))
-        values[name] = evaluation.measure_all(answers, prompts, scorers, name == "sft")
-    result = evaluation.compare(evaluation.Config(bootstrap=50), values, texts)
+        ones = np.ones(count)
+        answers[name] = evaluation.Answers(completions, ones, ones, np.full(count, kl), ones)
+        values[name] = evaluation.measure_all(answers[name], prompts, scorers, name == "sft")
+    result = evaluation.compare(evaluation.Config(bootstrap=50), values, answers)
     return [check.kept for check in demo.promises(result, demo.kind_diversity(prompts, 0))]
 
 
