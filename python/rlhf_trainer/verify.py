@@ -82,8 +82,12 @@ def run(cfg: Config) -> dict[str, Any]:
     for place, name in enumerate(names, start=1):
         say(f"checking {name}, {place} of {len(names)}")
         began = time.perf_counter()
-        with one_thread():
-            found = ROWS[name](cfg.seed)
+        try:
+            with one_thread():
+                found = ROWS[name](cfg.seed)
+        except UserError as error:  # what is known by now is not lost
+            say(f"  {error}")
+            found = [Line(f"{name}: stopped by an error", 0, "finishes", False)]
         for line in found:
             say(f"  {line.name}: {line.reached:.4g}, gate {line.gate}, {'passed' if line.kept else 'FAILED'}")
         say(f"  {time.perf_counter() - began:.0f} s")

@@ -142,10 +142,18 @@ def overoptimisation_lines(seed: int) -> list[Line]:
     gold, scores = (ten_updates(history, f"objective/{name}") for name in ("gold_scores", "scores"))
     best = gold.index(max(gold))
     lost, risen = gold[best] - gold[-1], scores[-1] - scores[best]
+    by_beta = {"beta": list(BETAS), "true_reward": exact}
+    by_update = {name: [one[f"objective/{name}"] for one in history] for name in ("scores", "gold_scores")}
     at_loose, gate = max(exact) - exact[-1], f"> {LOST}"
     return [
-        Line(f"over-optimised: exact true reward lost from the best beta to {LOOSE}", at_loose, gate, at_loose > LOST),
-        Line("over-optimised: PPO's true reward lost since its best ten updates", lost, gate, lost > LOST),
+        Line(
+            f"over-optimised: exact true reward lost from the best beta to {LOOSE}",
+            at_loose,
+            gate,
+            at_loose > LOST,
+            by_beta,
+        ),
+        Line("over-optimised: PPO's true reward lost since its best ten updates", lost, gate, lost > LOST, by_update),
         Line("over-optimised: its score risen meanwhile", risen, "> 0", risen > 0),
         Line("over-optimised: update of the watch's warning", step, f"1 to {LOOSE_UPDATES}", step > 0),
     ]

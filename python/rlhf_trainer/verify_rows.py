@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,12 +50,13 @@ ERRORS = 4  # standard errors by which a Monte Carlo mean may be off: once in 16
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: what was reached, the gate in words, whether it is kept."""
+    """One line of the table: what was reached, the gate in words, whether it is kept, and what lies behind it."""
 
     name: str
     reached: float
     gate: str
     kept: bool
+    series: dict[str, list[float]] = field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=2)

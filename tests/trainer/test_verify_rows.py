@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from rlhf_trainer import ppo, verify, verify_reward, verify_rows
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import Pair
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.exact_world import PROMPTS, ExactWorld, make_seq2seq, make_tokenizer
 from rlhf_trainer.rollout import generate
 
@@ -134,6 +136,9 @@ def test_a_reward_model_of_swapped_pairs_does_not(monkeypatch):
 def test_over_optimisation_is_seen_by_the_watch():
     lines = verify_reward.overoptimisation_lines(0)
     assert [line.kept for line in lines] == [True] * 4
+    by_beta, by_update = lines[0].series, lines[1].series
+    assert max(by_beta["true_reward"]) - by_beta["true_reward"][-1] == pytest.approx(lines[0].reached)
+    assert len(by_update["scores"]) == len(by_update["gold_scores"]) == verify_reward.LOOSE_UPDATES
 
 
 def test_a_true_reward_that_only_rises_fails_the_row(monkeypatch):
@@ -162,6 +167,29 @@ def test_rows_are_chosen_and_progress_is_said(rows, checked, tmp_path, monkeypat
         assert f"checking {name}, {place} of {len(checked)}" in said
         assert f"line {name}: 0.97, gate >= 0.95, passed" in said
     assert said.count("checking") == len(checked)
+
+
+def test_a_row_that_stops_fails_alone_and_the_rest_is_kept(tmp_path, monkeypatch, capsys):
+    """--rows ranks on a machine where no process group starts: PPO's verdict and the other rows are not lost."""
+    verdict = verify.Verdict(60, 0.98, 0.02, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (60, 0.75)])
+    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
+
+    def stops(seed):
+        raise UserError("no process group here")
+
+    fine = verify.Line("line b", 0.97, ">= 0.95", True, {"beta": [1.0]})
+    monkeypatch.setattr(verify, "ROWS", {"a": stops, "b": lambda seed: [fine]})
+    assert main(["verify", "--rows", "all", "--output_dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "no process group here" in said.err
+    found = json.loads((tmp_path / "verify.json").read_text())
+    assert [(row["name"], row["kept"]) for row in found["rows"]] == [
+        ("a: stopped by an error", False),
+        ("line b", True),
+    ]
+    assert found["rows"][1]["series"] == {"beta": [1.0]}
+    assert found["gap_closed"] == 0.98
+    assert "FAILED" in said.out
 
 
 def test_the_page_names_every_row():
