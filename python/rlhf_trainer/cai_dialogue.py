@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.constitution import Rule, Shot
-from rlhf_trainer.data import prompt_records, render_prompt
+from rlhf_trainer.data import prompt_records, render_prompt, shown_prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.judges import BREAK
 
@@ -44,19 +44,20 @@ class Prompt:
 def make_prompt(record: Request, tokenizer: PreTrainedTokenizerBase | None, chat: bool, where: str) -> Prompt:
     """tokenizer: its chat template writes chats as text; None: they stay chats, for a server."""
     messages = [{"role": "user", "content": record}] if isinstance(record, str) else record
-    users = [message for message in messages if message["role"] != "system"]
-    turns = (f"{message['role']}: {message['content']}" for message in messages)
-    shown = users[0]["content"] if len(users) == 1 else "\n\n".join(turns)
     data: Request = record
     if tokenizer is not None and (chat or not isinstance(record, str)):
         data = render_prompt(messages, tokenizer, where)
     elif not chat and not isinstance(record, str):
         raise UserError(f"{where}: chat messages cannot be sent as plain text; use --format chat")
-    return Prompt(data, messages, shown)
+    return Prompt(data, messages, shown_prompt(messages))
 
 
-def read_dialogues(path: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> list[Prompt]:
-    """The prompts of a file as `rlhf generate` reads it, for a chat or as plain text."""
+def read_dialogues(
+    path: str, given: Sequence[Request] | None, tokenizer: PreTrainedTokenizerBase | None, chat: bool
+) -> list[Prompt]:
+    """The prompts given, or those of a file as `rlhf generate` reads it, for a chat or as plain text."""
+    if given is not None:
+        return [make_prompt(record, tokenizer, chat, f"prompt {i}") for i, record in enumerate(given, start=1)]
     found = [make_prompt(record, tokenizer, chat, where) for where, record in prompt_records(path)]
     if not found:
         raise UserError(f"{path}: no prompt in it")

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
-from rlhf_trainer.cai_dialogue import Prompt, Request, make_prompt, opening, read_dialogues
+from rlhf_trainer.cai_dialogue import Prompt, Request, opening
 from rlhf_trainer.cai_writer import (
     CAIConfig,
     LocalWriter,
@@ -22,6 +22,7 @@ from rlhf_trainer.cai_writer import (
     keep_rules,
     load_rules,
     load_writer,
+    read_requests,
     rules_for,
     validate,
 )
@@ -33,7 +34,6 @@ from rlhf_trainer.judges import KINDS, Judge, ModelJudge, ServerJudge, both_orde
 from rlhf_trainer.label_store import read_tasks
 from rlhf_trainer.models import resolve_device
 from rlhf_trainer.report import html_table, write_page
-from rlhf_trainer.rollout import encode_prompts
 
 SUMMARY = """Let a judge say by a rule which of two answers is better: pairs for `rlhf reward` and `rlhf dpo`.
 
@@ -155,25 +155,18 @@ def read_input(
     cfg: CAILabelConfig, writer: Writer | None, prompts: Sequence[Request] | None
 ) -> tuple[list[Prompt], list[list[str]]]:
     """The prompts, and the answers to them if they were sampled before."""
-    chat = writer is not None and writer.chat
-    own = writer.tokenizer if isinstance(writer, LocalWriter) else None
     if cfg.completions:
         tasks = read_tasks(cfg.completions)[: cfg.max_prompts]
         read = [Prompt(t.prompt, [{"role": "user", "content": t.prompt}], t.prompt) for t in tasks]
         return read, [list(task.texts) for task in tasks]
-    if prompts is None:
-        read = read_dialogues(cfg.prompts, own, chat)
-    else:
-        read = [make_prompt(record, own, chat, f"prompt {i}") for i, record in enumerate(prompts, start=1)]
-    read = read[: cfg.max_prompts]
-    if isinstance(writer, LocalWriter):
-        encode_prompts(writer.model, writer.tokenizer, [str(p.data) for p in read], cfg.max_new_tokens)
-    return read, []
+    assert writer is not None
+    return read_requests(cfg, writer, prompts), []
 
 
 def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[Shot]) -> Judge:
     """The judge that cfg names, or else whoever writes."""
-    if cfg.judge and (cfg.judge != cfg.model or writer is None):  # the same model is loaded once
+    same = isinstance(writer, LocalWriter) and cfg.judge == cfg.model
+    if cfg.judge and not same:  # the same model is loaded once
         options: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
         options |= {
             "batch_size": cfg.batch_size,

@@ -18,18 +18,16 @@ from rlhf_trainer.cai_dialogue import (
     Prompt,
     Request,
     critique_request,
-    make_prompt,
     opening,
-    read_dialogues,
     revision_request,
 )
 from rlhf_trainer.cai_writer import (
     CAIConfig,
-    LocalWriter,
     Writer,
     keep_rules,
     load_rules,
     load_writer,
+    read_requests,
     rules_for,
     validate,
 )
@@ -38,7 +36,6 @@ from rlhf_trainer.constitution import Constitution, Rule, Shot
 from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.report import write_page
-from rlhf_trainer.rollout import encode_prompts
 
 SUMMARY = """Let a model answer prompts, criticise its answers by rules, and revise them: data for `rlhf sft`.
 
@@ -113,14 +110,7 @@ def revise_answers(
         raise UserError(f"--rounds {cfg.rounds}: must be at least 1")
     used, shots = load_rules(cfg, constitution)
     writer = load_writer(cfg, model, tokenizer)
-    own = writer.tokenizer if isinstance(writer, LocalWriter) else None
-    if prompts is None:
-        read = read_dialogues(cfg.prompts, own, writer.chat)
-    else:
-        read = [make_prompt(record, own, writer.chat, f"prompt {i}") for i, record in enumerate(prompts, start=1)]
-    asked = [prompt for prompt in read[: cfg.max_prompts] for _ in range(cfg.n)]
-    if isinstance(writer, LocalWriter):
-        encode_prompts(writer.model, writer.tokenizer, [str(p.data) for p in asked], cfg.max_new_tokens)
+    asked = [prompt for prompt in read_requests(cfg, writer, prompts) for _ in range(cfg.n)]
     raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".transcripts.jsonl")))
     start = generate.finished(raw, [prompt.data for prompt in asked], cfg.batch_size) if cfg.output else 0
     keep_rules(cfg, used)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
-from rlhf_trainer.cai_dialogue import Request
+from rlhf_trainer.cai_dialogue import Prompt, Request, read_dialogues
 from rlhf_trainer.config import option, require
 from rlhf_trainer.constitution import Constitution, Rule, Shot, load_constitution
 from rlhf_trainer.data import render_prompt
@@ -167,6 +167,15 @@ def keep_rules(cfg: CAIConfig, constitution: Constitution) -> None:
 def rules_for(cfg: CAIConfig, constitution: Constitution, number: int, count: int) -> list[Rule]:
     """The rules of prompt `number`: `count` drawn ones, or all."""
     return list(constitution.rules) if cfg.principles == "all" else constitution.draw(count, cfg.seed, number)
+
+
+def read_requests(cfg: CAIConfig, writer: Writer, prompts: Sequence[Request] | None) -> list[Prompt]:
+    """The first cfg.max_prompts of the prompts given, or of cfg.prompts. UserError if the model cannot answer one."""
+    own = writer.tokenizer if isinstance(writer, LocalWriter) else None
+    read = read_dialogues(cfg.prompts, prompts, own, writer.chat)[: cfg.max_prompts]
+    if isinstance(writer, LocalWriter):
+        encode_prompts(writer.model, writer.tokenizer, [str(p.data) for p in read], cfg.max_new_tokens)
+    return read
 
 
 def load_writer(

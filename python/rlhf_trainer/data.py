@@ -194,7 +194,8 @@ def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
 
 def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str, str]]]]:
     """("file:line", prompt as text or chat messages): one a line of a text file, or JSON lines with "prompt" (text, or
-    chat messages) or "messages". UserError for an unreadable file, a malformed line, an empty prompt."""
+    chat messages) or "messages" (without the assistant's last one). UserError for an unreadable file, a malformed
+    line, an empty prompt."""
     for number, line in [] if is_jsonl(path) else read_lines(path):
         if not line.strip():
             raise UserError(f"{path}:{number}: empty prompt")
@@ -203,7 +204,12 @@ def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str,
         where = f"{path}:{number}"
         key = "messages" if "messages" in record else "prompt"
         if isinstance(record.get(key), list):
-            yield where, messages_of(record[key], key, where)
+            messages = messages_of(record[key], key, where)
+            if key == "messages" and messages[-1]["role"] == "assistant":  # sft's data: the answer is no prompt
+                messages = messages[:-1]
+            if not messages:
+                raise UserError(f"{where}: no message to answer")
+            yield where, messages
             continue
         prompt = text_field(record, key, where)
         if not prompt.strip():
@@ -226,6 +232,14 @@ def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = N
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts
+
+
+def shown_prompt(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as a person, or a judge, reads it: no template's control tokens; roles where several turns need them."""
+    if isinstance(prompt, str):
+        return prompt
+    users = [message for message in prompt if message["role"] != "system"]
+    return users[0]["content"] if len(users) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def instruction_prompt(record: dict[str, Any], where: str) -> str:

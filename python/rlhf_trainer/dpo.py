@@ -23,8 +23,8 @@ from rlhf_trainer.data import Pair, read_pairs
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, save_folder
-from rlhf_trainer.pair_figures import judge, length_baseline, summary
-from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
+from rlhf_trainer.pair_figures import heldout_table, judge, length_baseline, summary
+from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import completion_losses, counted_tokens
@@ -327,9 +327,7 @@ def write_curves(cfg: DPOConfig, result: dict[str, Any]) -> Path:
     parts = [f"<p>{result['train_pairs']} training pairs, beta {cfg.beta:g}.</p>"]
     heldout = result.get("heldout")
     if heldout:
-        names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
-        rows = [[name.replace("_", " "), show_number(heldout[name])] for name in (*names, "calibration_error")]
-        parts.append("<h2>Held-out pairs</h2>" + html_table(["", "value"], rows))
+        parts.append("<h2>Held-out pairs</h2>" + heldout_table(heldout))
     parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))
     return write_page(Path(cfg.output_dir) / "report.html", "DPO", parts)
 

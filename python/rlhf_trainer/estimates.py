@@ -53,7 +53,10 @@ def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def distinct(completions: Sequence[str], n: int) -> tuple[float, Values]:
-    """Distinct n-grams of words over all n-grams (Li et al. 2016); and the same with each completion left out [N]."""
+    """Distinct n-grams of words over all n-grams (Li et al. 2016), 0 if there are none.
+
+    And the same with each completion left out [N].
+    """
     each = [_grams(text, n) for text in completions]
     together: Counter[tuple[str, ...]] = Counter()
     for grams in each:

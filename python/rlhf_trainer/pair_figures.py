@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_kernels import pairwise_loss
 from rlhf_trainer.data import Pair
-from rlhf_trainer.report import COLOURS
+from rlhf_trainer.report import COLOURS, html_table, show_number
 
 BINS = 5  # of the calibration table
 
@@ -89,6 +89,13 @@ def summary(figures: dict[str, Any]) -> str:
         f"by length {figures['length_baseline']:.3f}, chance 0.500; mean margin {figures['margin']:.3f}; "
         f"calibration error {figures['calibration_error']:.3f}"
     )
+
+
+def heldout_table(figures: dict[str, Any]) -> str:
+    """The figures of `judge` with their length baseline as an HTML table."""
+    names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
+    rows = [[name.replace("_", " "), show_number(figures[name])] for name in (*names, "calibration_error")]
+    return html_table(["", "value"], rows)
 
 
 def calibration_figure(figures: dict[str, Any]) -> Figure:

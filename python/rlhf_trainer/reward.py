@@ -29,8 +29,8 @@ from rlhf_trainer.models import (
     score_head,
     score_sequences,
 )
-from rlhf_trainer.pair_figures import calibration_figure, judge, length_baseline, summary
-from rlhf_trainer.report import curves_figure, embed, html_table, metric_curve, show_number, write_page
+from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, summary
+from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sharding import place, with_weights
 from rlhf_trainer.supervised import (
@@ -345,9 +345,7 @@ def write_report(folder: str, found: dict[str, Any]) -> None:
     if heldout:
         figure = calibration_figure(heldout)
         figure.savefig(Path(folder) / "calibration.png", dpi=130)
-        names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
-        rows = [[name.replace("_", " "), show_number(heldout[name])] for name in (*names, "calibration_error")]
-        parts += ["<h2>Held-out pairs</h2>", html_table(["", "value"], rows), embed(figure, "calibration")]
+        parts += ["<h2>Held-out pairs</h2>", heldout_table(heldout), embed(figure, "calibration")]
     parts.append("<h2>Learning curves</h2>" + embed(curves_figure(curves), "learning curves"))
     write_page(Path(folder) / "report.html", "Reward model", parts)
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rlhf_trainer.alerts import Alert
+from rlhf_trainer.estimates import distinct
 from rlhf_trainer.rollout import Rollout
 
 if TYPE_CHECKING:
     from rlhf_trainer.ppo import PPOConfig
 
 QUIET = 10  # updates for which a metric that has warned stays silent
-
-
-def distinct(texts: list[str], n: int) -> float:
-    """Distinct n-grams of words over all n-grams of all texts (Li et al. 2016), 0 if there are none."""
-    grams = Counter(gram for text in texts for gram in _grams(text.split(), n))
-    return len(grams) / max(sum(grams.values()), 1)
 
 
 def repetition(texts: list[str]) -> float:
@@ -28,10 +22,6 @@ def repetition(texts: list[str]) -> float:
         words = text.split()
         shares.append(sum(a == b for a, b in pairwise(words)) / max(len(words) - 1, 1))
     return sum(shares) / max(len(shares), 1)
-
-
-def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 class Watch:
@@ -44,7 +34,7 @@ class Watch:
     def check(self, history: list[dict[str, float]], rollout: Rollout) -> list[Alert]:
         """Add `watch/distinct_2` and `watch/repetition` to the newest metrics; return what to warn of."""
         now, first = history[-1], history[0]
-        now["watch/distinct_2"] = distinct(rollout.completions, 2)
+        now["watch/distinct_2"] = distinct(rollout.completions, 2)[0]
         now["watch/repetition"] = repetition(rollout.completions)
         signs = self._signs(now, first, history).items()
         return [Alert(name, now[name], reason) for name, reason in signs if self._speaks(name, history)]

@@ -8,7 +8,7 @@ import pytest
 from serving import said, serving
 from tiny import WORDS, tiny_folder
 
-from rlhf_trainer import CAILabelConfig, label_answers
+from rlhf_trainer import CAILabelConfig, cai_label, label_answers
 from rlhf_trainer.cai_dialogue import make_prompt
 from rlhf_trainer.cai_label import compare, labelled, statistics, warnings
 from rlhf_trainer.cli import main
@@ -17,6 +17,7 @@ from rlhf_trainer.data import read_pairs, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.judges import ModelJudge, both_orders
 from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.server import Server
 
 PROMPTS = ["one day", "two good", "red night", "blue bad", "three yes"]
 TURNS = (
@@ -126,6 +127,15 @@ def test_the_model_judges_itself_by_the_rules_question(parts, config):
     assert result.figures["mass"] == pytest.approx(sum(masses) / 5)
     assert len(result.pairs) == 5
     assert all(0.5 < pair["label"] < 1 for pair in result.pairs)
+
+
+def test_a_server_that_writes_does_not_stand_in_for_the_judge_named(monkeypatch):
+    """--server writes; --judge M is loaded even where --model M is given too."""
+    asked = []
+    monkeypatch.setattr(cai_label, "load_judge", lambda source, **_: asked.append(source) or shorter)
+    cfg = CAILabelConfig(model="m", server="http://127.0.0.1:1/v1#x", judge="m", device="cpu")
+    assert cai_label.find_judge(cfg, cai_label.ServerWriter(cfg, Server(cfg.server), True), ()) is shorter
+    assert asked == ["m"]
 
 
 def test_unsure_pairs_are_dropped(parts, config, tmp_path):

@@ -307,5 +307,14 @@ def test_a_folder_from_the_command_line(tmp_path, capsys, folder):
     given = ["--model", folder, "--prompts", f"{tmp_path}/p.txt", "--output", f"{tmp_path}/r.jsonl"]
     code = main(["cai", "revise", *given, *options])
     err = capsys.readouterr().err
-    assert (code, "r.jsonl: 1 examples from 1 answers" in err) in ((0, True), (2, False))
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        'rlhf cai revise: error: no example came of 1 answers: {"revision too long for the model\'s context": 1}',
+    )
     assert (tmp_path / "r.constitution.yaml").read_text() == (tmp_path / "c.yaml").read_text()
+    given[1::4] = tiny_folder(tmp_path / "longer", max_length=256), f"{tmp_path}/q.jsonl"
+    assert main(["cai", "revise", *given, *options]) == 0
+    assert "q.jsonl: 1 examples from 1 answers" in capsys.readouterr().err
+    (example,) = read_examples(tmp_path / "q.jsonl")[0]
+    assert example.prompt == "one"
+    assert (tmp_path / "q.constitution.yaml").read_text() == (tmp_path / "c.yaml").read_text()

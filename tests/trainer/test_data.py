@@ -52,6 +52,19 @@ def test_json_prompts_text_and_chat(tmp_path):
     assert read_prompts(path, ChatTokenizer()) == ["a", *["<user>hi<eos>\n<assistant>"] * 2]
 
 
+def test_the_answer_at_the_end_of_messages_is_no_prompt(tmp_path):
+    """A file of rlhf sft's data serves as prompts; where "prompt" holds the chat, it is all the prompt."""
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    path = lines(tmp_path / "p.jsonl", {"messages": chat}, {"prompt": chat})
+    assert read_prompts(path, ChatTokenizer()) == [
+        "<user>hi<eos>\n<assistant>",
+        "<user>hi<eos>\n<assistant>yes<eos>\n<assistant>",
+    ]
+    path = lines(tmp_path / "q.jsonl", {"messages": chat}, {"messages": chat[1:]})
+    with pytest.raises(UserError, match=r"q\.jsonl:2: no message to answer"):
+        read_prompts(path, ChatTokenizer())
+
+
 def test_a_template_that_writes_bos_does_not_double_it(tmp_path):
     tokenizer = build_tokenizer(["hi there"], 300)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
