@@ -20,7 +20,7 @@ EXAMPLE = """rlhf cai constitution
   rlhf sft    --model MODEL --data revised.jsonl --output_dir runs/sft-cai
   rlhf cai label  --model runs/sft-cai --judge MODEL --prompts prompts.jsonl --output pairs.jsonl
   rlhf reward --model runs/sft-cai --data pairs.jsonl --output_dir runs/reward
-  rlhf ppo    --model runs/sft-cai --reward runs/reward --prompts prompts.jsonl --output_dir runs/ppo"""
+  rlhf ppo    --model runs/sft-cai --reward runs/reward --prompts pairs.jsonl --output_dir runs/ppo"""
 COMMANDS = {"constitution": constitution, "revise": cai_revise, "label": cai_label}
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config
-from rlhf_trainer.data import read_prompts, write_jsonl
+from rlhf_trainer.data import prompt_records, read_prompts, shown_prompt, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import (
     Values,
@@ -37,7 +37,7 @@ from rlhf_trainer.models import (
 )
 from rlhf_trainer.ppo import token_outputs
 from rlhf_trainer.report import print_report, write_report
-from rlhf_trainer.rewards import RewardFunction, label_index, load_reward, scores_of
+from rlhf_trainer.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
 from rlhf_trainer.rollout import encode_prompts, generate
 from rlhf_trainer.runlog import RunLog
 from rlhf_trainer.win_rates import judged, wins
@@ -59,7 +59,11 @@ class EvalConfig:
         None, "classifier folder (see toxicity_label), or file.py:function, or package.module:function; lower is better"
     )
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
-    reward: str | None = option(None, "reward model folder, or file.py:function, or package.module:function")
+    reward: str | None = option(
+        None, "reward model or classifier folder, or file.py:function, or package.module:function"
+    )
+    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
+    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
     judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
     judge_question: str = option(QUESTION, "what a model or server is asked about two answers")
@@ -216,8 +220,8 @@ def policy_folders(cfg: EvalConfig) -> dict[str, str]:
 def load_toxicity(cfg: EvalConfig, device: torch.device) -> RewardFunction:
     """A function as it is; of a classifier the probability of cfg.toxicity_label."""
     assert cfg.toxicity is not None
-    if not Path(cfg.toxicity).is_dir():
-        return load_reward(cfg.toxicity)
+    if is_function(cfg.toxicity):
+        return load_function(cfg.toxicity)
     model = load_reward_model(cfg.toxicity, trust_remote_code=cfg.trust_remote_code).to(device).eval()
     tokenizer = load_tokenizer(
         cfg.toxicity, cfg.pad_token, cfg.trust_remote_code, generates=score_head(model) is not None
@@ -245,7 +249,8 @@ def load_scorers(cfg: EvalConfig, device: torch.device) -> dict[str, RewardFunct
     if cfg.toxicity:
         scorers["toxicity"] = load_toxicity(cfg, device)
     if cfg.reward:
-        scorers["reward"] = load_reward(cfg.reward, **options)
+        shown: dict[str, Any] = {"label": cfg.reward_label, "completion_only": cfg.reward_completion_only}
+        scorers["reward"] = load_reward(cfg.reward, **shown, **options)
     for entry in cfg.measures:
         name, equals, source = entry.partition("=")
         if not equals or not name or not source:
@@ -267,7 +272,11 @@ def measure_policies(
     folders = policy_folders(cfg) if policies is None else dict.fromkeys(policies, "")
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
-    prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
+    asked = prompts  # as a judge reads them
+    if prompts is None:
+        prompts = read_prompts(cfg.prompts, tokenizer)
+        asked = [shown_prompt(prompt) for _, prompt in prompt_records(cfg.prompts)]
+    prompts, asked = prompts[: cfg.max_prompts], (asked or prompts)[: cfg.max_prompts]
     scorers = load_scorers(cfg, device) | dict(scorers or {})
     judge = load_own_judge(cfg, device) if judge is None and cfg.judge else judge
     values: dict[str, dict[str, Values]] = {}
@@ -289,7 +298,7 @@ def measure_policies(
             answers[name] = answer(cfg, policy, reference, own, prompts, log)
             values[name] = measure_all(answers[name], prompts, scorers, policy is reference)
             texts = {known: each.completions for known, each in answers.items()}
-            values[name] |= win_rates(prompts, values, texts, name, judge)
+            values[name] |= win_rates(asked, values, texts, name, judge)
     result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
     result |= compare(cfg, values, answers)
     result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg, scorers, judge)), result)

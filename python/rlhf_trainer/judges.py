@@ -12,7 +12,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from rlhf_trainer.data import render_prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import context_length, encode_completion, left_pad, load_causal, load_tokenizer
-from rlhf_trainer.rewards import load_function, scores_of
+from rlhf_trainer.rewards import is_function, load_function, scores_of
 from rlhf_trainer.server import RefusedError, Server, is_url
 from rlhf_trainer.supervised import encode_row
 
@@ -58,7 +57,7 @@ def load_judge(
     """
     if is_url(source):
         return ServerJudge(Server(source, **server), question, chat=chat is not False, shots=shots)
-    if ":" in source and not Path(source).is_dir():
+    if is_function(source):
         return load_function(source)
     tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
     model: Any = load_causal(source, tokenizer, trust_remote_code=trust_remote_code)
@@ -213,6 +212,14 @@ class ServerJudge:
         return [0.5 if probability is None else probability for probability in found]
 
     def _ask(self, text: str) -> float | None:
+        try:
+            return self._compared(text)
+        except RefusedError as error:
+            if "context" not in str(error).lower():
+                raise
+            return None  # longer than the model's context
+
+    def _compared(self, text: str) -> float | None:
         asked: str | list[dict[str, str]] = plain_request(text, self.shots)
         wanted: dict[str, Any] = {"logprobs": 5}
         if self.chat:

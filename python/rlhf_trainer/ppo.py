@@ -51,7 +51,7 @@ class PPOConfig:
     ref_model: str | None = option(None, "folder of the frozen reference; none: the policy as it is at the start")
     reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
     reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
-    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
+    reward_completion_only: bool = option(False, "show the reward models the completion without its prompt")
     gold_reward: str | None = option(
         None, "a second reward that is only watched: falling while the first rises is over-fitting; see stop_gold"
     )
@@ -195,7 +195,9 @@ def train_ppo(
     reference_is_policy = starts_equal(policy, reference)
     gold = None
     if cfg.gold_reward is not None:
-        gold = load_reward(cfg.gold_reward, label=cfg.gold_label, device=device, dtype=cfg.dtype)
+        kind: dict[str, Any] = {"label": cfg.gold_label, "completion_only": cfg.reward_completion_only}
+        folder: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
+        gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
     value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
     precision.halve(policy, cfg.dtype)

@@ -61,7 +61,7 @@ def load_reward(
     Raises:
         UserError: no such folder, file, function or class.
     """
-    if ":" in source and not Path(source).is_dir():
+    if is_function(source):
         return load_function(source)
     mean, std = load_normalisation(source)
     model: PreTrainedModel | Adapter
@@ -110,6 +110,11 @@ def output_index(outputs: int, label: str | None, source: str) -> int:
     if not number.isdigit() or int(number) >= outputs:
         raise UserError(f"{source} has {outputs} classes without names; say which by number with --reward_label")
     return int(number)
+
+
+def is_function(source: str) -> bool:
+    """Whether `source` names a function, and no folder or hub name."""
+    return ":" in source and not Path(source).is_dir()
 
 
 def load_function(source: str) -> RewardFunction:

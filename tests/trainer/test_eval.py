@@ -16,6 +16,7 @@ from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import encode_completion, encode_prompt, load_causal, load_tokenizer
+from rlhf_trainer.rewards import load_reward
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 MEASURE = """
@@ -68,6 +69,7 @@ def test_distinct_counts_grams_over_all_texts():
     assert left_out.tolist() == [1.0, 1.0]
     assert evaluation.distinct(["a b a", "a"], 1)[0] == 2 / 4
     assert evaluation.distinct(["", ""], 2)[0] == 0.0
+    assert evaluation.distinct([], 2)[0] == 0.0
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
@@ -164,9 +166,7 @@ def test_a_policy_equal_to_the_reference_is_at_kl_zero_and_answers_the_same(plac
         assert change == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
-@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
-def test_toxicity_is_the_probability_of_the_class(places, tmp_path, problem):
-    tokenizer = load_tokenizer(places / "sft")
+def save_classifier(tokenizer, folder, problem=None):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     labels = {"id2label": {0: "fine", 1: "toxic", 2: "odd"}, "label2id": {"fine": 0, "toxic": 1, "odd": 2}}
     torch.manual_seed(0)
@@ -174,8 +174,14 @@ def test_toxicity_is_the_probability_of_the_class(places, tmp_path, problem):
         LlamaConfig(vocab_size=len(tokenizer), **shape, **labels, problem_type=problem)
     )
     model.score.weight.data.mul_(50)  # a random head hardly differs from class to class
-    model.save_pretrained(tmp_path / "classifier")
-    tokenizer.save_pretrained(tmp_path / "classifier")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_toxicity_is_the_probability_of_the_class(places, tmp_path, problem):
+    tokenizer = load_tokenizer(places / "sft")
+    save_classifier(tokenizer, tmp_path / "classifier", problem)
     scorer = evaluation.load_toxicity(
         config(places, tmp_path, toxicity=f"{tmp_path}/classifier", toxicity_label="toxic"), torch.device("cpu")
     )
@@ -190,6 +196,59 @@ def test_toxicity_is_the_probability_of_the_class(places, tmp_path, problem):
         assert score == pytest.approx(expected[1].item(), rel=1e-4)
     with pytest.raises(UserError, match="--toxicity_label"):
         evaluation.load_toxicity(config(places, tmp_path, toxicity=f"{tmp_path}/classifier"), torch.device("cpu"))
+
+
+def test_a_name_without_a_folder_is_the_hubs(places, tmp_path, monkeypatch):
+    """As in the detoxification lab: --toxicity owner/classifier, which is neither a folder nor a function."""
+    save_classifier(load_tokenizer(places / "sft"), tmp_path / "owner" / "classifier")
+    asked = []
+    real = evaluation.load_reward_model, evaluation.load_tokenizer
+    monkeypatch.setattr(
+        evaluation,
+        "load_reward_model",
+        lambda name, **options: asked.append(name) or real[0](tmp_path / name, **options),
+    )
+    monkeypatch.setattr(
+        evaluation, "load_tokenizer", lambda name, *options, **more: real[1](tmp_path / name, *options, **more)
+    )
+    cfg = config(places, tmp_path, toxicity="owner/classifier", toxicity_label="toxic")
+    (score,) = evaluation.load_toxicity(cfg, torch.device("cpu"))(PROMPTS[:1], [" good"])
+    assert asked == ["owner/classifier"]
+    assert 0 < score < 1
+
+
+def test_reward_of_a_classifier_is_its_class_and_may_see_the_completion_alone(places, tmp_path):
+    folder = tmp_path / "classifier"
+    save_classifier(load_tokenizer(places / "sft"), folder)
+    options = {"reward": str(folder), "reward_label": "fine"}
+    found = {}
+    for alone in (False, True):
+        cfg = config(places, tmp_path, **options, reward_completion_only=alone)
+        found[alone] = evaluation.load_scorers(cfg, torch.device("cpu"))["reward"](PROMPTS[:2], [" good", " night"])
+        direct = load_reward(str(folder), label="fine", completion_only=alone)
+        assert found[alone] == direct(PROMPTS[:2], [" good", " night"])
+    assert found[False] != found[True]
+
+
+def test_a_judge_reads_a_chat_without_the_templates_tokens(places, tmp_path):
+    tiny_folder(tmp_path / "chat")
+    tokenizer = load_tokenizer(tmp_path / "chat")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    user = {"role": "user", "content": "good day"}
+    turns = [user, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "one"}]
+    write_jsonl(tmp_path / "chats.jsonl", [{"prompt": [user]}, {"messages": [user, turns[1]]}, {"prompt": turns}])
+    seen = []
+
+    def judge(prompts, answers, others):
+        seen.extend(prompts)
+        return [0.5] * len(prompts)
+
+    cfg = config(
+        places, tmp_path, before=f"{tmp_path}/chat", after=[f"{places}/ppo"], prompts=f"{tmp_path}/chats.jsonl"
+    )
+    evaluation.measure_policies(cfg, judge=judge)
+    assert seen[:3] == ["good day", "good day", "user: good day\n\nassistant: yes\n\nuser: one"]
 
 
 def test_run_leaves_figures_completions_and_a_page(places, tmp_path, capsys):

@@ -139,6 +139,23 @@ def test_a_server_without_logprobs_is_asked_by_text():
         assert [bool(payload.get("logprobs")) for _, payload, _ in seen] == [True, False, False]
 
 
+def test_a_comparison_that_a_server_finds_too_long_is_unclear():
+    """One long answer must not end a run of thousands; another refusal must."""
+
+    def answer(path, payload):
+        text = payload["messages"][-1]["content"]
+        if "one day" in text:
+            return 400, {"error": {"message": "maximum context length is 64 tokens"}}
+        return (200, said("A")) if "fine" in text else (400, {"error": {"message": "no such model"}})
+
+    with serving(answer) as (url, _):
+        judge = ServerJudge(Server(f"{url}#m", parallel=1))
+        assert judge(["one day", "fine"], ["good", "a"], ["bad", "b"]) == [0.5, 1.0]
+        assert judge.notes["unclear"] == [1.0, 0.0]
+        with pytest.raises(UserError, match="no such model"):
+            judge(["two"], ["a"], ["b"])
+
+
 def test_a_server_of_a_base_model_goes_on_with_the_text():
     def answer(path, payload):
         assert path == "/v1/completions"

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer import PPOConfig, ppo, ppo_metrics, train_ppo
+from rlhf_trainer import PPOConfig, ppo, ppo_inputs, ppo_metrics, train_ppo
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import InvariantError, UserError
 from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
 from rlhf_trainer.models import save_folder
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.value_head import VALUE_HEAD, ValueHead
-from rlhf_trainer.watch import Watch, distinct, repetition
+from rlhf_trainer.watch import Watch, repetition
 
 TOKENIZER = make_tokenizer()
 TIMES = ("eps", "tokens_per_second", "seconds/rollout", "seconds/scoring", "seconds/update")
@@ -351,10 +351,27 @@ def test_a_faulty_reward_leaves_no_policy_behind(folders, capsys):
 # The watch
 
 
-def test_distinct_and_repetition_by_hand():
-    assert distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+def test_the_gold_reward_is_loaded_as_the_reward_is(monkeypatch):
+    """It sees what the reward sees, and a folder without a padding token works for both."""
+    asked = {}
+
+    def load(source, **options):
+        asked[source] = options
+        return oracle
+
+    monkeypatch.setattr(ppo, "load_reward", load)
+    monkeypatch.setattr(ppo_inputs, "load_reward", load)
+    options = {"reward_completion_only": True, "reward_label": "fine", "gold_label": "kind"}
+    cfg = config(reward="r", gold_reward="g", pad_token="<pad>", updates=1, **options)
+    train_ppo(cfg, model=make_model(TOKENIZER, 0), tokenizer=TOKENIZER, prompts=PROMPTS)
+    del asked["r"]["base"]  # an adapter of its own on the policy's base is the reward's alone
+    assert asked["g"] == asked["r"] | {"label": "kind"}
+    assert asked["g"]["completion_only"] is True
+
+
+def test_repetition_by_hand():
     assert repetition(["no no no yes", "a b"]) == pytest.approx((2 / 3 + 0) / 2)
-    assert distinct([], 2) == repetition([]) == 0
+    assert repetition([]) == 0
 
 
 def test_the_watch_names_the_metric():
