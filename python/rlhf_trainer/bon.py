@@ -58,6 +58,7 @@ class BonResult:
     best: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     figures: dict[str, Any]
+    output: str  # "": nothing was written
 
 
 def run(cfg: BonConfig) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def best_of_n(
     figures = statistics(cfg, samples)
     if cfg.output:
         write_files(cfg, best, samples, figures)
-    return BonResult(best, samples, figures)
+    return BonResult(best, samples, figures, cfg.output)
 
 
 def score(records: list[dict[str, Any]], reward: RewardFunction, cfg: BonConfig) -> list[dict[str, Any]]:

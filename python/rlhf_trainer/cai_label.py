@@ -76,6 +76,7 @@ class CAILabelResult:
     pairs: list[dict[str, Any]]
     judged: list[dict[str, Any]]
     figures: dict[str, Any]
+    output: str  # "": nothing was written
 
 
 def run(cfg: CAILabelConfig) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def label_answers(
             f"no pair came of {figures['comparisons']} comparisons: {figures['ties']} ties, "
             f"{figures['below_min_confidence']} below --min_confidence {cfg.min_confidence:g}"
         )
-    return CAILabelResult(pairs, judged, figures)
+    return CAILabelResult(pairs, judged, figures, cfg.output)
 
 
 def check_options(cfg: CAILabelConfig, model: bool, prompts: bool, judge: bool) -> None:

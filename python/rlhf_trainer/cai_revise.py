@@ -72,6 +72,7 @@ class CAIReviseResult:
     examples: list[dict[str, Any]]
     transcripts: list[dict[str, Any]]
     figures: dict[str, Any]
+    output: str  # "": nothing was written
 
 
 def run(cfg: CAIReviseConfig) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def revise_answers(
         write_files(cfg, examples, asked, transcripts, figures)
     if not examples:
         raise UserError(f"no example came of {len(asked)} answers: {figures['left_out']}")
-    return CAIReviseResult(examples, transcripts, figures)
+    return CAIReviseResult(examples, transcripts, figures, cfg.output)
 
 
 def revise_batches(

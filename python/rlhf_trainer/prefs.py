@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,8 @@ class PrefsResult:
     read: Preferences
     votes: Votes
     agreement: Agreement | None
-    ranked: list[Ranked] = field(default_factory=list)
+    ranked: list[Ranked]
+    output: str  # "": nothing was written
 
 
 def read_options(cfg: PrefsConfig) -> Options:
@@ -101,6 +102,7 @@ def make_pairs(cfg: PrefsConfig) -> PrefsResult:
         raise UserError(f"{', '.join(cfg.data)}: no pair came of it")
     if cfg.output and not cfg.check:
         write_files(cfg, result)
+        result.output = cfg.output
     return result
 
 
@@ -115,7 +117,7 @@ def prepare(cfg: PrefsConfig) -> PrefsResult:
     voted = ((pair, where) for record, where in kept for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
     pairs = check_pairs([*read.pairs, *voted])
     ranked = [record for record, _ in kept if record.rankings]
-    return PrefsResult(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked)
+    return PrefsResult(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked, "")
 
 
 def _leave_out(record: Ranked, names: list[str]) -> Ranked:

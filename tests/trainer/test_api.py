@@ -66,6 +66,7 @@ def test_a_result_is_a_dataclass_that_describes_itself(name):
     result = getattr(rlhf_trainer, name)
     assert dataclasses.is_dataclass(result)
     assert not result.__doc__.startswith(f"{name}(")  # the one that dataclass makes
+    assert {field.name for field in dataclasses.fields(result)} & {"output_dir", "output"}  # what it wrote
 
 
 def test_the_chain_from_objects_writes_nothing(tmp_path, monkeypatch):
@@ -118,7 +119,10 @@ def test_make_pairs_writes_what_it_is_asked_to(tmp_path):
     result = make_pairs(PrefsConfig(data=[data]))
     assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("b", "a")]
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
-    make_pairs(PrefsConfig(data=[data], output=str(tmp_path / "pairs.jsonl")))
+    assert result.output == ""
+    assert (
+        make_pairs(PrefsConfig(data=[data], output=str(tmp_path / "pairs.jsonl"))).output == f"{tmp_path}/pairs.jsonl"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.report.json", "r.jsonl"]
 
 
