@@ -1,4 +1,8 @@
-"""What tests/soak.py runs of each op: outputs and gradients of one random call, and how large its numbers get."""
+"""What tests/soak.py runs of each op: outputs and gradients of one random call, and how large its numbers get.
+
+The unit of an error is an ulp (of fp32, or of a 16-bit product) at the largest number that the result comes from: what
+one rounding on the way makes of it, not the last place of the result itself, which cancellation may leave far smaller.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import NamedTuple
 
 import strategies
 import torch
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
@@ -26,6 +31,7 @@ class Output(NamedTuple):
 class Soaked(NamedTuple):
     calls: SearchStrategy
     check: Callable[[object, str, str], float]  # (call, backend, device) -> worst error; AssertionError at a mismatch
+    kernel: bool = True  # whether there is one; if not, the backend is "reference": plain PyTorch in the call's dtypes
 
 
 def compared(
@@ -33,13 +39,13 @@ def compared(
 ) -> Soaked:
     """run(call, cast) on the backend against the reference in float64; `cast` takes a float tensor to where it runs.
 
-    kernel: whether there is one; if not, plain PyTorch in the call's dtypes is compared. limit: of the error.
+    run calls the op once, forward and backward. limit: of the error.
     """
 
     def check(call: object, backend: str, device: str) -> float:
         with rk.use_backend("reference"):
             truths = run(call, lambda x: x.double())
-        with rk.use_backend(backend if kernel else "reference"):
+        with rk.use_backend(backend):
             results = run(call, lambda x: x.to(device))
         worst = 0.0
         for number, (got, exact) in enumerate(zip(results, truths, strict=True)):
@@ -48,7 +54,7 @@ def compared(
             worst = max(worst, error)
         return worst
 
-    return Soaked(calls, check)
+    return Soaked(calls, check, kernel)
 
 
 def _error(got: Output, truth: Output) -> float:
@@ -85,18 +91,16 @@ def _selected_logprobs(call: strategies.LogitsCall, cast: Callable) -> list[Outp
     return [*(Output(y, 90.0, call.mask) for y in outputs), Output(grad, 90.0, call.mask)]
 
 
-def _full_kl(call: strategies.LogitsCall, cast: Callable) -> list[Output]:
+def _full_kl(drawn: tuple[strategies.LogitsCall, str], cast: Callable) -> list[Output]:
+    call, direction = drawn
+    x = cast(call.logits).detach().requires_grad_()
     ref_logits = cast(call.logits.flip(-1) * 0.75)  # exact in every dtype
     temperature = cast(call.temperature) if isinstance(call.temperature, Tensor) else call.temperature
-    mask = None if call.mask is None else call.mask.to(ref_logits.device)
-    outputs = []
-    for direction in ("reverse", "forward", "jsd"):
-        x = cast(call.logits).detach().requires_grad_()
-        kl = rk.full_kl(x, ref_logits, direction=direction, temperature=temperature, mask=mask)
-        (grad,) = torch.autograd.grad(kl.sum(), x)
-        involved = 90.0 + 2 * _largest(call.logits if call.mask is None else call.logits[call.mask])
-        outputs += [Output(kl, involved, call.mask), Output(grad, involved, call.mask)]
-    return outputs
+    mask = None if call.mask is None else call.mask.to(x.device)
+    kl = rk.full_kl(x, ref_logits, direction=direction, temperature=temperature, mask=mask)
+    (grad,) = torch.autograd.grad(kl.sum(), x)
+    involved = 90.0 + 2 * _largest(call.logits if call.mask is None else call.logits[call.mask])
+    return [Output(kl, involved, call.mask), Output(grad, involved, call.mask)]
 
 
 def _ppo_advantages(call: strategies.BatchCall, cast: Callable) -> list[Output]:
@@ -137,15 +141,12 @@ def _counted(call: strategies.BatchCall) -> list[Tensor]:
     return [torch.where(mask, x, torch.zeros_like(x)).double() for x in call.tensors]
 
 
-def _per_token_kl(call: strategies.BatchCall, cast: Callable) -> list[Output]:
+def _per_token_kl(drawn: tuple[strategies.BatchCall, str], cast: Callable) -> list[Output]:
     """Masks are not this op's: what they would hide is NaN in, NaN out."""
-    outputs = []
-    for estimator in ("k1", "k2", "k3", "abs"):
-        a, b = (cast(x).detach().requires_grad_() for x in call.tensors[:2])
-        kl = rk.per_token_kl(a, b, estimator=estimator)
-        grads = torch.autograd.grad(kl.sum(), (a, b))
-        outputs += [Output(y, 1.0) for y in (kl, *grads)]
-    return outputs
+    call, estimator = drawn
+    a, b = (cast(x).detach().requires_grad_() for x in call.tensors[:2])
+    kl = rk.per_token_kl(a, b, estimator=estimator)
+    return [Output(y, 1.0) for y in (kl, *torch.autograd.grad(kl.sum(), (a, b)))]
 
 
 def _shaped_rewards(call: strategies.BatchCall, cast: Callable) -> list[Output]:
@@ -170,28 +171,26 @@ def _whiten(call: strategies.BatchCall, cast: Callable) -> list[Output]:
     ]
 
 
-def _policy_loss(call: strategies.BatchCall, cast: Callable) -> list[Output]:
+def _policy_loss(drawn: tuple[strategies.BatchCall, dict], cast: Callable) -> list[Output]:
+    call, options = drawn
     logprobs, old, advantages, weights = (cast(x).detach() for x in call.tensors)
     logprobs.requires_grad_()
     mask = None if call.mask is None else call.mask.to(logprobs.device)
     new_counted, old_counted, adv_counted, weight_counted = _counted(call)
     terms = (new_counted - old_counted).clamp(-20, 20).exp() * adv_counted * (weight_counted if call.flag else 1)
-    outputs = []
-    for options in ({}, {"dual_clip": 3.0, "clip_high": 0.3}, {"ratio": "sequence"}):
-        loss, stats = rk.policy_loss(
-            *(logprobs, old, advantages, mask),
-            importance_weights=weights if call.flag else None,
-            aggregate=call.aggregate,
-            **options,
-        )
-        (grad,) = torch.autograd.grad(loss, logprobs)
-        # The last place of an exponent, of 20 or of a mean over larger ones, is a relative error of its exponential.
-        exponent = max(20.0, _largest(new_counted, old_counted) if options.get("ratio") else 20.0)
-        scale = exponent * _largest(terms) * max(1.0, terms.numel() ** 0.5)
-        ratios = exponent * _largest((new_counted - old_counted).clamp(-20, 20).exp())
-        outputs += [Output(loss, scale), Output(grad, scale, call.mask)]
-        outputs += [Output(x, ratios) for name, x in stats.items() if "fraction" not in name]
-    return outputs
+    loss, stats = rk.policy_loss(
+        *(logprobs, old, advantages, mask),
+        importance_weights=weights if call.flag else None,
+        aggregate=call.aggregate,
+        **options,
+    )
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    # The last place of an exponent, of 20 or of a mean over larger ones, is a relative error of its exponential.
+    exponent = max(20.0, _largest(new_counted, old_counted) if options.get("ratio") else 20.0)
+    scale = exponent * _largest(terms) * max(1.0, terms.numel() ** 0.5)
+    ratios = exponent * _largest((new_counted - old_counted).clamp(-20, 20).exp())
+    stats_compared = [Output(x, ratios) for name, x in stats.items() if "fraction" not in name]
+    return [Output(loss, scale), Output(grad, scale, call.mask), *stats_compared]
 
 
 def _value_loss(call: strategies.BatchCall, cast: Callable) -> list[Output]:
@@ -204,15 +203,15 @@ def _value_loss(call: strategies.BatchCall, cast: Callable) -> list[Output]:
     return [Output(loss, largest**2 * max(1.0, values.numel() ** 0.5)), Output(grad, largest, call.mask)]
 
 
-def _pairwise_loss(call: strategies.PreferenceCall, cast: Callable) -> list[Output]:
+def _pairwise_loss(drawn: tuple[strategies.PreferenceCall, str], cast: Callable) -> list[Output]:
+    call, reduction = drawn
     chosen, rejected = (cast(x).detach().requires_grad_() for x in call.pairs[:2])
     margin, label = (cast(x) if isinstance(x, Tensor) else x for x in (call.margin, call.label))
-    losses = rk.pairwise_loss(chosen, rejected, margin=margin, label=label, reduction="none")
-    mean = rk.pairwise_loss(chosen, rejected, margin=margin, label=label)
+    losses = rk.pairwise_loss(chosen, rejected, margin=margin, label=label, reduction=reduction)
     grads = torch.autograd.grad(losses.sum(), (chosen, rejected))
     # The last place of the difference is an error of the loss and, relatively, of its slope.
     involved = _largest(*call.pairs[:2])
-    return [Output(losses, involved), Output(mean, involved), *(Output(grad, involved) for grad in grads)]
+    return [Output(losses, involved), *(Output(grad, involved) for grad in grads)]
 
 
 def _dpo_loss(call: strategies.PreferenceCall, cast: Callable) -> list[Output]:
@@ -237,18 +236,23 @@ def _group_advantages(call: strategies.PreferenceCall, cast: Callable) -> list[O
     return [Output(rk.group_advantages(scores, groups, kind=call.kind), 1e-30)]
 
 
+_LOGITS, _BATCHES, _PREFERENCES = (
+    make() for make in (strategies.logits_calls, strategies.batch_calls, strategies.preference_calls)
+)
+_POLICY_OPTIONS = st.sampled_from([{}, {"dual_clip": 3.0, "clip_high": 0.3}, {"ratio": "sequence"}])
+
 SOAKED = {
-    "dpo_loss": compared(strategies.preference_calls(), _dpo_loss, kernel=False),
-    "full_kl": compared(strategies.logits_calls(), _full_kl),
+    "dpo_loss": compared(_PREFERENCES, _dpo_loss, kernel=False),
+    "full_kl": compared(st.tuples(_LOGITS, st.sampled_from(["reverse", "forward", "jsd"])), _full_kl),
     "gae": compared(strategies.gae_calls(), _gae),
     "gae_packed": compared(strategies.packed_calls(), _gae_packed),
-    "group_advantages": compared(strategies.preference_calls(), _group_advantages, kernel=False),
-    "pairwise_loss": compared(strategies.preference_calls(), _pairwise_loss, kernel=False),
-    "per_token_kl": compared(strategies.batch_calls(), _per_token_kl),
-    "policy_loss": compared(strategies.batch_calls(), _policy_loss),
-    "ppo_advantages": compared(strategies.batch_calls(), _ppo_advantages),
-    "selected_logprobs": compared(strategies.logits_calls(), _selected_logprobs),
-    "shaped_rewards": compared(strategies.batch_calls(), _shaped_rewards),
-    "value_loss": compared(strategies.batch_calls(), _value_loss),
-    "whiten": compared(strategies.batch_calls(), _whiten),
+    "group_advantages": compared(_PREFERENCES, _group_advantages, kernel=False),
+    "pairwise_loss": compared(st.tuples(_PREFERENCES, st.sampled_from(["mean", "none"])), _pairwise_loss, kernel=False),
+    "per_token_kl": compared(st.tuples(_BATCHES, st.sampled_from(["k1", "k2", "k3", "abs"])), _per_token_kl),
+    "policy_loss": compared(st.tuples(_BATCHES, _POLICY_OPTIONS), _policy_loss),
+    "ppo_advantages": compared(_BATCHES, _ppo_advantages),
+    "selected_logprobs": compared(_LOGITS, _selected_logprobs),
+    "shaped_rewards": compared(_BATCHES, _shaped_rewards),
+    "value_loss": compared(_BATCHES, _value_loss),
+    "whiten": compared(_BATCHES, _whiten),
 }

@@ -236,9 +236,10 @@ class SamplingCall(NamedTuple):
     top_k: int | None
     top_p: float | None
     seed: int
+    repeat: int  # how many first rows of [B, T] to draw a second time, with the same seed
 
     def __repr__(self) -> str:
-        return f"top_k {self.top_k}, top_p {self.top_p}, seed {self.seed}, {self.call}"
+        return f"top_k {self.top_k}, top_p {self.top_p}, seed {self.seed}, repeat {self.repeat}, {self.call}"
 
 
 _SAMPLING = st.builds(
@@ -247,6 +248,7 @@ _SAMPLING = st.builds(
     st.sampled_from([None, None, 1, 2, 5, 30, 127, 10**6]),
     st.sampled_from([None, None, 1e-6, 0.1, 0.5, 0.8, 0.9999, 1.0]),
     st.integers(0, 2**63 - 1),
+    st.sampled_from([0, 0, 0, 0, 0, 0, 1, 3]),  # 3: all there are
 )
 
 
