@@ -93,6 +93,18 @@ def _divergences(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup 
     return _gradients(outputs, leaves)
 
 
+def _jsd_of_near_policies(part: slice, group: dist.ProcessGroup | None, dtype: torch.dtype) -> Tensor:
+    """The terms of both signs cancel to a thousandth of their size; logits are exact in 16 bits."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randint(-3, 4, shape, generator=generator) / 2.0 for shape in ((N, D), (V, D)))
+    weight[:, 0] = weight[:, 0].sign()
+    other = hidden.clone()
+    hidden[:, 0], other[:, 0] = 1 / 16, 2 / 16
+    head = weight[part].to(dtype)
+    options = {"direction": "jsd", "temperature": 2.0, "process_group": group}
+    return rk.linear_kl(hidden.to(dtype), head, other.to(dtype), head, **options)
+
+
 def _rank(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -109,6 +121,8 @@ def _rank(rank: int, world: int, port: int) -> None:
                 whole = b[mine] if b.shape[:1] == (V,) else b
                 scale = b.double().abs().nan_to_num(posinf=0.0).max().clamp(min=1e-3)
                 torch.testing.assert_close(a.double() / scale, whole.double() / scale, rtol=0, atol=tolerance)
+        near = [_jsd_of_near_policies(*shard, dtype) for shard in ((mine, dist.group.WORLD), (slice(None), None))]
+        torch.testing.assert_close(*near, rtol=1e-3, atol=0)
         try:
             rk.linear_logprobs(
                 case["hidden"], case["weight"][mine], torch.full((N,), V), process_group=dist.group.WORLD

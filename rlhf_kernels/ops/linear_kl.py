@@ -14,7 +14,7 @@ from rlhf_kernels.ops.full_kl import DIRECTIONS
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
 from rlhf_kernels.ops.linear_shards import gathered, merged_kl, summed
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, TILE_BYTES, Rows
 from rlhf_kernels.reference import full_kl as reference
 from rlhf_kernels.reference.linear import head_logits
 
@@ -123,19 +123,24 @@ class _Pair:
     def _halves(self, rows: Rows, logits: Tensor, ref_logits: Tensor, whole: Tensor) -> Tensor:
         """This shard's part of KL(p || m) and KL(q || m) [R, 2] float64.
 
-        From jsd's gradient with 0 for their totals, (g / 2T) p log(p / m); g lifts it out of float16's subnormals.
+        From jsd's gradient with 0 for their totals, (g / 2T) p log(p / m): terms of both signs that nearly cancel where
+        p is near q, so none is rounded to 16 bits. A few rows at a time: there is room for a third matrix of logits.
         """
-        lift = 2.0**14
-        temperature = self.own.temperature(rows)
-        g = torch.zeros_like(whole[:, 0], dtype=torch.float32) + 2 * lift * temperature
+        (_, count, vocab), size = logits.shape, logits.element_size()
         whole = torch.where(torch.arange(5, device=whole.device) == 4, 0.0, whole).float()
-        sides = (logits, ref_logits, whole), (ref_logits, logits, whole[:, [2, 3, 0, 1, 4]])
-        scalars = (None, self.own.head.temperature, rows.temperature, DIRECTIONS.index("jsd"))
-        parts = [
-            self.own.backend.full_kl_bwd(g.float(), x, y, *scalars, stats.contiguous()).sum(-1, dtype=torch.float64)
-            for x, y, stats in sides
-        ]
-        return torch.stack([part.flatten() / lift for part in parts], 1)
+        g = (torch.zeros_like(whole[:, 0]) + 2 * self.own.temperature(rows)).float()
+        halves = whole.new_empty((count, 2), dtype=torch.float64)
+        wide = 12 + (8 if size < 4 else 0)  # bytes: the terms, their float64 copy, and what logits are in 16 bits
+        step = max(1, min(count * size, TILE_BYTES // vocab) // wide)
+        for some in (slice(start, start + step) for start in range(0, count, step)):
+            x, y = (side[:, some].float() for side in (logits, ref_logits))
+            own = whole[some]
+            temperature = None if rows.temperature is None else rows.temperature[some]
+            scalars = (None, self.own.head.temperature, temperature, DIRECTIONS.index("jsd"))
+            for half, (a, b, stats) in enumerate(((x, y, own), (y, x, own[:, [2, 3, 0, 1, 4]]))):
+                terms = self.own.backend.full_kl_bwd(g[some], a, b, *scalars, stats.contiguous())
+                halves[some, half] = terms.view(-1, vocab).sum(-1, dtype=torch.float64)
+        return halves
 
     def gradient(self, rows: Rows, logits: Tensor, ref_logits: Tensor, grad: Tensor, stats: Tensor) -> Tensor:
         """grad [R] -> gradient of the chunk's products [R, V]; its logits are used up."""
