@@ -1,30 +1,51 @@
-"""Peak memory of one call of the linear family beyond its inputs and gradients, in bytes on stdout.
+"""Peak memory of calls of the linear family beyond their inputs and gradients: one line of bytes for each.
 
-Run as a program, one call a process: `linear_memory.py {policy|logprobs|lora} {float32|bfloat16} N V D`.
+Run as a program: `linear_memory.py CASE...`, a CASE being OP:DTYPE:N:V:D:WORKSPACE with OP of CALLS, workspace in KiB.
+Each runs in a process of its own, forked with the libraries loaded and nothing allocated yet.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+import traceback
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import rlhf_kernels as rk
 
 
-def call(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-    if op == "lora":  # a frozen weight, its low-rank addition trained
-        vocab, width = weight.shape
-        low = [torch.zeros(shape, requires_grad=True) for shape in ((8, width), (vocab, 8))]
-        logprobs = rk.linear_logprobs(hidden, weight.detach(), labels, lora=(*low, 2.0), workspace=16 << 20)
-        return list(torch.autograd.grad(logprobs.sum(), (hidden, *low)))
-    if op == "logprobs":
-        logprobs = rk.linear_logprobs(hidden, weight, labels)
-        return list(torch.autograd.grad(logprobs.sum(), (hidden, weight)))
+def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
+    found = rk.linear_logprobs(hidden, weight, labels, workspace=workspace)
+    return list(torch.autograd.grad(found.sum(), (hidden, weight)))
+
+
+def policy(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
     x = torch.zeros(labels.shape)
-    loss, _ = rk.linear_policy_loss(hidden, weight, labels, x - 10, x + 1, clip_high=1e9)
+    loss, _ = rk.linear_policy_loss(hidden, weight, labels, x - 10, x + 1, clip_high=1e9, workspace=workspace)
     return list(torch.autograd.grad(loss, (hidden, weight)))
+
+
+def lora(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
+    """A frozen weight, its low-rank addition trained."""
+    low = [torch.zeros(shape, requires_grad=True) for shape in ((8, weight.shape[1]), (weight.shape[0], 8))]
+    found = rk.linear_logprobs(hidden, weight.detach(), labels, lora=(*low, 2.0), workspace=workspace)
+    return list(torch.autograd.grad(found.sum(), (hidden, *low)))
+
+
+def sharded_jsd(hidden: Tensor, weight: Tensor, _labels: Tensor, workspace: int) -> list[Tensor]:
+    """The weight as the only shard of a vocabulary."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    options = {"direction": "jsd", "workspace": workspace, "process_group": dist.group.WORLD}
+    found = rk.linear_kl(hidden, weight, hidden.detach(), weight.detach(), **options)
+    return list(torch.autograd.grad(found.sum(), (hidden, weight)))
+
+
+CALLS = {call.__name__: call for call in (logprobs, policy, lora, sharded_jsd)}
 
 
 def resident() -> int:
@@ -43,16 +64,30 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-if __name__ == "__main__":
-    op, dtype, *sizes = sys.argv[1:]
-    N, V, D = map(int, sizes)
+def measured(op: str, dtype: str, *sizes: str) -> int:
+    N, V, D, workspace = map(int, sizes)
     torch.set_num_threads(1)
-    tiny = [torch.zeros(2, D, dtype=getattr(torch, dtype)).requires_grad_() for _ in range(2)]
-    call(op, *tiny, torch.zeros(2, dtype=torch.int64))  # libraries load their own
-    hidden = torch.randn(N, D).to(getattr(torch, dtype)).requires_grad_()
-    weight = torch.zeros(V, D, dtype=getattr(torch, dtype)).normal_(std=0.05).requires_grad_()
-    labels = torch.randint(0, V, (N,))
+
+    def matrix(rows: int) -> Tensor:
+        return torch.full((rows, D), 1 / 8, dtype=getattr(torch, dtype)).requires_grad_()
+
+    CALLS[op](matrix(2), matrix(2), torch.zeros(2, dtype=torch.int64), 1 << 20)  # libraries load their own
+    inputs = matrix(N), matrix(V), torch.arange(N) % V
     before = resident()
     reset_peak()
-    grads = call(op, hidden, weight, labels)
-    print(peak() - before - sum(x.nbytes for x in grads))
+    grads = CALLS[op](*inputs, workspace << 10)
+    return peak() - before - sum(x.nbytes for x in grads)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        child = os.fork()
+        if child == 0:
+            try:
+                print(measured(*case.split(":")), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{case} failed")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.linear_shards import summed
-from rlhf_kernels.ops.linear_sweep import Rows, Sweep
+from rlhf_kernels.ops.linear_sweep import TILE_BYTES, Rows, Sweep
 
 
 class _Total:
@@ -27,10 +27,13 @@ class _Total:
         self.fresh = True
 
     def add(self, part: slice, a: Tensor, b: Tensor) -> None:
-        if self.fresh and self._sum.dtype == a.dtype:
-            torch.mm(a, b, out=self._sum[part])
-        else:
-            _accumulate(self._sum[part], a, b, fresh=self.fresh)
+        total = self._sum[part]
+        step = _rows_of_product(a, b)
+        for some in (slice(start, start + step) for start in range(0, a.shape[0], step)):
+            if self.fresh and total.dtype == a.dtype:
+                torch.mm(a[some], b, out=total[some])
+            else:
+                _accumulate(total[some], a[some], b, fresh=self.fresh)
 
     def finish(self) -> Tensor:
         if self.fresh:
@@ -116,6 +119,15 @@ class Gradients:
             self._lora_a.to(self._like_a.dtype),
             self._lora_b.finish(),
         )
+
+
+def _rows_of_product(a: Tensor, b: Tensor) -> int:
+    """Of a @ b at a time, so that in 16 bits what it takes beside the sum stays within a tile's memory."""
+    if a.dtype == torch.float32:
+        return max(1, a.shape[0])
+    # The product itself; on a CPU without 16-bit instructions torch's GEMM holds it in fp32 too.
+    each = 6 if a.device.type == "cpu" else 2
+    return max(64, TILE_BYTES // (each * b.shape[1]))
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
