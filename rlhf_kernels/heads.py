@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 # What a model makes of these raw outputs of its head tells its scale and its softcap; both are exact in 16 bits.
 _PROBES = (1.0, 4096.0)
 _FINAL_BIAS = "final_logits_bias"  # BART's, Marian's and their kin's, added to the head's output
+# Factors found by probes. Layers and parameters are looked up anew each time: adapters come, go and are merged.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], float]] = WeakKeyDictionary()
 _FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
@@ -30,7 +33,7 @@ def head_of(model: nn.Module, *, softcap: float | None = None, logit_scale: floa
     Args:
         model: what `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` gives, wrapped or not.
         softcap, logit_scale: as in `linear_logprobs`; None: found in the config, and checked against what the model
-            does with its head's output in the first `hidden_states`.
+            does with its head's output in the model's first `hidden_states`.
 
     Raises:
         TypeError, ValueError: no output layer, or one of an unknown kind; the message says which.
@@ -64,7 +67,11 @@ class ModelHead:
         # Granite divides by what HyperCLOVA multiplies with, under one name: the probe decides.
         self._candidates = [1.0, *(y for x in known for y in (x, 1 / x))] if logit_scale is None else [logit_scale]
         self.logit_scale = self._candidates[0]
-        self._probed = False
+        # A model of this class and these settings has been asked before: no second host sync.
+        self._key = (type(model), self.softcap, *self._candidates)
+        key, factor = _FOUND.get(model, (None, self.logit_scale))
+        self._probed = key == self._key
+        self.logit_scale = factor if self._probed else self.logit_scale
         self._dtype: torch.dtype | None = None  # of the hidden states, once they are known
 
     def options(self, process_group: Any = None) -> dict[str, Any]:
@@ -80,31 +87,32 @@ class ModelHead:
 
         Raises:
             ValueError: before the first `hidden_states` where only the model itself can say the factor; an adapter
-                with dropout or of another kind than LoRA.
+                with dropout or of another kind than plain LoRA.
+            TypeError: process_group with a model's own bias (BART) and a weight that is no DTensor.
         """
         if not self._probed and len(self._candidates) > 1:
             raise ValueError("head_of: call hidden_states first; it finds the factor that the model puts on its logits")
         weight, bias, lora = _parameters(self.layer)
-        found = {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-        if process_group is not None:
-            return {**found, "lora": lora or None, "process_group": process_group}
-        averaged = any(type(module).__name__.startswith("FSDP") for module in self.model.modules())
+        if process_group is None and any(hasattr(x, "full_tensor") for x in (weight, bias, *sum(lora, ()))):
+            averaged = any(type(module).__name__.startswith("FSDP") for module in self.model.modules())
 
-        def whole(x: Any) -> Any:
-            return _whole(x, self._dtype, averaged)
+            def whole(x: Any) -> Any:
+                return _whole(x, self._dtype, averaged)
 
-        found["weight"], found["bias"] = weight, bias = whole(weight), whole(bias)
-        found["lora"] = [(whole(a), whole(b), scale) for a, b, scale in lora] or None
+            weight, bias, lora = whole(weight), whole(bias), [(whole(a), whole(b), scale) for a, b, scale in lora]
         if self._holder is not None:
             final = self._holder._buffers[_FINAL_BIAS].reshape(-1).to(weight.dtype)
-            found["bias"] = final if bias is None else bias + final
-        return found
+            final = final if process_group is None else _sharded_as(weight, final)
+            bias = final if bias is None else bias + final
+        found: dict[str, Any] = {"weight": weight, "bias": bias, "lora": lora or None}
+        found |= {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        return found if process_group is None else {**found, "process_group": process_group}
 
     def hidden_states(self, *args: Any, **inputs: Any) -> Tensor:
         """[B, T, D]: what the head would have been given in `model(*args, **inputs)`; the head itself does not run.
 
-        For a sequence-to-sequence model, of the decoder. The first call checks softcap and factor, on a GPU with one
-        host sync.
+        For a sequence-to-sequence model, of the decoder. A model's first call checks softcap and factor, on a GPU with
+        one host sync.
 
         Raises:
             RuntimeError: the model calls its head not at all, or more than once.
@@ -125,6 +133,7 @@ class ModelHead:
         if not self._probed and seen[0].numel():
             self._check(output.logits.detach().reshape(-1, len(_PROBES))[0].float().tolist())
             self._probed = True
+            _FOUND[self.model] = self._key, self.logit_scale
         self._dtype = seen[0].dtype
         if seen[0].requires_grad and output.logits.requires_grad:
             return _Through.apply(seen[0], output.logits)
@@ -214,6 +223,15 @@ def _unwrapped(model: nn.Module) -> Any:
         model = inside
 
 
+def _variant(layer: Any, name: str) -> str:
+    """What makes PEFT's adapter more than a low-rank sum, or nothing."""
+    if getattr(layer, "use_dora", {}).get(name):  # all that says so before PEFT 0.16
+        return "DoRA"
+    if name in getattr(layer, "lora_variant", {}):
+        return type(layer.lora_variant[name]).__name__
+    return "dropout" if layer.training and getattr(layer.lora_dropout[name], "p", 0) > 0 else ""
+
+
 def _parameters(layer: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor, float]]]:
     """Weight [V, D], bias and adapters (A, B, scale) of a linear layer, also under PEFT."""
     if hasattr(layer, "modules_to_save") and not getattr(layer, "disable_adapters", False):
@@ -225,11 +243,9 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, T
         for name in layer.active_adapters:
             if name not in layer.lora_A:
                 continue
-            dropout = getattr(layer.lora_dropout[name], "p", 0)
-            if name in getattr(layer, "lora_variant", {}) or (layer.training and dropout > 0):
-                raise ValueError(
-                    f"head_of: adapter {name!r} on the head uses DoRA or dropout; only plain LoRA is known"
-                )
+            variant = _variant(layer, name)
+            if variant:
+                raise ValueError(f"head_of: adapter {name!r} on the head uses {variant}; only plain LoRA is known")
             a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
             if getattr(b, "bias", None) is not None:
                 shift = (scale * b.bias).to(weight.dtype)
@@ -240,6 +256,21 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, T
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise TypeError(f"head_of: the output layer is a {type(layer).__name__}; it takes one with a weight [V, D]")
     return weight, getattr(layer, "bias", None), []
+
+
+def _sharded_as(weight: Any, bias: Tensor) -> Any:
+    """This rank's part of a bias [V] that every rank has, for a weight that is a DTensor sharded by rows."""
+    if not hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"head_of: the model has {_FINAL_BIAS}, and with process_group the head's weight is a "
+            f"{type(weight).__name__}; it takes a DTensor, whose placement says which of the biases are this rank's"
+        )
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    return DTensor.from_local(bias, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=weight.placements
+    )
 
 
 def _whole(x: Any, dtype: torch.dtype | None, averaged: bool) -> Any:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_heads import V, made
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
 
@@ -98,7 +99,10 @@ def fsdp(rank: int) -> None:
 
 
 def fsdp_head(rank: int) -> None:
-    """The head sharded by itself: its DTensor is gathered once a call, and its gradient reduced to the shards."""
+    """The head sharded by itself: its gradient is reduced to the shards.
+
+    Three gathers a step: by `options`, and by FSDP2's own hooks around the head in the forward and in the backward.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -108,27 +112,50 @@ def fsdp_head(rank: int) -> None:
     for part in (model.lm_head, model):
         fully_shard(part)
     assert isinstance(model.lm_head.weight, DTensor)
-    gathers = []
-    plain = DTensor.full_tensor
-    DTensor.full_tensor = lambda x, **options: gathers.append(x.shape) or plain(x, **options)
-    head_loss(model, *batch(rank), "cross entropy").backward()
-    DTensor.full_tensor = plain
-    assert gathers == [model.lm_head.weight.shape], gathers
+    with _Gathers(-(-V // WORLD) * model.lm_head.weight.shape[1]) as gathers:
+        loss = head_loss(model, *batch(rank), "cross entropy")
+        assert gathers.count == 2
+        loss.backward()
+    assert gathers.count == 3
+
+
+class _Gathers(TorchDispatchMode):
+    """Counts the collectives that gather shards of so many elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "all_gather_into_tensor" in str(func) or "_allgather_base_" in str(func):
+            self.count += any(isinstance(x, Tensor) and x.numel() == self.elements for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 def dtensor(rank: int) -> None:
-    """A head sharded by its rows, the same data on both ranks: gathered, and as the shard of the vocabulary."""
+    """A head sharded by its rows, the same data on both ranks: gathered, and as the shard of the vocabulary.
+
+    Also where the model has a bias of its own, and where the layer has another.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (WORLD,))
-    for name in ("llama", "phi"):
+    for name in ("llama", "bart untied", "bart biased", "phi"):
         model = made(name)
         sharded = copy.deepcopy(model)
         for key, parameter in list(sharded.lm_head.named_parameters()):
             setattr(sharded.lm_head, key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
         check(rank, model, sharded, data_parallel=False)
         check(rank, model, sharded, data_parallel=False, process_group=mesh.get_group())
+    replicated = made("bart untied")
+    try:
+        head = rk.head_of(replicated)
+        head.options(process_group=mesh.get_group())
+    except TypeError as found:
+        assert "it takes a DTensor" in str(found), found  # noqa: PT017
+    else:
+        raise AssertionError("a model's own bias without a placement")
     weight = sharded.lm_head.weight
     hidden, labels = torch.zeros(3, weight.shape[1]), torch.zeros(3, dtype=torch.int64)
     for message, error, options in (

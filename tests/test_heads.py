@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_kernels as rk
+from rlhf_kernels.heads import ModelHead
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,13 +56,19 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
-def bart() -> nn.Module:
+def bart(**options: object) -> nn.Module:
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = transformers.BartConfig(
-        vocab_size=V, d_model=D, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16, **layers
+        vocab_size=V, d_model=D, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16, **layers, **options
     )
     model = transformers.BartForConditionalGeneration(config)
     nn.init.normal_(model.final_logits_bias)
+    return model
+
+
+def bart_with_biased_layer() -> nn.Module:
+    model = bart(tie_word_embeddings=False)
+    model.lm_head.bias = nn.Parameter(torch.zeros(V))
     return model
 
 
@@ -75,6 +85,8 @@ MODELS = {
     "granite": granite,
     "t5": t5,
     "bart": bart,
+    "bart untied": lambda: bart(tie_word_embeddings=False),
+    "bart biased": bart_with_biased_layer,
     "phi": phi,
 }
 
@@ -203,12 +215,67 @@ def test_two_adapters_and_a_16_bit_base() -> None:
 
 def test_adapters_that_are_not_known() -> None:
     dora = with_lora("llama", ["lm_head"], use_dora=True)
-    with pytest.raises(ValueError, match="adapter 'default' on the head uses DoRA or dropout"):
+    with pytest.raises(ValueError, match="adapter 'default' on the head uses DoRA; only plain LoRA is known"):
+        rk.head_of(dora).options()
+    dora.base_model.model.lm_head.lora_variant = {}  # PEFT before 0.16 had only use_dora
+    with pytest.raises(ValueError, match="uses DoRA"):
+        rk.head_of(dora).options()
+    dora.base_model.model.lm_head.use_dora = {}
+    dora.base_model.model.lm_head.lora_variant = {"default": Fraction()}  # one that is not known here
+    with pytest.raises(ValueError, match="uses Fraction"):
         rk.head_of(dora).options()
     dropout = with_lora("llama", ["lm_head"], lora_dropout=0.1)
     assert rk.head_of(dropout.eval()).options()["lora"]
-    with pytest.raises(ValueError, match="uses DoRA or dropout"):
+    with pytest.raises(ValueError, match="uses dropout"):
         rk.head_of(dropout.train()).options()
+
+
+def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And forgotten with its last reference; a copy, another class or another factor in the config is asked again."""
+    probes = []
+    check = ModelHead._check
+    monkeypatch.setattr(ModelHead, "_check", lambda head, found: probes.append(found) or check(head, found))
+    model = made("granite")
+    inputs, _, _ = inputs_of(model)
+    assert_equal_to_own_logits(model)
+    for _ in range(2):
+        assert rk.head_of(model).options()["logit_scale"] == 0.25
+        rk.head_of(model).hidden_states(**inputs)
+    assert len(probes) == 1
+    rk.head_of(copy.deepcopy(model)).hidden_states(**inputs)
+    assert len(probes) == 2
+    model.config.logits_scaling = model.logits_scaling = 8.0
+    assert_equal_to_own_logits(model)
+    model.__class__ = type("Other", (type(model),), {})
+    assert_equal_to_own_logits(model)
+    assert len(probes) == 4
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_adapters_that_come_and_go_after_the_probe() -> None:
+    """What is remembered of a model is no adapter, layer or weight."""
+    peft = pytest.importorskip("peft")
+    model = made("granite")
+    assert_equal_to_own_logits(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
+    wrapped.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    for adapter in ("default", "other"):
+        wrapped.set_adapter(adapter)
+        assert_equal_to_own_logits(wrapped)
+    wrapped.merge_adapter()
+    inputs, labels, mask = inputs_of(wrapped)
+    for changed in (wrapped, wrapped.unload()):
+        head = rk.head_of(changed)
+        hidden = head.hidden_states(**inputs)
+        own = changed(**inputs).logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        logprobs = rk.linear_logprobs(hidden, labels=labels, mask=mask, **head.options())
+        torch.testing.assert_close(logprobs[mask], own[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_under_wrappers_that_hide_the_model() -> None:
