@@ -7,12 +7,14 @@ scales below are bounds of that, so one unit is the limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import strategies
 import torch
 from hypothesis import strategies as st
+from linear_truth import Case, logits_and_slope
 from soaked import Output, compared
 from torch import Tensor
 
@@ -75,6 +77,23 @@ class _Head:
         scaled = (float(products.max()) if products.numel() else 0.0) * self.slope
         # Of a logprob, in units of the head's ulp: its logits' last places, and the rounding of fp32's exponentials.
         self.logprob = 1 + 2 * scaled + 90 * 2.0**-23 / self.ulp
+
+    def log_probabilities(self) -> Tensor:
+        """Of the counted rows [N, V] in float64."""
+        call, scalars = self.call, self.call.scalars
+        temperature = scalars["temperature"]
+        if isinstance(temperature, Tensor):
+            temperature = temperature.double().expand(self.counted.shape)[self.counted].unsqueeze(-1)
+        rows = Case(
+            call.hidden[self.counted],
+            call.weight,
+            call.labels,
+            call.bias,
+            1.0,
+            scalars["softcap"],
+            scalars["logit_scale"],
+        )
+        return (logits_and_slope(rows)[0] / temperature).log_softmax(-1)
 
     def outputs(self, *values: Tensor, scale: float) -> list[Output]:
         return [Output(y, scale, self.call.mask if y.dim() else None, self.ulp) for y in values]
@@ -186,6 +205,27 @@ def _linear_dpo_loss(call: LossCall, cast: Callable) -> list[Output]:
     return values + head.gradients(loss, slope + 2 * curvature * tokens, tokens)
 
 
+def _log_ratio(head: _Head, ref: _Head, direction: str) -> float:
+    """Largest sum over a row's vocabulary of p |log(p / other) - KL|, what a KL and its gradient make of an error of p.
+
+    The other is the reference, or for jsd the mixture; for jsd and forward the sum under the reference's p counts too.
+    """
+    log_p, log_q = (one.log_probabilities() for one in (head, ref))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    pairs = {
+        "reverse": [(log_p, log_q)],
+        "forward": [(log_q, log_p)],
+        "jsd": [(log_p, log_m), (log_q, log_m)],
+    }[direction]
+    largest = 0.0
+    for log_one, log_other in pairs:
+        one = log_one.exp()
+        ratio = torch.where(one > 0, log_one - log_other, 0.0)
+        spread = (one * (ratio - (one * ratio).sum(-1, keepdim=True)).abs()).sum(-1)
+        largest = max([largest, *spread.tolist()])
+    return largest
+
+
 def _linear_kl(call: LossCall, cast: Callable) -> list[Output]:
     head = _Head(call.head, cast)
     generator = torch.Generator().manual_seed(call.head.seed + 1)
@@ -202,9 +242,11 @@ def _linear_kl(call: LossCall, cast: Callable) -> list[Output]:
         mask=head.mask,
         **head.options,
     )
-    error = head.logprob + ref.logprob
-    head.logprob = error
-    return head.outputs(kl, scale=error * (1 + error)) + head.gradients(kl.sum(), 1 + error, head.rows)
+    # An error of a log p moves the KL by p times its distance from the mean log-ratio, one of a log q by |p - q|.
+    largest = 1 + _log_ratio(head, ref, call.direction)
+    head.logprob += ref.logprob
+    upstream = 1.0 if call.direction == "forward" else largest  # p - q
+    return head.outputs(kl, scale=head.logprob * largest) + head.gradients(kl.sum(), upstream, head.rows)
 
 
 SOAKED = {

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import soak
 import soaked
+import soaked_linear
+import torch
+from conftest import require_backend
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import rlhf_kernels as rk
 
@@ -100,3 +104,38 @@ def test_a_record_resumes_and_sums(
     capsys.readouterr()
     assert soak.report(batches.values()) == sum(one.mismatches for one in batches.values()) > 0
     assert "cpu on cpu: 160 cases" in capsys.readouterr().out
+
+
+class _LastRowMore(torch.autograd.Function):
+    """A weight whose last row's gradient is 2 % too large."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return torch.cat([grad[:-1], 1.02 * grad[-1:]])
+
+
+FAULTS = {
+    "products off by 0.1 %": (0, lambda hidden: 1.001 * hidden),
+    "a last row's gradient off by 2 %": (-1, _LastRowMore.apply),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("op", soaked_linear.SOAKED)
+def test_the_linear_family_is_compared_sharply(op: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that small is a mismatch within 300 calls: the allowances are no looser than roundings make them."""
+    require_backend("cpu")
+    stock, (place, spoil) = getattr(rk, op), FAULTS[fault]
+    place = (2 if op == "linear_dpo_loss" else 1) if place else 0
+
+    def faulty(*args: object, **kwargs: object) -> object:
+        if args[0].dtype == torch.float32:  # neither truth nor what 16-bit roundings hide
+            args = (*args[:place], spoil(args[place]), *args[place + 1 :])
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(rk, op, faulty)
+    assert any(soak.soak(op, "cpu", 30, f"0 {op} {batch}")[2] for batch in range(10))
