@@ -273,7 +273,6 @@ def fit_pairs(
         group=together,
     )
     metrics = fit(cfg, "reward", model, rows, task)
-    model.eval()
     return metrics, figures() if heldout else {}
 
 

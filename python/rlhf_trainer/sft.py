@@ -175,7 +175,7 @@ def train_sft(
         adapters.merge(model)
     if cfg.output_dir:
         save_folder(cfg.output_dir, model, tokenizer)
-    return SFTResult(model.eval(), tokenizer, metrics, cfg.output_dir)
+    return SFTResult(model, tokenizer, metrics, cfg.output_dir)
 
 
 def run(cfg: SFTConfig) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def all_batches(
 
 
 def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: Task[Item]) -> dict[str, float]:
-    """Train `model` in place; returns the last metrics.
+    """Train `model` in place; returns the last metrics, the model in evaluation mode.
 
     Each step minimises the sum of its items' losses over the batch's units: neither micro-batches nor the number of
     ranks that share it change anything.
@@ -282,6 +282,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
                 say(f"stopped at step {step} of {total}: {alarms[0].metric}: {alarms[0].reason}")
                 break
     precision.restore(model, cfg.dtype)
+    model.eval()
     return metrics
 
 

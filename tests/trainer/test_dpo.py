@@ -138,6 +138,16 @@ def test_starts_at_log_2_and_learns_the_preference(folder, data, tmp_path):
         assert gain[0] - gain[1] > 5
 
 
+def test_the_final_figures_are_without_dropout(folder, data, tmp_path):
+    options = {"lora_r": 4, "lora_dropout": 0.5, "heldout": 6, "evals": 1, "lr": 1e-2}
+    result = train_dpo(config(folder, data, tmp_path, **options))
+    names = ("loss", "accuracy", "margin")
+    assert {name: result.figures["heldout"][name] for name in names} == {
+        name: result.metrics[f"heldout/{name}"] for name in names
+    }
+    assert not result.policy.training
+
+
 def test_ipo_stops_at_its_margin(folder, data, tmp_path):
     """IPO's target is h = 1 / (2 beta), where DPO goes on without bound: beta 0.5 asks for a margin beta h of 0.5."""
     options = {"epochs": 12, "heldout": 0, "lr": 1e-3, "beta": 0.5}
