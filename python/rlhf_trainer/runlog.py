@@ -128,17 +128,18 @@ def _keep_until(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = [
-        json.dumps(record, ensure_ascii=False) + "\n" for record in _records(path) if record.get("step", 0) <= start
+        json.dumps(record, ensure_ascii=False) + "\n" for record in read_records(path) if record.get("step", 0) <= start
     ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, [] if there is none. A line that a kill cut short is passed over."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Not splitlines(): a text may hold U+2028 and the like, which JSON lets stand in a string.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -150,4 +151,4 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl, in order; [] if there is none."""
-    return [record for record in _records(Path(output_dir) / "metrics.jsonl") if "step" in record]
+    return [record for record in read_records(Path(output_dir) / "metrics.jsonl") if "step" in record]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from rlhf_trainer.models import load_normalisation, save_folder
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.reward import RewardConfig, train_reward
 from rlhf_trainer.rewards import RewardFunction, load_reward
-from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.runlog import read_metrics, read_records
 from rlhf_trainer.verify_rows import BETA, PAIRS, Line, fitted, ppo_config, sampled_pairs
 
 LOSS_ABOVE = 0.02  # nats a pair above the loss of the true reward
@@ -123,8 +122,7 @@ def ten_updates(history: Sequence[dict[str, Any]], metric: str) -> list[float]:
 
 def warned(folder: Path, metric: str) -> int:
     """The first update at which the watch warned of a metric, 0 if it never did."""
-    path = folder / "alerts.jsonl"
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+    records = read_records(folder / "alerts.jsonl")
     return next((record["step"] for record in records if record["metric"] == metric), 0)
 
 

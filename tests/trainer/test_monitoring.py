@@ -12,7 +12,7 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_folder
 
-from rlhf_trainer import sft, trackers
+from rlhf_trainer import sft, trackers, verify_reward
 from rlhf_trainer.alerts import Alerts
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
@@ -269,3 +269,18 @@ def test_a_resumed_run_drops_what_will_be_repeated(tmp_path):
     for name in ("metrics", "completions", "alerts"):
         kept = [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert kept == [1]
+
+
+def test_separators_that_json_lets_stand_in_a_text_do_not_end_a_line(tmp_path):
+    text = "one\u2028two\u2029three\x85four"
+    with RunLog(tmp_path, 3, "x") as log:
+        for step in (1, 2, 3):
+            log.completions(step, [{"prompt": text, "completion": text}])
+            log.alert(step, {"metric": f"m{step}", "texts": [text]}, "title", "message")
+    with RunLog(tmp_path, 3, "x", start=2):
+        pass
+    assert records(tmp_path / "completions.jsonl") == [
+        {"step": step, "prompt": text, "completion": text} for step in (1, 2)
+    ]
+    assert verify_reward.warned(tmp_path, "m2") == 2
+    assert verify_reward.warned(tmp_path, "m3") == 0
