@@ -32,7 +32,7 @@ class Alerts:
 
     Args:
         conditions: as `rlhf eval --fail_if` takes them, of metrics; a change is against the metric's first value.
-        past: metrics of the steps before a resumed run.
+        past: metrics of the steps before a resumed run, whose alerts were given then.
     """
 
     def __init__(self, conditions: Iterable[str], past: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -41,12 +41,11 @@ class Alerts:
         self.beyond: set[str] = set()
         self.checked = False
         for metrics in past:
-            self._remember(metrics)
+            self.check(metrics)
 
     def check(self, metrics: Mapping[str, Any]) -> list[Alert]:
         """The alerts of a step. UserError at the first step for a metric that no step can have."""
         found = []
-        self._remember(metrics)
         for gate in self.gates:
             if gate.measure not in metrics:
                 if not self.checked and not gate.measure.startswith("heldout/"):  # those come with some steps only
@@ -54,7 +53,8 @@ class Alerts:
                         f"--alert {gate.text!r}: no metric {gate.measure!r}; there are {', '.join(metrics)}"
                     )
                 continue
-            value = metrics[gate.measure] - (self.first[gate.measure] if gate.change else 0.0)
+            first = self.first.setdefault(gate.measure, metrics[gate.measure])
+            value = metrics[gate.measure] - (first if gate.change else 0.0)
             if not gate.fails(value):
                 self.beyond.discard(gate.text)
             elif gate.text not in self.beyond:
@@ -63,11 +63,6 @@ class Alerts:
                 found.append(Alert(gate.measure, value, f"{change}{value:.4g}, --alert {gate.text.strip()!r}"))
         self.checked = True
         return found
-
-    def _remember(self, metrics: Mapping[str, Any]) -> None:
-        for gate in self.gates:
-            if gate.measure in metrics:
-                self.first.setdefault(gate.measure, metrics[gate.measure])
 
 
 def announce(log: RunLog | None, step: int, alerts: Sequence[Alert], texts: Sequence[str]) -> None:

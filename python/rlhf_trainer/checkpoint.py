@@ -31,6 +31,7 @@ from rlhf_trainer.sharding import full, is_spread, spread_like
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
 FREE = {
+    "alert",
     "gather_for_rollout",
     "gradient_checkpointing",
     "resume",
@@ -38,6 +39,8 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "output_dir",
+    "report_to",
+    "stop_on_alert",
     "device",
 }
 

@@ -218,7 +218,7 @@ def train_ppo(
     )
     start, beta, history = checkpoints.resume(beta)
     sample = load_engine(cfg, policy)
-    watch, alerts = Watch(cfg), Alerts(cfg.alert, history)
+    watch, alerts = Watch(cfg, history), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     sampling["batch_size"] = cfg.rollout_batch_size
     if cfg.output_dir:
@@ -259,11 +259,12 @@ def train_ppo(
             history.append(metrics)
             if on_update is not None:
                 on_update(update + 1, policy)
-            warnings = [] if log is None else watch.check(history, rollout)  # adds its own metrics
+            warnings = watch.check(history, rollout)  # adds its own metrics
             alarms = alerts.check(metrics)
             next_beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
             beta, stop = ranks.first((next_beta, stop_reason(metrics, cfg, alarms)))
             leave = ranks.any(bool(terminated))
+            announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
             if log is not None:
                 note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
                 log.step(update + 1, metrics, note)
@@ -271,7 +272,6 @@ def train_ppo(
                     log.completions(update + 1, samples(batch))
                 if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
                     checkpoints.save(update + 1, beta)
-            announce(log, update + 1, [*warnings, *alarms], rollout.completions)
             if leave:
                 raise SystemExit(143)
             if stop is not None:

@@ -22,7 +22,7 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.eval_gates import parse_gates
 from rlhf_trainer.models import context_length, encode_completion, encode_prompt
 from rlhf_trainer.quantised import LOAD_IN_4BIT
-from rlhf_trainer.runlog import RunLog, read_metrics
+from rlhf_trainer.runlog import RunLog
 from rlhf_trainer.sharding import full
 from rlhf_trainer.trackers import REPORT_TO, chosen_trackers
 
@@ -248,14 +248,14 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     )
     data = {"data": [task.text(item) for item in items]}
     checkpoints = Checkpoints(cfg, {"model": model}, optimizer, scheduler, torch.Generator(), data)
-    start, _, _ = checkpoints.resume(0.0)
+    start, _, past = checkpoints.resume(0.0)
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     metrics: dict[str, float] = {}
     reporting: dict[str, Any] = {"report_to": cfg.report_to, "cfg": cfg}
     logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
-    alerts = Alerts(cfg.alert, read_metrics(cfg.output_dir) if cfg.output_dir else [])
+    alerts = Alerts(cfg.alert, past)
     with logging as log, stop_on_sigterm() as terminated:
         for step in range(start + 1, total + 1):
             epoch, indices = batches[step - 1]
@@ -278,8 +278,9 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
                 checkpoints.save(step, 0.0)
             if leave:
                 raise SystemExit(143)
-            if alarms and cfg.stop_on_alert:
-                say(f"stopped at step {step} of {total}: {alarms[0].metric}: {alarms[0].reason}")
+            stop = ranks.first(alarms[0] if alarms and cfg.stop_on_alert else None)
+            if stop is not None:
+                say(f"stopped at step {step} of {total}: {stop.metric}: {stop.reason}")
                 break
     precision.restore(model, cfg.dtype)
     model.eval()

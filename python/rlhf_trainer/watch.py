@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -25,27 +26,38 @@ def repetition(texts: list[str]) -> float:
 
 
 class Watch:
-    """Compares every update with the first one."""
+    """Compares every update with the first one.
 
-    def __init__(self, cfg: PPOConfig) -> None:
+    past: metrics of the updates before a resumed run, whose warnings were given then.
+    """
+
+    def __init__(self, cfg: PPOConfig, past: Sequence[dict[str, float]] = ()) -> None:
         self.cfg = cfg
         self.quiet_until: dict[str, int] = {}
+        for done in range(1, len(past) + 1):
+            self._warnings(past[:done])
 
     def check(self, history: list[dict[str, float]], rollout: Rollout) -> list[Alert]:
         """Add `watch/distinct_2` and `watch/repetition` to the newest metrics; return what to warn of."""
-        now, first = history[-1], history[0]
+        now = history[-1]
         now["watch/distinct_2"] = distinct(rollout.completions, 2)[0]
         now["watch/repetition"] = repetition(rollout.completions)
-        signs = self._signs(now, first, history).items()
+        return self._warnings(history)
+
+    def _warnings(self, history: Sequence[dict[str, float]]) -> list[Alert]:
+        now = history[-1]
+        signs = self._signs(now, history[0], history).items()
         return [Alert(name, now[name], reason) for name, reason in signs if self._speaks(name, history)]
 
-    def _speaks(self, name: str, history: list[dict[str, float]]) -> bool:
+    def _speaks(self, name: str, history: Sequence[dict[str, float]]) -> bool:
         if len(history) < self.quiet_until.get(name, 0):
             return False
         self.quiet_until[name] = len(history) + QUIET
         return True
 
-    def _signs(self, now: dict[str, float], first: dict[str, float], history: list[dict[str, float]]) -> dict[str, str]:
+    def _signs(
+        self, now: dict[str, float], first: dict[str, float], history: Sequence[dict[str, float]]
+    ) -> dict[str, str]:
         signs = {}
         if self.cfg.stop_kl is not None and now["objective/kl"] > 0.8 * self.cfg.stop_kl:
             signs["objective/kl"] = f"{now['objective/kl']:.2f} nats, close to the budget of {self.cfg.stop_kl}"
@@ -70,5 +82,5 @@ class Watch:
         return signs
 
 
-def _mean(history: list[dict[str, float]], name: str) -> float:
+def _mean(history: Sequence[dict[str, float]], name: str) -> float:
     return sum(metrics[name] for metrics in history) / len(history)

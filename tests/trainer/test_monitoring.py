@@ -12,10 +12,11 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_folder
 
-from rlhf_trainer import sft, trackers, verify_reward
-from rlhf_trainer.alerts import Alerts
+from rlhf_trainer import sft, supervised, trackers, verify_reward
+from rlhf_trainer.alerts import Alert, Alerts
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
+from rlhf_trainer.distributed import Ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.runlog import RunLog, read_metrics
 
@@ -223,7 +224,16 @@ def test_a_change_is_against_the_first_step_a_resumed_runs_too():
     assert not alerts.check({"length": 15.0})
     (alert,) = alerts.check({"length": 16.0})
     assert alert.value == 6.0
-    assert Alerts(["change in length>5"], [{"length": 10.0}, {"length": 20.0}]).check({"length": 16.0})
+    resumed = Alerts(["change in length>5"], [{"length": 10.0}, {"length": 12.0}])
+    assert not resumed.check({"length": 15.0})
+    assert resumed.check({"length": 16.0})
+
+
+def test_a_resumed_run_does_not_give_an_alert_again():
+    past = [{"kl": 1.0}, {"kl": 3.0}]
+    resumed = Alerts(["kl>2"], past)
+    assert [len(resumed.check({"kl": kl})) for kl in (4.0, 1.0, 3.0)] == [0, 0, 1]
+    assert len(Alerts(["kl>2"], [*past, {"kl": 1.0}]).check({"kl": 3.0})) == 1
 
 
 def test_an_unknown_metric_is_refused_at_the_first_step():
@@ -249,6 +259,37 @@ def test_stop_on_alert_ends_a_supervised_stage(places, tmp_path, capsys):
     assert all(" day" in text for text in kept["texts"])
     assert "stopped at step 2 of 4: epoch: 0.5, --alert 'epoch>0.4'" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_after_its_alert_with_other_trackers_and_conditions(places, tmp_path, stub):
+    length = "val/response_length>0"
+    kept = ["--save_every", "1", "--alert", length]
+    assert ppo(places, tmp_path, *kept, "--stop_on_alert", "--report_to", "none") == 0
+    assert len(read_metrics(tmp_path)) == 1
+    assert ppo(places, tmp_path, *kept, "episode>=12", "--resume", "--report_to", "stub") == 0
+    assert len(read_metrics(tmp_path)) == 3
+    assert len(stub.runs) == 1
+    given = [(record["step"], record["metric"]) for record in records(tmp_path / "alerts.jsonl")]
+    assert [alert for alert in given if alert[1] in ("val/response_length", "episode")] == [
+        (1, "val/response_length"),
+        (3, "episode"),
+    ]
+
+
+class Told(Ranks):
+    """A rank that hears from rank 0 whether to stop."""
+
+    def first(self, value):
+        return Alert("loss", 1.0, "said rank 0") if self.stop else None
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_rank_0_decides_whether_an_alert_stops_a_supervised_stage(places, tmp_path, monkeypatch, stop, capsys):
+    monkeypatch.setattr(Told, "stop", stop, raising=False)
+    monkeypatch.setattr(supervised, "current", Told)
+    fit(places, tmp_path, alert=["epoch>9" if stop else "epoch>0.4"], stop_on_alert=True)
+    assert len(read_metrics(tmp_path)) == (1 if stop else 4)
+    assert ("stopped at step 1 of 4: loss: said rank 0" in capsys.readouterr().err) == stop
 
 
 @pytest.mark.parametrize("condition", ["kl", "kl>", "kl=2"])

@@ -380,11 +380,21 @@ def test_the_watch_names_the_metric():
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0, "objective/scores": 0.0}
     wild = calm | {"val/response_length": 11.0, "val/missing_eos": 0.5, "objective/kl": 0.9}
     watch = Watch(config(stop_kl=1.0))
-    assert watch.check([dict(calm)], rollout) == []
-    warnings = watch.check([dict(calm), dict(wild)], rollout)
+    history = [dict(calm), dict(wild)]
+    assert watch.check(history[:1], rollout) == []
+    warnings = watch.check(history, rollout)
     assert [warning.metric for warning in warnings] == ["objective/kl", "val/response_length", "val/missing_eos"]
     assert [warning.value for warning in warnings] == [0.9, 11.0, 0.5]
-    assert watch.check([dict(calm), dict(wild), dict(wild)], rollout) == []  # said once, then quiet for a while
+    assert watch.check([*history, dict(wild)], rollout) == []  # said once, then quiet for a while
+    assert Watch(config(stop_kl=1.0), history).check([*history, dict(wild)], rollout) == []  # in a resumed run too
+    later = [*history, *(dict(history[1]) for _ in range(9))]
+    assert len(Watch(config(stop_kl=1.0), later).check([*later, dict(wild)], rollout)) == 3
+
+
+def test_the_watch_warns_where_nothing_is_written(capsys):
+    metrics = train(stop_kl=1e-6).metrics
+    assert all({"watch/distinct_2", "watch/repetition"} <= row.keys() for row in metrics)
+    assert "warning: objective/kl: " in capsys.readouterr().err
 
 
 def test_the_watch_sees_the_gold_reward_fall_while_the_score_rises():
