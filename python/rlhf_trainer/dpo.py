@@ -22,7 +22,8 @@ from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Pair, read_pairs
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, save_folder
+from rlhf_trainer.finish import finish
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.pair_figures import heldout_table, judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
@@ -180,7 +181,7 @@ def reference_logprobs(
     if cfg.output_dir:
         refuse_leftovers(cfg)
         path = Path(cfg.output_dir) / KEPT
-        described = [weights_digest(reference), cfg.per_token, [[row.ids, row.prompt] for row in rows]]
+        described = [weights_digest(reference), cfg.dtype, cfg.per_token, [[row.ids, row.prompt] for row in rows]]
         identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         logprobs = ranks.first(_kept(path, identity, cfg.resume) if ranks.main else None)
     if logprobs is None:
@@ -298,12 +299,9 @@ def train_dpo(
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
-    if cfg.merge:
-        adapters.merge(policy)
-    if cfg.output_dir:
-        save_folder(cfg.output_dir, policy, tokenizer, records={"dpo.json": result})
-        if current().main:
-            write_curves(cfg, result)
+    finish(cfg, policy, tokenizer, records={"dpo.json": result})
+    if cfg.output_dir and current().main:
+        write_curves(cfg, result)
     return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)
 
 

@@ -260,7 +260,7 @@ def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     """Whether two models have the same parameters, bit by bit, rounded where b is kept in fewer."""
     first, second = dict(a.named_parameters()), dict(b.named_parameters())
     return first.keys() == second.keys() and all(
-        torch.equal(first[name].to(second[name].dtype), second[name]) for name in first
+        torch.equal(first[name].to(second[name]), second[name]) for name in first
     )
 
 

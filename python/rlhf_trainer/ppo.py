@@ -20,14 +20,15 @@ from rlhf_kernels import (
     whiten,
 )
 from rlhf_trainer import precision
-from rlhf_trainer.adapters import Adapter, active, merge
+from rlhf_trainer.adapters import Adapter, active
 from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import resolve_device, save_folder
+from rlhf_trainer.finish import finish
+from rlhf_trainer.models import resolve_device
 from rlhf_trainer.ppo_inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.ppo_metrics import adapt_kl_coef, phase_times, samples, stop_reason, summarize
 from rlhf_trainer.ppo_terms import final_scores, group_baseline, kl_penalty, token_outputs
@@ -200,8 +201,7 @@ def train_ppo(
         gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
     value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
-    precision.halve(policy, cfg.dtype)
-    place(policy, device, *heads.values())
+    place(policy, device, *heads.values(), dtype=cfg.dtype)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         place(separate, device)
@@ -278,12 +278,9 @@ def train_ppo(
                 stopped = stop
                 break
     tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
-    precision.restore(policy, cfg.dtype)
-    if cfg.merge:
-        merge(policy)  # the value's own adapter was one of the base as it had been
-        tensors = {} if cfg.value_adapter else tensors
-    if cfg.output_dir:
-        save_folder(cfg.output_dir, policy, tokenizer, tensors=tensors)
+    if cfg.merge and cfg.value_adapter:  # it was one of the base as it had been
+        tensors = {}
+    finish(cfg, policy, tokenizer, tensors=tensors)
     return PPOResult(policy, value_head, tokenizer, history, stopped, cfg.output_dir)
 
 

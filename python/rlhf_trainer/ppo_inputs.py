@@ -30,7 +30,6 @@ from rlhf_trainer.quantised import check_adapter, load_options
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
 from rlhf_trainer.seq2seq import is_encoder_decoder, settle_attention
-from rlhf_trainer.sharding import home
 
 if TYPE_CHECKING:
     from rlhf_trainer.ppo import PPOConfig
@@ -75,13 +74,12 @@ def load_inputs(
             base=policy,
             dtype=cfg.dtype,
         )
-    policy = policy.to(home(device)).eval()
+    policy.eval()
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(policy)
     if not isinstance(frozen, Adapter) and frozen is not reference:  # one that was given is the caller's
         precision.halve(frozen, cfg.dtype, trained=True)
-    frozen = frozen if isinstance(frozen, Adapter) else frozen.to(home(device)).eval()
-    return policy, tokenizer, frozen, reward, prompts
+    return policy, tokenizer, frozen if isinstance(frozen, Adapter) else frozen.eval(), reward, prompts
 
 
 def load_reference(

@@ -2,7 +2,8 @@
 
 bfloat16 is mixed precision: matrix products in bf16 (torch.autocast), what is trained in float32, with it Adam's state,
 norms, embeddings and losses. Weights of frozen linear layers are kept in bf16: autocast would round them so anyway, and
-no bit of a result changes.
+no bit of a result changes. Those that bf16 does not hold exactly wait in CPU memory as they were; a model that was
+published in bf16 has none.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_trainer.config import say
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 
 DTYPE = "float32, or bfloat16: mixed precision, what is trained stays in float32"
 CHECKPOINTING = "compute a layer's activations again in the backward pass: less memory, a third more time, same result"
 DTYPES = ("float32", "bfloat16")
+EXACT = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
 
 
 def validate_options(cfg: Any) -> None:
@@ -45,8 +48,11 @@ def full(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def halve(model: nn.Module, dtype: str, trained: bool = False) -> None:
-    """With dtype bfloat16: the model's frozen linear weights (all, if `trained`) in bf16, but not an embedding's."""
+def halve(model: nn.Module, dtype: str, trained: bool = False, keep: bool = False) -> None:
+    """With dtype bfloat16: the model's frozen linear weights (all, if `trained`) in bf16, but not an embedding's.
+
+    `keep` what is rounded away, for `restore`.
+    """
     if dtype != "bfloat16":
         return
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -55,13 +61,32 @@ def halve(model: nn.Module, dtype: str, trained: bool = False) -> None:
             for parameter in module.parameters(recurse=False):
                 frozen = trained or not parameter.requires_grad
                 if frozen and parameter.dtype == torch.float32 and id(parameter) not in shared:
-                    parameter.data = parameter.data.bfloat16()
+                    exact, parameter.data = parameter.data, parameter.data.bfloat16()
+                    if keep and not torch.equal(parameter.data.float(), exact):
+                        setattr(parameter, EXACT, exact.cpu())
 
 
 def restore(model: nn.Module, dtype: str) -> None:
-    """float32 again, for whoever uses the model after training."""
-    if dtype == "bfloat16":
-        nn.Module.float(model)  # transformers' own refuses a quantised model, whose 4-bit weights this leaves alone
+    """float32 again, for whoever uses the model after training: the values that `halve` kept where it did.
+
+    On the CPU, if the device's memory does not hold them.
+    """
+    if dtype != "bfloat16":
+        return
+    try:
+        _restore(model)
+    except torch.OutOfMemoryError:
+        say("the model in float32 does not fit the device beside what is there; it is on the CPU now")
+        _restore(model.to("cpu"))
+
+
+def _restore(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        exact = getattr(parameter, EXACT, None)
+        if exact is not None:
+            parameter.data = exact.to(parameter.device)
+            delattr(parameter, EXACT)
+    nn.Module.float(model)  # transformers' own refuses a quantised model, whose 4-bit weights this leaves alone
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

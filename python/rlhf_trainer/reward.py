@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import pairwise_loss
-from rlhf_trainer import adapters, quantised
+from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.finish import finish
 from rlhf_trainer.models import (
     NORMALISATION,
     last_token_scores,
@@ -25,7 +26,6 @@ from rlhf_trainer.models import (
     load_tokenizer,
     quiet,
     resolve_device,
-    save_folder,
     score_head,
     score_sequences,
 )
@@ -273,7 +273,8 @@ def fit_pairs(
         group=together,
     )
     metrics = fit(cfg, "reward", model, rows, task)
-    return metrics, figures() if heldout else {}
+    with precision.autocast(cfg.dtype, next(model.parameters()).device):
+        return metrics, figures() if heldout else {}
 
 
 @on_all_ranks
@@ -310,7 +311,8 @@ def train_reward(
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
-    reference = all_scores(model, reference_rows(cfg, tokenizer, rows, limit), pad_id, cfg.batch_size)
+    with precision.autocast(cfg.dtype, device):
+        reference = all_scores(model, reference_rows(cfg, tokenizer, rows, limit), pad_id, cfg.batch_size)
     mean, std = reference.mean().item(), reference.std(correction=0).item()
     if not std > 0:
         raise UserError(
@@ -319,13 +321,9 @@ def train_reward(
     found: dict[str, Any] = {"train_pairs": len(training), "reference_mean": mean, "reference_std": std}
     if heldout:
         found["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
-    if cfg.merge:
-        adapters.merge(model)
-    if cfg.output_dir:
-        records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
-        save_folder(cfg.output_dir, model, tokenizer, records=records)
-        if current().main:
-            write_report(cfg.output_dir, found)
+    finish(cfg, model, tokenizer, records={NORMALISATION: {"mean": mean, "std": std}, "reward.json": found})
+    if cfg.output_dir and current().main:
+        write_report(cfg.output_dir, found)
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 
 

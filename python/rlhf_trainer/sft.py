@@ -15,13 +15,13 @@ from rlhf_trainer import adapters, quantised
 from rlhf_trainer.config import require
 from rlhf_trainer.data import Example, Findings, read_examples
 from rlhf_trainer.distributed import current, on_all_ranks
+from rlhf_trainer.finish import finish
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import (
     left_pad,
     load_causal,
     load_tokenizer,
     resolve_device,
-    save_folder,
 )
 from rlhf_trainer.seq2seq import is_encoder_decoder
 from rlhf_trainer.sharding import place, with_weights
@@ -171,10 +171,7 @@ def train_sft(
         evaluate=evaluate,
     )
     metrics = fit(cfg, "sft", model, rows, task)
-    if cfg.merge:
-        adapters.merge(model)
-    if cfg.output_dir:
-        save_folder(cfg.output_dir, model, tokenizer)
+    finish(cfg, model, tokenizer)
     return SFTResult(model, tokenizer, metrics, cfg.output_dir)
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from rlhf_trainer import precision
+from rlhf_trainer.adapters import has_adapter
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 
@@ -52,15 +53,17 @@ def place(model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype
     """The model on its device, whole; under FSDP 2 this rank's shard of it and of the `heads`. In place.
 
     Of several ranks all begin with rank 0's values of what is trained. Called before an optimizer takes the parameters.
-    Shards of frozen weights are made in cfg.dtype.
+    Frozen weights go there in cfg.dtype; `precision.restore` gives back what was rounded, but not to shards.
     """
-    if not current().sharded:
+    sharded = current().sharded
+    if not sharded or has_adapter(model):  # else the frozen weights are saved too, and shards cannot be restored
+        precision.halve(model, dtype, keep=not sharded)
+    if not sharded:
         model.to(device)
     trained = (parameter for module in (model, *heads) for parameter in module.parameters() if parameter.requires_grad)
     current().broadcast(trained)
-    if not current().sharded:
+    if not sharded:
         return model
-    precision.halve(model, dtype)
     options = _options(device)
     blocks = _block_names(model)
     for module in model.modules():

@@ -225,7 +225,7 @@ def all_batches(
 
 
 def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: Task[Item]) -> dict[str, float]:
-    """Train `model` in place; returns the last metrics, the model in evaluation mode.
+    """Train `model`, as `sharding.place` gives it, in place; returns the last metrics, the model in evaluation mode.
 
     Each step minimises the sum of its items' losses over the batch's units: neither micro-batches nor the number of
     ranks that share it change anything.
@@ -237,7 +237,6 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     total = len(batches)
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(model)
-    precision.halve(model, cfg.dtype)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = current()
     if ranks.rank:
@@ -282,7 +281,6 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             if stop is not None:
                 say(f"stopped at step {step} of {total}: {stop.metric}: {stop.reason}")
                 break
-    precision.restore(model, cfg.dtype)
     model.eval()
     return metrics
 

@@ -76,5 +76,4 @@ def load_value_head(cfg: PPOConfig, policy: PreTrainedModel, device: torch.devic
         head.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)})
         if own:
             fill(policy, VALUE, own, str(file))
-    policy.to(device)
     return head.to(device)

@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from test_seq2seq import make_folder
 from tiny import WORDS, tiny_folder
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trainer import PPOConfig, dpo, precision, reward, sft, train_ppo
-from rlhf_trainer.data import write_jsonl
+from rlhf_trainer.adapters import MAIN
+from rlhf_trainer.data import Example, Pair, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.supervised import encode_row
@@ -121,6 +125,97 @@ def test_halving_takes_frozen_linear_weights_alone(folders):
     assert embedding.weight.dtype == torch.float32
     precision.restore(model, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_restoring_gives_back_what_was_rounded_and_keeps_nothing_else(folders):
+    model = load_causal(folders["llama"]).requires_grad_(False)
+    first, second = (layer.self_attn.q_proj.weight for layer in model.model.layers)
+    second.data = second.data.bfloat16().float()  # as a model that was published in bf16
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    precision.halve(model, "bfloat16", keep=True)
+    assert hasattr(first, precision.EXACT)
+    assert not hasattr(second, precision.EXACT)
+    precision.restore(model, "bfloat16")
+    assert not hasattr(first, precision.EXACT)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_does_not_fit_the_device_is_restored_on_the_cpu(folders, monkeypatch, capsys):
+    model = load_causal(folders["llama"]).requires_grad_(False)
+    before, moves = weights(model), []
+    precision.halve(model, "bfloat16", keep=True)
+    right = nn.Module.float
+
+    def too_large(module):
+        if not moves:
+            raise torch.OutOfMemoryError("no room")
+        return right(module)
+
+    monkeypatch.setattr(nn.Module, "float", too_large)
+    monkeypatch.setattr(type(model), "to", lambda model, device: moves.append(device) or model)
+    precision.restore(model, "bfloat16")
+    assert moves == ["cpu"]
+    assert torch.equal(weights(model), before)
+    assert "it is on the CPU now" in capsys.readouterr().err
+
+
+ADAPTER = {"lora_r": 4, "lora_targets": ["q_proj"], "dtype": "bfloat16", "lr": 1e-2}
+EXAMPLES = [Example(p, f" {p} yes") for p in WORDS.split()]
+CHOICES = [Pair(p, " yes", " no no") for p in WORDS.split()]
+
+
+def trained(stage, folder, **options):
+    """The model after a stage in bfloat16 with LoRA."""
+    if stage == "ppo":
+        return ppo_run(folder, **ADAPTER, **options).policy
+    options = ADAPTER | {"model": folder, "device": "cpu"} | options
+    if stage == "sft":
+        return sft.train_sft(sft.SFTConfig(**options), examples=EXAMPLES).model
+    if stage == "reward":
+        return reward.train_reward(reward.RewardConfig(**options), pairs=CHOICES).model
+    return dpo.train_dpo(dpo.DPOConfig(**options), pairs=CHOICES).policy
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_merged_base_was_not_rounded(folders, stage, tmp_path):
+    base = dict(load_causal(folders["llama"]).named_parameters())
+    apart = trained(stage, folders["llama"])
+    whole = trained(stage, folders["llama"], merge=True, output_dir=str(tmp_path))
+    deltas = {n: m.get_delta_weight(MAIN) for n, m in apart.named_modules() if isinstance(m, BaseTunerLayer)}
+    kept = {name.replace(".base_layer.", "."): p for name, p in apart.named_parameters() if ".lora_" not in name}
+    saved, returned = load_file(tmp_path / "model.safetensors"), dict(whole.named_parameters())
+    assert any(bool(delta.any()) for delta in deltas.values())
+    for name in kept.keys() & base.keys():
+        assert torch.equal(kept[name], base[name])  # given back as they were
+        delta = deltas.get(name.removesuffix(".weight"), 0)
+        assert torch.equal(saved[name], base[name] + delta), name
+        assert torch.equal(returned[name], saved[name])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_frozen_weights_are_rounded_before_they_go_to_the_device(folders, stage, monkeypatch):
+    seen = []
+    right = nn.Module.to
+
+    def to(module, *arguments, **options):
+        if isinstance(module, PreTrainedModel):
+            seen.append({m.weight.dtype for n, m in module.named_modules() if n.endswith("o_proj")})
+        return right(module, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "to", to)
+    trained(stage, folders["llama"])
+    assert seen
+    assert seen == [{torch.bfloat16}] * len(seen)
+
+
+def test_an_adapter_is_saved_before_memory_is_taken_for_float32(folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(precision, "restore", fail)
+    with pytest.raises(MemoryError):
+        trained("sft", folders["llama"], output_dir=str(tmp_path))
+    assert any(bool(t.any()) for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_B" in n)
 
 
 def test_sft_reward_and_dpo_take_both(folders, tmp_path):
