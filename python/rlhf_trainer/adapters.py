@@ -257,7 +257,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the `saved_tensors` as peft does; nothing of the base."""
+    """Write the `saved_tensors`, on the CPU, as peft does; nothing of the base."""
     folder.mkdir(parents=True, exist_ok=True)
     lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
     for name in HEADS:
@@ -265,7 +265,6 @@ def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
             lora.modules_to_save = [name]
     lora.inference_mode = True
     lora.save_pretrained(str(folder))
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -26,7 +26,7 @@ from rlhf_trainer.config import say
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.runlog import read_metrics
-from rlhf_trainer.sharding import full, is_spread, spread_like
+from rlhf_trainer.sharding import full, gathered, is_spread, spread_like
 
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
@@ -163,8 +163,8 @@ class Checkpoints:
     def _files(self, generators: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each safetensors file of a checkpoint, one at a time in memory."""
         for name, module in self.modules.items():
-            yield name, trained_part(module)
-        yield "optimizer", self._optimizer_tensors()
+            yield name, gathered(trained_part(module))
+        yield "optimizer", gathered(self._optimizer_tensors())
         states = {f"torch.{rank}": rng["torch"] for rank, rng in enumerate(generators)}
         yield "rng", states | {"generator": self.generator.get_state().cpu()}
 
@@ -172,7 +172,7 @@ class Checkpoints:
         tensors = {}
         for index, entry in self.optimizer.state_dict()["state"].items():
             for key, value in entry.items():
-                tensors[f"{index}.{key}"] = full(torch.as_tensor(value)).detach().cpu().contiguous()
+                tensors[f"{index}.{key}"] = torch.as_tensor(value)
         return tensors
 
     def _restore(self, path: Path) -> tuple[int, float, list[dict[str, float]]]:
@@ -241,21 +241,21 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name; of tied ones the first name only."""
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, themselves, not copies; of tied ones the first name only."""
     kept, seen = {}, set()
     for name, tensor in module.state_dict(keep_vars=True).items():
         place = id(tensor) if is_spread(tensor) else tensor.data_ptr()
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
-            kept[name] = full(tensor.detach()).cpu().contiguous()
+            kept[name] = tensor
     return kept
 
 
 def trained_part(module: nn.Module) -> dict[str, Tensor]:
-    """`parameters_of` without what is frozen, or belongs to it (a quantised weight's scales): that is the base's."""
+    """`weights_of` without what is frozen, or belongs to it (a quantised weight's scales): that is the base's."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    found = parameters_of(module)
+    found = weights_of(module)
     scales = {name for name in found if ".weight." in name and f"{name.partition('.weight.')[0]}.weight" in frozen}
     return {name: tensor for name, tensor in found.items() if name not in frozen | scales}
 
@@ -268,14 +268,14 @@ def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def weights_digest(module: nn.Module, frozen: bool = False) -> str:
-    """SHA-256 over names and values of all weights, or of those that are not trained."""
+    """SHA-256 over names and values of all weights, or of those that are not trained; one at a time is copied."""
     digest = hashlib.sha256()
     trained = trained_part(module).keys() if frozen else ()
-    for name, tensor in parameters_of(module).items():
+    for name, tensor in weights_of(module).items():
         if name in trained:
             continue
         digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(full(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from rlhf_trainer.distributed import current, launched
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
 from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
-from rlhf_trainer.sharding import full, is_sharded
+from rlhf_trainer.sharding import gathered, is_sharded
 
 NORMALISATION = "reward_normalisation.json"  # {"mean": float, "std": float} beside a reward model
 
@@ -222,11 +222,12 @@ def save_folder(
     It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
     checkpoints in it stay. Of several ranks the first one writes.
     """
-    own = adapters.saved_tensors(model) if adapters.has_adapter(model) else None
-    if own is None and is_sharded(model):
-        own = dict(model.state_dict())
-    own = None if own is None else {name: full(tensor) for name, tensor in own.items()}  # every rank takes part
-    tensors = {name: {key: full(value) for key, value in state.items()} for name, state in (tensors or {}).items()}
+    own = None
+    if adapters.has_adapter(model):
+        own = gathered(adapters.saved_tensors(model))
+    elif is_sharded(model):
+        own = gathered(model.state_dict())
+    tensors = {name: gathered(state) for name, state in (tensors or {}).items()}
     if not current().main:
         return Path(folder)
     folder = Path(folder)
@@ -240,7 +241,7 @@ def save_folder(
             model.save_pretrained(temporary, state_dict=own)
         tokenizer.save_pretrained(temporary)
         for name, state in tensors.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / name)
+            save_file(state, temporary / name)
         for name, record in (records or {}).items():
             (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +30,21 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """What FSDP takes for the outermost module."""
+    """What FSDP takes for the outermost module. reshards: whether a layer is freed after its forward pass."""
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, reshards: bool) -> None:
         super().__init__()
-        self.held = nn.ModuleList(modules)
+        self.held, self.reshards = nn.ModuleList(modules), reshards
 
     def forward(self, function: Callable[[], T]) -> T:
         return function()
 
 
-_roots: WeakKeyDictionary[nn.Module, Root] = WeakKeyDictionary()
+ROOT = "sharding_root"  # among a sharded model's attributes, but no submodule: the root holds the model
+
+
+def _root_of(model: nn.Module) -> Root | None:
+    return vars(model).get(ROOT)
 
 
 def home(device: torch.device) -> torch.device:
@@ -71,12 +74,12 @@ def place(model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype
             fully_shard(module, **options)
     for head in heads:
         fully_shard(head, **options)
-    root = Root(model, *heads)
+    root = Root(model, *heads, reshards=options["reshard_after_forward"])
     fully_shard(root, **options)
     for unit in _units(root):
         unit.set_gradient_divide_factor(1.0)  # a sum: the losses divide by the units of the whole minibatch
         unit.set_force_sum_reduction_for_comms(True)
-    _roots[model] = root
+    vars(model)[ROOT] = root
     # FSDP warns of outputs that are views, which an operation in place would break; there is none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     with torch.no_grad():
@@ -105,24 +108,23 @@ def _units(root: nn.Module) -> list[Any]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return model in _roots
+    return _root_of(model) is not None
 
 
 def through(model: nn.Module, function: Callable[[], T]) -> T:
     """`function()`, which computes with the model: under FSDP 2 on every rank, with the weights gathered as needed."""
-    root = _roots.get(model)
+    root = _root_of(model)
     return function() if root is None else root(function)
 
 
 @contextmanager
 def whole(model: nn.Module, gather: bool = True) -> Iterator[None]:
     """Within the block all weights are gathered on every rank, so that each computes alone, as a rollout does."""
-    root = _roots.get(model)
+    root = _root_of(model)
     if root is None or not gather:
         yield
         return
     units = _units(root)
-    reshards = _options(next(model.parameters()).device)["reshard_after_forward"]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -131,7 +133,7 @@ def whole(model: nn.Module, gather: bool = True) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(reshards and unit is not root, recurse=False)
+            unit.set_reshard_after_forward(root.reshards and unit is not root, recurse=False)
 
 
 class Turns:
@@ -176,6 +178,17 @@ def is_spread(tensor: Tensor) -> bool:
 def full(tensor: Tensor) -> Tensor:
     """A tensor that is spread over the ranks as a whole, on each of them; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, whole, in rank 0's CPU memory, one after the other; {} on the other ranks, which take part."""
+    found = {}
+    for name, tensor in tensors.items():
+        on_device = full(tensor.detach())
+        if current().main:
+            found[name] = on_device.cpu().contiguous()
+        del on_device  # before the next one is gathered
+    return found
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
