@@ -133,13 +133,13 @@ def merged_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name in the folder, tensor) of every weight, the main adapter added; one merged weight at a time in memory."""
     layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in policy.named_parameters():
-        layer, base, own = name.partition(".base_layer.")
+        layer, _, own = name.partition(".base_layer.")
+        module: Any = layers.get(layer)
         if ".lora_" in name:
             continue
-        if not base or own != "weight":
+        if module is None or own != "weight" or adapters.MAIN not in module.scaling:  # another adapter's alone
             yield name.replace(".base_layer.", "."), parameter.detach()
             continue
-        module: Any = layers[layer]
         yield f"{layer}.weight", parameter.detach() + module.get_delta_weight(adapters.MAIN).to(parameter.dtype)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import PPOConfig, UserError, adapters, rollout_vllm, train_ppo
 from rlhf_trainer.checks import validate_options
-from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.models import load_causal, load_tokenizer, save_folder
 from rlhf_trainer.rollout_vllm import VllmEngine, load_engine, merged_weights, to_rollout
 
 PROMPTS = ["one", "two red blue day", "good night"]
@@ -88,8 +88,14 @@ def test_ppo_samples_from_the_weights_as_they_are(folder, engine, lora):
     assert any(not torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
 
 
-def test_merged_weights_are_those_of_a_merged_model(folder):
-    policy = adapters.add_adapter(load_causal(folder), PPOConfig(model=folder, lora_r=4, lora_targets=["all-linear"]))
+@pytest.mark.parametrize("wider", [False, True], ids=["alone", "beside one of more layers"])
+def test_merged_weights_are_those_of_a_merged_model(folder, tmp_path, wider):
+    targets = ["q_proj"] if wider else ["all-linear"]
+    policy = adapters.add_adapter(load_causal(folder), PPOConfig(model=folder, lora_r=4, lora_targets=targets))
+    if wider:  # as a reward model's on the policy's base may be
+        other = adapters.add_adapter(load_causal(folder), PPOConfig(lora_r=2, lora_targets=["all-linear"]))
+        save_folder(tmp_path / "other", other, load_tokenizer(folder))
+        adapters.attach(policy, tmp_path / "other", adapters.REWARD, trained=False)
     for name, parameter in adapters.parameters_of(policy, adapters.MAIN).items():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     sent = {name: tensor.clone() for name, tensor in merged_weights(policy)}
