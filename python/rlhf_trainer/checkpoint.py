@@ -165,7 +165,7 @@ class Checkpoints:
         for name, module in self.modules.items():
             yield name, gathered(trained_part(module))
         yield "optimizer", gathered(self._optimizer_tensors())
-        states = {f"torch.{rank}": rng["torch"] for rank, rng in enumerate(generators)}
+        states = {f"{name}.{rank}": x for rank, rng in enumerate(generators) for name, x in rng["torch"].items()}
         yield "rng", states | {"generator": self.generator.get_state().cpu()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -194,7 +194,8 @@ class Checkpoints:
         self.generator.set_state(tensors["generator"])
         ranks, others = current(), len(state["rng"])
         rank = ranks.rank if ranks.rank < others else 0
-        _set_rng(state["rng"][rank] | {"torch": tensors[f"torch.{rank}"]})
+        own = {name.partition(".")[0]: x for name, x in tensors.items() if name.partition(".")[2] == str(rank)}
+        _set_rng(state["rng"][rank] | {"torch": own})
         if ranks.world != others:
             say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
         step = state["step"]
@@ -284,13 +285,18 @@ def _config_values(cfg: Any) -> dict[str, Any]:
 
 
 def _rng() -> dict[str, Any]:
-    """The states of this process's global generators: a reward function may draw from them."""
+    """The states of this process's global generators: dropout draws from them, and a reward function may."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torchs = {"torch": torch.get_rng_state()} | {f"cuda{index}": state for index, state in enumerate(cuda)}
+    return {"torch": torchs, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
 
 
 def _set_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"]["torch"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{index}" in state["torch"]:  # the checkpoint may come from a machine with fewer GPUs
+            torch.cuda.set_rng_state(state["torch"][f"cuda{index}"], index)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

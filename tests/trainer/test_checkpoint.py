@@ -157,6 +157,29 @@ def test_resume_restores_adam_and_not_just_the_weights(tmp_path):
     same_result(tmp_path / "whole", tmp_path / "crashed")
 
 
+def test_the_generators_of_gpus_are_restored_too(tmp_path, monkeypatch):
+    """Two generators in the place of two GPUs', from the second of which the reward draws."""
+    gpus = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [gpu.get_state() for gpu in gpus])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: gpus[device].set_state(state))
+
+    def reward(prompts, completions):
+        return torch.rand(len(prompts), generator=gpus[1]).tolist()
+
+    def begin():  # as a new process finds them
+        for seed, gpu in enumerate(gpus):
+            gpu.manual_seed(seed)
+
+    begin()
+    whole = policy_bits(run(tmp_path / "whole", reward=reward))
+    begin()
+    crashed(tmp_path / "crashed", reward=reward)
+    begin()
+    assert torch.equal(policy_bits(run(tmp_path / "crashed", reward=reward, resume=True)), whole)
+
+
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "policy.safetensors", "state.json", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, capsys):
     whole = policy_bits(run(tmp_path / "whole"))
