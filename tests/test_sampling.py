@@ -277,6 +277,22 @@ def test_u_of_a_row_is_a_function_of_seed_and_row() -> None:
         assert abs(pairs.corrcoef()[0, 1].item()) < 0.0125
 
 
+def test_uniform_is_not_read_where_the_mask_hides_a_row(backend: Backend) -> None:
+    logits = torch.randn(2, 6, 50, device=backend.device)
+    mask = torch.tensor([[True, False, True, False, False, False], [True] * 6], device=backend.device)
+    uniform = torch.rand(2, 6, dtype=torch.float64, device=backend.device)
+    hidden = torch.tensor([7.0, -1.0, math.nan, math.inf], dtype=torch.float64, device=backend.device)
+    spoilt = uniform.masked_scatter(~mask, hidden)
+    for options in ({}, {"top_k": 5, "top_p": 0.7}):
+        expected = rk.sample_tokens(logits, uniform=uniform, mask=mask, **options)
+        for got, one in zip(rk.sample_tokens(logits, uniform=spoilt, mask=mask, **options), expected, strict=True):
+            assert torch.equal(got, one)
+            assert (got[~mask] == 0).all()
+    for wrong in hidden if backend.device == "cpu" else ():
+        with pytest.raises(ValueError, match="uniform holds a value outside"):
+            rk.sample_tokens(logits, uniform=torch.where(mask, wrong, uniform), mask=mask)
+
+
 def _splitmix(seed: int, row: int) -> float:
     full = (1 << 64) - 1
 

@@ -43,7 +43,8 @@ def sample_tokens(
         seed: in [0, 2**63), instead of a generator: the u of row n is a hash of (seed, n), the same on every device, in
             any batch, and inside torch.compile. Take a new seed for every step.
         uniform: [...] float64 in [0, 1), the u of every row, instead of both: for rows that are sorted or spread over
-            devices, and must be drawn alike. Its range is checked on the CPU, or with RLHF_KERNELS_CHECK=1.
+            devices, and must be drawn alike. Not read at masked rows; elsewhere its range is checked on the CPU, or
+            with RLHF_KERNELS_CHECK=1.
         mask: [...] bool or 0/1, true where a token is wanted; masked rows of logits are never read.
 
     Returns:
@@ -68,7 +69,7 @@ def sample_tokens(
     if uniform is None:
         numbers = _uniform(generator, seed, shape.numel(), logits.device)
     elif generator is None and seed is None:
-        numbers = _given(uniform, shape, logits)
+        numbers = _given(uniform, shape, logits, mask)
     else:
         raise ValueError(f"{OP}: uniform is given, and a generator or a seed too; it takes one of them or none")
     return _draw(logits, numbers, mask, temperature if row_temperature is None else row_temperature, top_k, top_p)
@@ -99,14 +100,16 @@ def _uniform(generator: torch.Generator | None, seed: int | None, count: int, de
     return torch.rand(count, dtype=torch.float64, device=device, generator=generator)
 
 
-def _given(uniform: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
-    """The caller's numbers [...] as [N]."""
+def _given(uniform: Tensor, shape: torch.Size, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The caller's numbers [...] as [N], checked where a row counts: what the mask hides is not read."""
     if not isinstance(uniform, Tensor) or uniform.dtype != torch.float64:
         found = uniform.dtype if isinstance(uniform, Tensor) else type(uniform).__name__
         raise TypeError(f"{OP}: uniform is {found}; it takes a float64 tensor or None")
     validate.same_place(OP, "uniform", uniform, "logits", shape, logits.device)
-    if rows.reading_is_free(logits) and not bool(((uniform >= 0) & (uniform < 1)).all()):
-        raise ValueError(f"{OP}: uniform holds a value outside [0, 1)")
+    if rows.reading_is_free(logits):
+        counted = uniform if mask is None else uniform[mask]
+        if not bool(((counted >= 0) & (counted < 1)).all()):
+            raise ValueError(f"{OP}: uniform holds a value outside [0, 1)")
     return uniform.reshape(-1).contiguous()
 
 
