@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -110,3 +111,12 @@ def hide(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     garbage = torch.tensor([NAN, POS_INF, NEG_INF])[torch.arange(mask.numel()) % 3].view(mask.shape)
     return [torch.where(mask, x, garbage.to(x.dtype)) for x in tensors]
+
+
+def covered(offsets: list[int], total: int) -> Tensor:
+    """[total] how many packed sequences have each position, for offsets of any kind, each taken into [0, total]."""
+    inside = [min(max(n, 0), total) for n in offsets]
+    count = torch.zeros(total, dtype=torch.int64)
+    for begin, end in itertools.pairwise(inside):
+        count[begin:end] += 1  # none where they fall
+    return count

@@ -25,6 +25,7 @@ import rlhf_kernels as rk
 HERE = Path(__file__).parent
 CHUNK = 256  # positions of a block in tests/cuda_on_cpu/scan.cpp
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FRESH = 7e7  # what outputs hold before a kernel writes them
 MASKED = ("skip", "stop", "zero")
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
@@ -50,7 +51,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
         offsets: Tensor | None = None,
         first_thread: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        outputs = [guarded_memory.guarded(torch.full(rewards.shape, 7e7), "behind") for _ in range(2)]
+        outputs = [guarded_memory.guarded(torch.full(rewards.shape, FRESH), "behind") for _ in range(2)]
         if rewards.dim() == 2:
             rows, time = rewards.shape
             strides = [rewards.stride(0), values.stride(0), 0 if mask is None else mask.stride(0)]
@@ -134,9 +135,10 @@ def test_wrong_offsets_stay_inside(scan: Scan, wrong: list[int]) -> None:
     for side in ("behind", "before"):
         rewards, values = (guarded_memory.guarded(torch.ones(9), side) for _ in range(2))
         for output in scan(rewards, values, offsets=torch.tensor(wrong, dtype=torch.int32)):
-            first, last = (min(max(n, 0), 9) for n in (min(wrong), max(wrong[0], wrong[-1])))
-            assert output[:first].isnan().all()
-            assert output[last:].isnan().all()
+            assert (output != FRESH).all()
+            assert output[edge_cases.covered(wrong, 9) == 0].isnan().all()
+            first, last = (min(max(n, 0), 9) for n in (wrong[0], wrong[-1]))
+            assert output[first:last].isfinite().all()
 
 
 def test_the_order_of_threads_and_padding_change_no_bit(scan: Scan) -> None:

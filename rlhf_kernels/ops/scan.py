@@ -46,7 +46,8 @@ def gae(
         cu_seqlens: [S + 1] int32 or int64: rewards, values and mask are S packed sequences [total], bootstrap is [S],
             and sequence s is positions `cu_seqlens[s]` up to `cu_seqlens[s + 1]`, as flash-attn spells them; empty
             sequences are legal. Offsets that are wrong raise on a CPU; on a GPU they are not looked at, nothing
-            outside the tensors is touched, what no sequence covers is NaN, and RLHF_KERNELS_CHECK=1 makes them raise.
+            outside the tensors is touched, what no sequence covers is NaN, what one does may be any sequence's value
+            or NaN, and RLHF_KERNELS_CHECK=1 makes them raise.
 
     Returns:
         (advantages, returns), each [..., T] float32 (float64 for float64 inputs), exactly 0 where mask is false.
