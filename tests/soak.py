@@ -1,6 +1,6 @@
 """Very many random calls of every op on one backend against the reference in float64: counts, and the worst of each.
 
-python tests/soak.py {cpu|triton} --cases 1000000 --seed 0 --record FILE [--part 1/2] [--only OP ...]
+python tests/soak.py {cpu|triton} --cases 1000000 --seed 0 --record FILE [--part 1/2] [--only|--skip OP ...]
 python tests/soak.py reference --cases 60000 ...     the ops that have no kernel: plain PyTorch in the call's dtypes
 python tests/soak.py sum FILE ...                    what the records of any number of processes hold together
 
@@ -206,13 +206,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="K/N", help="run the K-th of N parts")
     parser.add_argument("--only", nargs="+", choices=SOAKED, metavar="OP")
+    parser.add_argument("--skip", nargs="+", choices=SOAKED, metavar="OP", default=[])
     parser.add_argument("--record", type=Path, metavar="FILE", help="append each batch to FILE, skip those it holds")
     options = parser.parse_args()
     if options.backend == "sum":
         sys.exit(report(read(options.files).values()) > 0)
     wanted = [op for op, one in SOAKED.items() if one.kernel == (options.backend != "reference")]
-    ops = [op for op in wanted if options.only is None or op in options.only]
-    if options.files or not ops or set(options.only or []) - set(wanted):
+    ops = [op for op in wanted if op in (options.only or wanted) and op not in options.skip]
+    if options.files or not ops or {*(options.only or []), *options.skip} - set(wanted):
         parser.error(f"{options.backend} takes no files, and of the ops these: {', '.join(wanted)}")
     torch.set_num_threads(1)
     if options.backend == "triton" and not torch.cuda.is_available():

@@ -177,7 +177,12 @@ def _policy_loss(drawn: tuple[strategies.BatchCall, dict], cast: Callable) -> li
     logprobs.requires_grad_()
     mask = None if call.mask is None else call.mask.to(logprobs.device)
     new_counted, old_counted, adv_counted, weight_counted = _counted(call)
-    terms = (new_counted - old_counted).clamp(-20, 20).exp() * adv_counted * (weight_counted if call.flag else 1)
+    log_ratio = new_counted - old_counted
+    if options.get("ratio") == "sequence":
+        count = torch.ones_like(log_ratio) if call.mask is None else call.mask.double()
+        log_ratio = (log_ratio.sum(1) / count.sum(1).clamp(min=1)).unsqueeze(1).expand_as(log_ratio)
+    factor = log_ratio.clamp(-20, 20).exp()
+    terms = factor * adv_counted * (weight_counted if call.flag else 1)
     loss, stats = rk.policy_loss(
         *(logprobs, old, advantages, mask),
         importance_weights=weights if call.flag else None,
@@ -188,7 +193,7 @@ def _policy_loss(drawn: tuple[strategies.BatchCall, dict], cast: Callable) -> li
     # The last place of an exponent, of 20 or of a mean over larger ones, is a relative error of its exponential.
     exponent = max(20.0, _largest(new_counted, old_counted) if options.get("ratio") else 20.0)
     scale = exponent * _largest(terms) * max(1.0, terms.numel() ** 0.5)
-    ratios = exponent * _largest((new_counted - old_counted).clamp(-20, 20).exp())
+    ratios = exponent * _largest(factor)
     stats_compared = [Output(x, ratios) for name, x in stats.items() if "fraction" not in name]
     return [Output(loss, scale), Output(grad, scale, call.mask), *stats_compared]
 
