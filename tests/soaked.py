@@ -182,7 +182,12 @@ def _policy_loss(drawn: tuple[strategies.BatchCall, dict], cast: Callable) -> li
         count = torch.ones_like(log_ratio) if call.mask is None else call.mask.double()
         log_ratio = (log_ratio.sum(1) / count.sum(1).clamp(min=1)).unsqueeze(1).expand_as(log_ratio)
     factor = log_ratio.clamp(-20, 20).exp()
-    terms = factor * adv_counted * (weight_counted if call.flag else 1)
+    clipped = torch.where(
+        adv_counted > 0,
+        factor.clamp(max=1 + options.get("clip_high", 0.2)),
+        factor.clamp(min=0.8, max=options.get("dual_clip", float("inf"))),
+    )
+    terms = clipped * adv_counted * (weight_counted if call.flag else 1)
     loss, stats = rk.policy_loss(
         *(logprobs, old, advantages, mask),
         importance_weights=weights if call.flag else None,
