@@ -27,7 +27,7 @@ from rlhf_trainer.models import (
 )
 from rlhf_trainer.precision import autocast, halve
 from rlhf_trainer.seq2seq import is_encoder_decoder
-from rlhf_trainer.sharding import home, place, whole
+from rlhf_trainer.sharding import place, whole
 
 if TYPE_CHECKING:
     from rlhf_trainer.rollout import Rollout
@@ -75,10 +75,11 @@ def load_reward(
         tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=score_head(model) is not None)
         index = label_index(model.config, label, source)
         model = fit_vocabulary(model, tokenizer if score_head(model) is not None else None)
-        model = model.to(home(device)).eval().requires_grad_(False)
-        halve(model, dtype, trained=True)
-        if (own := score_head(model)) is not None:
-            own.float()
+        model.eval().requires_grad_(False)
+        own = score_head(model)
+        for part in model.children():  # before the device takes them
+            if part is not own:
+                halve(part, dtype, trained=True)
         place(model, device)
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:

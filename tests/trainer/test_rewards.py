@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from tiny import tiny_folder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from rlhf_trainer import rewards
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import NORMALISATION, load_reward_model, load_tokenizer, save_folder, score_sequences
 from rlhf_trainer.rewards import load_reward, scores_of
@@ -41,6 +42,19 @@ def expected_scores(folder, label=0):
 def test_a_reward_model_scores_the_last_token_of_padded_rows(tmp_path):
     folder = reward_folder(tmp_path)
     assert load_reward(str(folder))(PROMPTS, COMPLETIONS) == pytest.approx(expected_scores(folder), abs=1e-5)
+
+
+def test_in_bfloat16_the_backbone_is_rounded_before_the_device_takes_it_and_the_head_is_not(tmp_path, monkeypatch):
+    folder, placed = reward_folder(tmp_path), {}
+    monkeypatch.setattr(PreTrainedModel, "to", lambda *_: pytest.fail("to the device before `place`"))
+    monkeypatch.setattr(rewards, "place", lambda model, device: placed.update(dict(model.named_parameters())))
+    reward = load_reward(str(folder), dtype="bfloat16")
+    saved = dict(AutoModelForSequenceClassification.from_pretrained(folder).named_parameters())
+    assert torch.equal(placed["score.weight"], saved["score.weight"])
+    assert torch.equal(
+        placed["model.layers.0.mlp.up_proj.weight"], saved["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    )
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected_scores(folder), abs=0.02)
 
 
 def test_normalisation_is_applied(tmp_path):
