@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import Forked
 from safetensors.torch import load_file
 
 from rlhf_trainer import distributed
@@ -22,50 +22,50 @@ from rlhf_trainer.models import save_folder
 from rlhf_trainer.ppo import PPOConfig
 
 TIMES = ("seconds/", "eps", "tokens_per_second")
-# Runs argument lists one after the other, in the environments given with them; prints the exit code of each. What
-# rank 1 writes below the folder is printed too.
-DRIVER = """
-import json, os, sys
-folder, written = sys.argv[1], []
-def hook(event, arguments):
-    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    changes = writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-    if changes and str(arguments[0]).startswith(folder):
-        written.append([event, str(arguments[0])])
-if os.environ["RANK"] == "1":
-    sys.addaudithook(hook)
-from rlhf_trainer.cli import main
-codes = []
-for environment, arguments in json.loads(sys.argv[2]):
-    os.environ.update(environment)
-    try:
-        codes.append(main(arguments))
-    except SystemExit as error:
-        codes.append(error.code)
-print(json.dumps([codes, written]))
-"""
 
 
-def start(arguments, rank, port, **environment):
-    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | environment
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+def run_all(folder, script):
+    """Run argument lists one after the other, in the environments given with them; prints the exit code of each.
+
+    What rank 1 writes below the folder is printed too.
+    """
+    written = []
+
+    def hook(event, arguments):
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        changes = writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if changes and str(arguments[0]).startswith(folder):
+            written.append([event, str(arguments[0])])
+
+    if os.environ["RANK"] == "1":
+        sys.addaudithook(hook)
+    codes = []
+    for environment, arguments in script:
+        os.environ.update(environment)
+        try:
+            codes.append(main(arguments))
+        except SystemExit as error:
+            codes.append(error.code)
+    print(json.dumps([codes, written]))
 
 
-def two_ranks(arguments, timeout=600, **environment):
-    """[(exit code, stdout, stderr)] of both ranks."""
+def two_ranks(folder, function, *arguments, **environment):
+    """Both ranks' processes, which have ended; what they say lies in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(arguments, rank, port, **environment) for rank in (0, 1)]
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        Forked(function, *arguments, folder=folder / str(rank), **environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in (0, 1)
+    ]
     try:
-        outputs = [process.communicate(timeout=timeout) for process in ranks]
+        for process in ranks:
+            process.wait()
     finally:
         for process in ranks:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(ranks, outputs, strict=True)]
+            process.process.kill()
+    return ranks
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,11 @@ def runs(folder):
     mixed = ppo(folder, "mixed", updates=1, lora_r=2, dtype="bfloat16", gradient_checkpointing=True)
     mixed.append(f"--reward={folder}/one-reward")  # an adapter on the same base
     script.append(({"ACCELERATE_USE_FSDP": "true"}, mixed))
-    (code, output, errors), (other, other_output, _) = two_ranks(["-c", DRIVER, folder, json.dumps(script)])
-    assert (code, other) == (0, 0), errors
-    codes, other_codes = json.loads(output)[0], json.loads(other_output)[0]
-    assert codes == other_codes == [0, 143, *[0] * 5, 143, *[0] * 7], errors
-    return json.loads(other_output)[1]
+    first, second = two_ranks(folder / "said", run_all, str(folder), script)
+    assert (first.poll(), second.poll()) == (0, 0), first.stderr
+    (codes, _), (other_codes, written) = (json.loads(rank.stdout) for rank in (first, second))
+    assert codes == other_codes == [0, 143, *[0] * 5, 143, *[0] * 7], first.stderr
+    return written
 
 
 def metrics(folder):
@@ -224,12 +224,11 @@ def test_bfloat16_and_checkpointing_with_fsdp(folder, runs):
 
 @pytest.mark.parametrize("sleeps", ["", "0"], ids=["in a collective", "elsewhere"])
 def test_an_error_on_one_rank_stops_both_with_its_message(folder, sleeps):
-    arguments = ["-m", "rlhf_trainer", *ppo(folder, f"failed{sleeps}", reward="fails")]
-    (code, _, errors), (other, _, other_errors) = two_ranks(arguments, SLEEPS=sleeps)
-    assert (code, other) == (2, 2)
-    message = "error: rank 1: the reward function raised ValueError: no more"
-    assert message in errors
-    assert "Traceback" not in errors + other_errors
+    arguments = ppo(folder, f"failed{sleeps}", reward="fails")
+    first, second = two_ranks(folder / f"said-failed{sleeps}", main, arguments, SLEEPS=sleeps)
+    assert (first.poll(), second.poll()) == (2, 2)
+    assert "error: rank 1: the reward function raised ValueError: no more" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
     assert not list((folder / f"failed{sleeps}").glob("*.safetensors"))
 
 
