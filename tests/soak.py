@@ -9,7 +9,7 @@ of the reference in float64. (`sample_tokens` draws one time in four again, whic
 infinity where truth has none (or another one), something other than 0 at a masked place, or an error above the op's
 limit: 16, where the unit is an ulp of fp32 at the largest number that the result comes from, or for `linear_*` 1, where
 it is the bound in tests/soaked_linear.py. The accuracy rule proper, which compares with plain PyTorch's error, is what
-the conformance tests check. The exit code is 1 if there is a mismatch, and the call is printed.
+the conformance tests check. The exit code is 1 if there is a mismatch, and the call is printed; 130 if stopped.
 
 Cases come in batches of an op, seeded by --seed, the op and the batch's number. --part K/N runs every N-th batch, so N
 processes share a run. Each finished batch is a line of FILE, which several processes may write; one that FILE already
@@ -156,8 +156,8 @@ def patch_triton_once() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")  # inf - inf
 
 
-def run_batches(options: argparse.Namespace, ops: list[str]) -> list[Batch]:
-    """Every batch of this part that the record does not hold -> those that finished, also when stopped by a signal."""
+def run_batches(options: argparse.Namespace, ops: list[str]) -> tuple[list[Batch], bool]:
+    """Run this part's batches that the record does not hold -> those that are finished, whether a signal stopped it."""
     done = read([options.record]) if options.record and options.record.exists() else {}
     device = torch.cuda.get_device_name() if options.backend == "triton" and torch.cuda.is_available() else "cpu"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -187,7 +187,8 @@ def run_batches(options: argparse.Namespace, ops: list[str]) -> list[Batch]:
             )
     except KeyboardInterrupt:
         print("stopped; the batches that finished count", flush=True)
-    return finished
+        return finished, True
+    return finished, False
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -219,7 +220,9 @@ def main() -> None:
     if options.backend == "triton" and not torch.cuda.is_available():
         patch_triton_once()
         small_triton_blocks()
-    sys.exit(report(run_batches(options, ops)) > 0)
+    finished, stopped = run_batches(options, ops)
+    mismatches = report(finished)
+    sys.exit(1 if mismatches else 130 if stopped else 0)
 
 
 if __name__ == "__main__":

@@ -81,19 +81,21 @@ def test_a_record_resumes_and_sums(
     monkeypatch.setattr(soak.signal, "signal", lambda *args: None)
     record = tmp_path / "record.jsonl"
 
-    def run(cases: int, part: tuple[int, int]) -> list[soak.Batch]:
+    def run(cases: int, part: tuple[int, int], stops: bool = False) -> list[soak.Batch]:
         options = argparse.Namespace(backend="cpu", seed=3, cases=cases, part=part, record=record)
-        return soak.run_batches(options, ["numbers"])
+        finished, stopped = soak.run_batches(options, ["numbers"])
+        assert stopped == stops
+        return finished
 
     stock = soak.soak
 
-    def stopped(op: str, backend: str, cases: int, batch_seed: str) -> tuple[int, float, list[str]]:
+    def interrupted(op: str, backend: str, cases: int, batch_seed: str) -> tuple[int, float, list[str]]:
         if batch_seed.endswith(" 2"):
             raise KeyboardInterrupt
         return stock(op, backend, cases, batch_seed)
 
-    monkeypatch.setattr(soak, "soak", stopped)
-    assert [one.batch for one in run(150, (1, 1))] == [0, 1]
+    monkeypatch.setattr(soak, "soak", interrupted)
+    assert [one.batch for one in run(150, (1, 1), stops=True)] == [0, 1]
     monkeypatch.setattr(soak, "soak", stock)
     assert sum(one.cases for one in run(150, (1, 2)) + run(150, (2, 2))) == 150
     lines = record.read_text().splitlines()
