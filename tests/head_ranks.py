@@ -148,6 +148,10 @@ def dtensor(rank: int) -> None:
             setattr(sharded.lm_head, key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
         check(rank, model, sharded, data_parallel=False)
         check(rank, model, sharded, data_parallel=False, process_group=mesh.get_group())
+    head, hidden = sharded.lm_head, torch.randn(3, sharded.lm_head.weight.shape[1])
+    kl = rk.linear_kl(hidden, head.weight, hidden + 1, head.weight, process_group=mesh.get_group())
+    whole = head.weight.full_tensor()
+    torch.testing.assert_close(kl, rk.linear_kl(hidden, whole, hidden + 1, whole), rtol=1e-4, atol=1e-5)
     replicated = made("bart untied")
     try:
         head = rk.head_of(replicated)

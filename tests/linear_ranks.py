@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
+from rlhf_kernels.ops.linear_shards import shard
 
 N, D, V = 11, 8, 53
 
@@ -105,6 +107,34 @@ def _jsd_of_near_policies(part: slice, group: dist.ProcessGroup | None, dtype: t
     return rk.linear_kl(hidden.to(dtype), head, other.to(dtype), head, **options)
 
 
+def _check_gathers(case: dict[str, Tensor], part: slice) -> None:
+    """One collective for the sizes of the shards, one for the only chunk; the sizes in one transfer to the host."""
+    gathers = []
+    plain = dist.all_gather
+    dist.all_gather = lambda *args, **options: gathers.append(args) or plain(*args, **options)
+    hidden, weight, options = case["hidden"], case["weight"][part], {"process_group": dist.group.WORLD}
+    rk.linear_logprobs(hidden, weight, case["labels"], mask=case["mask"], **options)
+    assert len(gathers) == 2, len(gathers)
+    for direction in ("reverse", "jsd"):
+        gathers.clear()
+        rk.linear_kl(hidden, weight, case["other"], case["other_weight"][part], direction=direction, **options)
+        assert len(gathers) == 2, len(gathers)
+    dist.all_gather = plain
+    with _Scalars() as scalars:
+        shard(dist.group.WORLD, len(weight), hidden.device)
+    assert scalars.read == 0, scalars.read
+
+
+class _Scalars(TorchDispatchMode):
+    """Counts the single elements that are read, on a GPU a host sync each."""
+
+    read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def _rank(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -121,6 +151,7 @@ def _rank(rank: int, world: int, port: int) -> None:
                 whole = b[mine] if b.shape[:1] == (V,) else b
                 scale = b.double().abs().nan_to_num(posinf=0.0).max().clamp(min=1e-3)
                 torch.testing.assert_close(a.double() / scale, whole.double() / scale, rtol=0, atol=tolerance)
+        _check_gathers(case, mine)
         near = [_jsd_of_near_policies(*shard, dtype) for shard in ((mine, dist.group.WORLD), (slice(None), None))]
         torch.testing.assert_close(*near, rtol=1e-3, atol=0)
         try:

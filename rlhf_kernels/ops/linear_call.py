@@ -158,8 +158,12 @@ def prepare(
     mask: Tensor | None,
     workspace: int,
     process_group: ProcessGroup | None = None,
+    like: Call | None = None,
 ) -> Call:
-    """Checks what the family's ops have in common, applies autocast, and reads labels where that is free."""
+    """Checks what the family's ops have in common, applies autocast, and reads labels where that is free.
+
+    like: a call whose weight is sharded in the same way; the ranks are not asked again.
+    """
     weight, bias = local(op, "weight", weight, process_group), local(op, "bias", bias, process_group)
     shape = _check_head(op, hidden, weight, bias)
     lora_a, lora_b = _low_rank(op, lora, weight, process_group)
@@ -173,7 +177,10 @@ def prepare(
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     row_temperature = rows.row_temperature(op, temperature, hidden, shape)
-    first, vocab, widest = shard(process_group, weight.shape[0], hidden.device)
+    if like is None:
+        first, vocab, widest = shard(process_group, weight.shape[0], hidden.device)
+    else:
+        first, vocab, widest = like.first, 0, like.widest  # the size of the vocabulary is for labels alone
     if rows.reading_is_free(hidden):
         rows.positive(op, row_temperature)
         if labels is not None:

@@ -57,7 +57,7 @@ def linear_kl(
         mask: [...] bool or 0/1, true where the row counts; other rows cost nothing and are exactly 0.
         workspace: bytes of extra memory, at least three rows of logits; see `linear_logprobs`.
         process_group: both heads are this rank's rows of a vocabulary sharded alike over the group's ranks; see
-            `linear_logprobs`. One all-gather of five numbers a row, for jsd also an all-reduce of two.
+            `linear_logprobs`. One all-gather of five numbers a row of a chunk, for jsd also an all-reduce of two.
 
     Returns:
         [...] float32 (float64 for float64), nats.
@@ -68,16 +68,16 @@ def linear_kl(
     validate.choice(OP, "direction", direction, DIRECTIONS)
     scalars = (temperature, softcap, logit_scale, mask, workspace, process_group)
     call = prepare(OP, hidden, weight, None, bias, lora, *scalars)
-    ref = prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, ref_lora, *scalars)
+    ref = prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, ref_lora, *scalars, like=call)
     if ref.labels.shape != call.labels.shape or ref.hidden.device != hidden.device:
         raise ValueError(
             f"{OP}: ref_hidden is {list(ref_hidden.shape)} on {ref.hidden.device}; with this hidden it takes "
             f"{[*call.labels.shape, 'D']} on {hidden.device}"
         )
-    if ref.weight.shape[0] != weight.shape[0] or ref.hidden.dtype != call.hidden.dtype:
+    if ref.weight.shape[0] != call.weight.shape[0] or ref.hidden.dtype != call.hidden.dtype:
         raise ValueError(
             f"{OP}: ref_weight is {list(ref_weight.shape)} {ref.hidden.dtype}; with this weight it takes "
-            f"[{weight.shape[0]}, D'] {call.hidden.dtype}"
+            f"[{call.weight.shape[0]}, D'] {call.hidden.dtype}"
         )
     if dispatch.kernel(OP, call.hidden) is None:
         if call.group:

@@ -93,10 +93,8 @@ def _share(rise: Tensor, log_s: Tensor, log_sum: Tensor, temperature: float | Te
 
 
 def shard(group: dist.ProcessGroup | None, vocab: int, device: torch.device) -> tuple[int, int, int]:
-    """Token of this rank's first row, tokens of all ranks and of the largest shard; one collective and a host sync."""
+    """Token of this rank's first row, tokens of all ranks and of the largest shard; one collective, one host sync."""
     if group is None:
         return 0, vocab, vocab
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([vocab], device=device), group=group)
-    counts = [int(size) for size in sizes]
+    counts: list[int] = gathered(torch.tensor(vocab, device=device), group.group_name).tolist()
     return sum(counts[: dist.get_rank(group)]), sum(counts), max(counts)
