@@ -235,9 +235,11 @@ def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) ->
     _, entropy, stats, _ = (y.detach() for y in ops.linear_logprobs(*call, True, False))
     g = _normal(6).to(kernel_backend.device)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in call]
+    kept = ops.linear_logprobs(*call, True, True)[3].detach()
+    assert kept.shape == call[1].shape
     for wanted in ([True] * 5, [False, True, False, False, True]):
-        torch.library.opcheck(ops.linear_logprobs_backward.default, (*inputs, g, g, entropy, stats, wanted))
-    kept = ops.linear_logprobs(*call, True, True)[3]
+        for store in (kept[:0].flatten(), kept):
+            torch.library.opcheck(ops.linear_logprobs_backward.default, (*inputs, g, g, entropy, stats, wanted, store))
     arguments = (*inputs, g, g, entropy, stats, [True] * 5, kept)
     torch.library.opcheck(ops.linear_logprobs_backward_.default, arguments, test_utils=some)
 

@@ -12,6 +12,7 @@ from linear_truth import Case
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_kernels.ops.linear_sweep import Sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -215,41 +216,80 @@ def test_no_gemm_for_a_gradient_nobody_asked_for(
 
     Seven rows fit the memory of the weight's gradient: where it is wanted, the logits are not made again.
     """
-    case = head(7, 8, 40)
-    tensors = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
-    tensors = {name: x.to(kernel_backend.device).requires_grad_(name in wanted) for name, x in tensors.items()}
-    labels = case.labels.to(kernel_backend.device)
-    logprobs = rk.linear_logprobs(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"])
-    products = []
-    for name in ("mm", "addmm"):
-        function = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *args, f=function, **kwargs: products.append(f) or f(*args, **kwargs), raising=True
-        )
+    tensors, logprobs = _seven_rows(kernel_backend, wanted)
+    products = _noted_products(monkeypatch)
     torch.autograd.grad(logprobs.sum(), [x for x in tensors.values() if x.requires_grad])
     assert len(products) == {"hidden": 2, "weight": 1, "bias": 1, "weight and bias": 1}[wanted]
 
 
+def _seven_rows(backend: Backend, wanted: str, rows: int = 7) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves of a head of width 8, those named in `wanted` with a gradient, and logprobs of seven of the rows."""
+    case = head(rows, 8, 40)
+    tensors = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    tensors = {name: x.to(backend.device).requires_grad_(name in wanted) for name, x in tensors.items()}
+    mask = (torch.arange(rows) * 7 % rows < 7).to(backend.device)
+    labels = case.labels.to(backend.device)
+    return tensors, rk.linear_logprobs(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"], mask=mask)
+
+
+def _noted_products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    products: list[object] = []
+    for name in ("mm", "addmm"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, f=function, **kwargs: products.append(f) or f(*args, **kwargs))
+    return products
+
+
+def test_rows_that_count_decide_whether_logits_are_kept(
+    kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven of 40 rows fit the memory of a gradient of width 8, nine do not; a retained graph reads them there too."""
+    tensors, logprobs = _seven_rows(kernel_backend, "hidden weight", rows=40)
+    leaves = [tensors["hidden"], tensors["weight"]]
+    products = _noted_products(monkeypatch)
+    first = torch.autograd.grad(logprobs.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(logprobs.sum(), leaves, retain_graph=True)
+    assert len(products) == 4
+    last = torch.autograd.grad(logprobs.sum(), leaves)
+    for a, b, c in zip(first, second, last, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(logprobs.sum(), leaves)
+    case = head(9, 8, 40, bias=False)
+    leaves = [x.to(kernel_backend.device).requires_grad_() for x in (case.hidden, case.weight)]
+    logprobs = rk.linear_logprobs(*leaves, case.labels.to(kernel_backend.device))
+    products.clear()
+    torch.autograd.grad(logprobs.sum(), leaves)
+    assert len(products) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_kept_in_the_memory_of_the_weight_gradient(kernel_backend: Backend, dtype: torch.dtype) -> None:
-    """The same bits as from logits made again, which a retained graph asks for; also in a first chunk of several."""
+def test_logits_kept_in_the_memory_of_the_weight_gradient(
+    kernel_backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as from logits made again, in a first backward and in a last; also in a first chunk of several."""
     case, device = head(40, 32, 200, dtype), kernel_backend.device
     mask = (torch.arange(40) % 5 != 2).to(device)
     for workspace in (2 * 16 * (case.hidden.element_size() + 4) * 32, 64 << 20):  # 16 rows a chunk; one chunk
-        leaves = [x.to(device).detach().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
-        outputs = rk.linear_logprobs(
-            *(leaves[0], leaves[1], case.labels.to(device)),
-            bias=leaves[2],
-            mask=mask,
-            softcap=5.0,
-            with_entropy=True,
-            workspace=workspace,
-        )
         upstream = [g.to(device) for g in linear_truth.upstream(case.labels.shape)]
-        again = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-        kept = torch.autograd.grad(outputs, leaves, upstream)
-        for a, b in zip(kept, again, strict=True):
-            assert torch.equal(a, b)
+        found = []
+        for kept in (False, True):
+            leaves = [x.to(device).detach().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+            with monkeypatch.context() as patch:
+                if not kept:
+                    patch.setattr(Sweep, "fits_weight_gradient", lambda _: False)
+                outputs = rk.linear_logprobs(
+                    *(leaves[0], leaves[1], case.labels.to(device)),
+                    bias=leaves[2],
+                    mask=mask,
+                    softcap=5.0,
+                    with_entropy=True,
+                    workspace=workspace,
+                )
+            found += [torch.autograd.grad(outputs, leaves, upstream, retain_graph=again) for again in (True, False)]
+        for grads in zip(*found, strict=True):
+            assert all(torch.equal(x, grads[0]) for x in grads)
 
 
 def test_upstream_gradient_of_one_output(backend: Backend) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, fits_its_gradient
+from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def linear_logprobs(
     Equals `selected_logprobs(logits, labels, temperature=..., mask=..., with_entropy=...)` with
     `logits = (hidden @ weight.T + bias) * logit_scale`, and `softcap * tanh(logits / softcap)` if a softcap is given.
     Rows are compacted by the mask first, so a masked row costs nothing; one GEMM forward, three backward (the logits
-    again, dH, dW), none for a gradient that nobody asked for. Where weight wants a gradient, memory of its size is
-    taken in the forward already and keeps the logits of up to D rows, which are then not made again. Under autocast
-    hidden, weight and bias are cast as for
-    torch.nn.functional.linear.
+    again, dH, dW), none for a gradient that nobody asked for. Where weight wants a gradient and at most D rows count
+    (of several chunks, in the first), memory of the weight's size is taken in the forward already: it keeps their
+    logits, which are then not made again, and becomes the gradient. Each such call holds [V, D] until its backward.
+    Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear.
 
     Args:
         hidden: [..., D] float32, float16, bfloat16 (kernels) or float64 (reference). Not read at masked rows.
@@ -126,8 +126,7 @@ def logprobs_of(call: Call, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         scalars = (call.divisor, call.softcap, call.logit_scale)
         return reference.linear_logprobs(*call.leaves, call.labels, call.mask, *scalars, with_entropy)
     # The backward's memory of dW keeps the logits until then: one GEMM less. A compiled graph would copy it.
-    wants_weight = torch.is_grad_enabled() and call.weight.requires_grad and not torch.compiler.is_compiling()
-    keep = wants_weight and fits_its_gradient(call.labels.numel(), call.weight, call.workspace)
+    keep = torch.is_grad_enabled() and call.weight.requires_grad and not torch.compiler.is_compiling()
     logprobs, entropy, *_ = _forward(*call.flat(), with_entropy, keep)
     return logprobs.view(shape), entropy.view(shape) if with_entropy else None
 
@@ -138,24 +137,24 @@ def logprobs_of(call: Call, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
     schema=f"({SCHEMA}, bool with_entropy, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], the first chunk's products in memory for dW or [0]."""
+    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], the first chunk's products in memory for dW or [0].
+
+    keep: in that memory, if they fit; how many rows count is not known before.
+    """
     call, (with_entropy, keep) = split(arguments)
     count = call.labels.shape[0]
     new = call.hidden.new_zeros
     logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
     entropy = new(count if with_entropy else 0, dtype=torch.float32)
-    store = None
-    if keep:
-        store = dispatch.load(dispatch.required(OP, call.hidden)).allocate(
-            tuple(call.weight.shape), call.weight.dtype, call.weight.device
-        )
-    sweep = call.sweep(OP, store=store)
+    sweep, weight = call.sweep(OP), call.weight
+    if keep and sweep.fits_weight_gradient():
+        sweep.store = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
     for chunk in sweep:
         chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(chunk, with_entropy)
         logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
         if with_entropy:
             entropy[chunk.places] = chunk_entropy
-    return logprobs, entropy, stats, call.weight.new_empty(0) if store is None else store
+    return logprobs, entropy, stats, weight.new_empty(0) if sweep.store is None else sweep.store
 
 
 @_forward.register_fake
@@ -173,10 +172,11 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 _BACKWARD = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor stats, bool[] wanted"
 
 
-def _gradients(arguments: Sequence[Any], store: Tensor | None) -> tuple[Tensor, ...]:
-    call, (grad_logprobs, grad_entropy, entropy, stats, wanted) = split(arguments)
-    sweep = call.sweep(OP, wanted=wanted, store=store)
-    gradients = Gradients(sweep, call.hidden, wanted, store)
+def _gradients(arguments: Sequence[Any], weight_gradient: Tensor | None) -> tuple[Tensor, ...]:
+    """weight_gradient: memory for it."""
+    call, (grad_logprobs, grad_entropy, entropy, stats, wanted, kept) = split(arguments)
+    sweep = call.sweep(OP, wanted=wanted, store=kept if kept.numel() else None)
+    gradients = Gradients(sweep, call.hidden, wanted, weight_gradient)
     for chunk in sweep:
         g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
@@ -188,16 +188,16 @@ def _gradients(arguments: Sequence[Any], store: Tensor | None) -> tuple[Tensor, 
 @torch.library.custom_op(
     "rlhf_kernels::linear_logprobs_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, {_BACKWARD}) -> ({GRADIENTS})",
+    schema=f"({SCHEMA}, {_BACKWARD}, Tensor kept) -> ({GRADIENTS})",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the call's leaves; zero elements for one that is not wanted."""
+    """Gradients of the call's leaves; zero elements for one that is not wanted. kept: the forward's, only read."""
     return _gradients(arguments, None)
 
 
 @_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (*_, wanted) = split(arguments)
+    call, (*_, wanted, _kept) = split(arguments)
     return call.empty_gradients(wanted)
 
 
@@ -209,7 +209,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_in_place(*arguments: Any) -> tuple[Tensor, ...]:
     """The same from the forward's products in `kept`, which becomes dW; the weight's place in the result is empty."""
     kept = arguments[-1]
-    found = list(_gradients(arguments[:-1], kept))
+    found = list(_gradients(arguments, kept))
     found[1] = kept.new_empty(0)
     return tuple(found)
 
@@ -243,10 +243,10 @@ def _autograd(
     grads: list[Tensor | None] = [None] * LEAVES
     if grad_logprobs is not None or grad_entropy is not None:
         *tensors, entropy, stats, kept = ctx.saved_tensors
-        arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted)
+        arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted, kept)
         traced = type(kept) is not Tensor  # a fake or functional one: a graph must not write into what it saved
         if wanted[1] and kept.numel() and not traced and not graph_is_kept():
-            found = list(_backward_in_place(*arguments, kept))
+            found = list(_backward_in_place(*arguments))
             found[1] = kept
         else:  # another backward may need the products once more
             found = list(_backward(*arguments))

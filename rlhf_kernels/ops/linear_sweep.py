@@ -79,9 +79,9 @@ class Sweep:
     ) -> None:
         """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan.
 
-        store: where the first chunk's products are, or are to stay; see `fits_its_gradient`.
+        store: where the first chunk's products are, or are to stay; see `fits_weight_gradient`.
         """
-        self._store = store
+        self.store = store
         self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self._bias = None if head.bias is None else head.bias.float().contiguous()
@@ -112,8 +112,8 @@ class Sweep:
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1
         else:
-            per_row = _bytes_of_row(width, size) + low
-            limit = _tallest(workspace, per_row)
+            per_row = (size + 4) * width + low  # gathered hidden states, and dH before it is rounded
+            limit = min(TALLEST, max(1, workspace // (2 * per_row)))
             chunks = -(-self.count // limit)
         self.chunks = chunks
         even = -(-self.count // max(1, chunks))
@@ -125,6 +125,10 @@ class Sweep:
         if self.head.invariant:
             columns = INVARIANT_COLUMNS
         self._width = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
+
+    def fits_weight_gradient(self) -> bool:
+        """Whether the first chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there."""
+        return 0 < min(self._rows, self.count) <= self.head.weight.shape[1]
 
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, self.count, self._rows):
@@ -140,7 +144,7 @@ class Sweep:
                 self._labels[places],
                 None if temperature is None else temperature[places].contiguous(),
                 self._tile[: (stop - start) * vocab].view(-1, vocab) if self._keep else None,
-                None if start else self._store,
+                None if start else self.store,
             )
 
     def _gather(self, places: Tensor | slice, start: int, stop: int) -> Tensor:
@@ -278,20 +282,3 @@ class Sweep:
             None if rows.products is None else rows.products[: kept.numel()],
             None,
         )
-
-
-def _bytes_of_row(width: int, size: int) -> int:
-    """Gathered hidden states, and dH before it is rounded."""
-    return (size + 4) * width
-
-
-def _tallest(workspace: int, per_row: int) -> int:
-    """Rows of a recomputed chunk at the most."""
-    return min(TALLEST, max(1, workspace // (2 * per_row)))
-
-
-def fits_its_gradient(rows: int, weight: Tensor, workspace: int) -> bool:
-    """Whether a chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there for the backward."""
-    width = weight.shape[1]
-    limit = _tallest(workspace, _bytes_of_row(width, weight.element_size()))
-    return rows <= min(limit, width) or (rows > limit and -(-limit // 16) * 16 <= width)
