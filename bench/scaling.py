@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 
 GiB = 2**30
+WORKSPACE = 64 * 2**20  # bytes: the linear family's
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def memory(job: Job) -> dict[str, float]:
     }
     layer = m.width * (18 + 4 * m.ffn / m.width) * 2  # bytes a token and layer that backward needs, attention fused
     kept = m.width * 2 * m.layers + layer if job.checkpointing else layer * m.layers
-    update = job.micro * tokens * kept + 64 * 2**20  # the linear family's workspace
+    update = job.micro * tokens * kept + WORKSPACE
+    if not job.lora:  # the head's gradient, there from its forward on; of 16 bits it then becomes a float32 one
+        update += m.head * (2 + 4 if job.mixed else 4)
     rollout = rows * tokens * m.layers * 2 * m.kv_width * 2  # keys and values
     rollout += rounded(job)
     if job.sharded:
@@ -128,6 +131,19 @@ def memory(job: Job) -> dict[str, float]:
 
 def peak(parts: dict[str, float]) -> float:
     return sum(parts.values()) - min(parts["rollout"], parts["update"])
+
+
+def head_gemms(job: Job) -> float:
+    """Of linear_logprobs in a micro-batch: the logits, dH, of a trained head dW; and the logits once more.
+
+    Not again for rows of the first chunk, if those are no more than the width and the head is trained: their logits
+    wait in the memory of dW.
+    """
+    rows, width = job.micro * job.response, job.model.width
+    limit = min(4096, WORKSPACE // (2 * width * (2 + 4 if job.mixed else 8)))
+    chunk = -(-rows // -(-rows // limit))
+    waiting = 0.0 if job.lora or chunk > width else chunk / rows
+    return (2 if job.lora else 3) + 1 - waiting
 
 
 def forward_flops(job: Job, tokens: int, head_tokens: int) -> float:
@@ -150,7 +166,7 @@ def seconds(job: Job, machine: Machine) -> dict[str, float]:
     scoring += rows * forward_flops(job, tokens, 0) / rate if job.reward else 0
     one = forward_flops(job, tokens, 0)
     passes = (2 if job.lora else 3) + (1 if job.checkpointing else 0)  # a frozen weight needs no gradient
-    head = 2 * m.head * job.response * (3 if job.lora else 4)  # linear_logprobs: 1 GEMM forward, 3 backward
+    head = 2 * m.head * job.response * head_gemms(job)
     update = job.epochs * rows * (one * passes + head) / rate
     steps = job.epochs * job.minibatches
     states = job.trained * 4 / (job.devices if job.sharded else 1)
