@@ -69,8 +69,10 @@ def peaks() -> dict[str, int]:
 def test_peak_memory(peaks: dict[str, int], name: str) -> None:
     """At most the workspace and 32 MiB; an fp32 accumulator only where several chunks add to a 16-bit gradient."""
     case = PEAKS[name]
-    bound = (case.workspace << 10) + (32 << 20) + case.accumulator * 4 * case.V * case.D
-    assert case.accumulator * 4 * case.V * case.D <= peaks[name] <= bound, f"{peaks[name] >> 20}, {bound >> 20} MiB"
+    accumulator = case.accumulator * 4 * case.V * case.D
+    bound = (case.workspace << 10) + (32 << 20) + accumulator
+    assert peaks[name] <= bound, f"{peaks[name] / 2**20:.0f} of {bound / 2**20:.0f} MiB"
+    assert peaks[name] > 0.95 * accumulator, "nothing is measured where none is used"  # Linux counts pages in batches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
