@@ -21,6 +21,10 @@ from rlhf_trainer.exact_world import (
 from rlhf_trainer.rollout import Rollout, generate
 
 SHORT_DPO = 0.75  # a quarter of the pairs close 0.84 of the gap, without the reference 0.61
+SHORTER = {
+    verify: {"QUICK": 30, "EVERY": 10},
+    verify_rows: {"QUICK": 30, "GROUP_UPDATES": 20, "PAIRS": 1280, "MICRO_UPDATES": 2},
+}
 UPDATES = 30  # the right code closes 0.975 to 0.985 of the gap by then, the least wrong one 0.93
 
 
@@ -100,9 +104,9 @@ def test_rollouts_follow_the_enumerated_distribution(world, reference, tokenizer
     torch.testing.assert_close(counts, expected, atol=0.09, rtol=0)  # 4 standard errors
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_ppo_closes_the_gap(reference, tokenizer, temperature):
-    assert gap_closed(reference, tokenizer, temperature) >= verify.QUICK_GAP
+def test_ppo_closes_the_gap_at_another_temperature(reference, tokenizer):
+    """At temperature 1 the command itself does, below."""
+    assert gap_closed(reference, tokenizer, 0.7) >= verify.QUICK_GAP
 
 
 def wrong_sign(monkeypatch):
@@ -212,7 +216,11 @@ def test_dpo_without_its_reference_goes_elsewhere(monkeypatch):
     assert short_dpo(monkeypatch) < SHORT_DPO
 
 
-def test_the_command_passes_its_quick_gates(tmp_path, capsys):
+def test_the_command_passes_its_quick_gates(tmp_path, monkeypatch, capsys):
+    """With half of its updates and pairs, and with its own gates."""
+    for module, names in SHORTER.items():
+        for name, value in names.items():
+            monkeypatch.setattr(module, name, value)
     assert main(["verify", "--output_dir", str(tmp_path)]) == 0
     verdict = json.loads((tmp_path / "verify.json").read_text())
     assert verdict["gap_closed"] >= 0.95
