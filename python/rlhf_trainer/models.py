@@ -226,7 +226,7 @@ def save_folder(
     if adapters.has_adapter(model):
         own = gathered(adapters.saved_tensors(model))
     elif is_sharded(model):
-        own = gathered(model.state_dict())
+        own = gathered(model.state_dict(keep_vars=True))
     tensors = {name: gathered(state) for name, state in (tensors or {}).items()}
     if not current().main:
         return Path(folder)

@@ -181,13 +181,21 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, whole, in rank 0's CPU memory, one after the other; {} on the other ranks, which take part."""
-    found = {}
+    """The tensors, whole, in rank 0's CPU memory, one after the other; {} on the other ranks, which take part.
+
+    One tensor under two names, a tied weight, is gathered once and is one tensor here too.
+    """
+    found: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
     for name, tensor in tensors.items():
-        on_device = full(tensor.detach())
-        if current().main:
-            found[name] = on_device.cpu().contiguous()
-        del on_device  # before the next one is gathered
+        earlier = first.setdefault(id(tensor), name)
+        if earlier == name:
+            on_device = full(tensor.detach())
+            if current().main:
+                found[name] = on_device.cpu().contiguous()
+            del on_device  # before the next one is gathered
+        elif current().main:
+            found[name] = found[earlier]
     return found
 
 

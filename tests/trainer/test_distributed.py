@@ -17,7 +17,7 @@ from rlhf_trainer.checks import check_shares
 from rlhf_trainer.cli import main
 from rlhf_trainer.distributed import Ranks
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer
+from rlhf_trainer.exact_world import PROMPTS, make_model, make_seq2seq, make_tokenizer
 from rlhf_trainer.models import save_folder
 from rlhf_trainer.ppo import PPOConfig
 
@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer = make_tokenizer()
     save_folder(folder / "policy", make_model(tokenizer, 0), tokenizer)
+    save_folder(folder / "t5", make_seq2seq(tokenizer, 0), tokenizer)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (folder / "reward.py").write_text(
         "import os, signal, time\ncalls = [0]  # anew for each command\n"
@@ -138,6 +139,7 @@ def commands(folder, prefix):
     """Every stage in few steps, PPO in 20."""
     lora = {"lora_r": 2, "advantage": "grpo", "group_size": 2, "whiten_rewards": True}
     lora["gather_for_rollout"] = prefix != "fsdp"
+    t5 = {"model": folder / "t5"}
     return {
         "ppo": ppo(folder, f"{prefix}-ppo"),
         "gae": ppo(folder, f"{prefix}-gae", reward="stops", updates=5, save_every=0),
@@ -145,6 +147,8 @@ def commands(folder, prefix):
         "sft": supervised(folder, "sft", f"{prefix}-sft"),
         "reward": supervised(folder, "reward", f"{prefix}-reward", lora_r=2),
         "dpo": supervised(folder, "dpo", f"{prefix}-dpo", micro_batch_size=1),
+        "t5-ppo": ppo(folder, f"{prefix}-t5-ppo", updates=2, **t5),
+        "t5-sft": supervised(folder, "sft", f"{prefix}-t5-sft", **t5),
     }
 
 
@@ -154,7 +158,7 @@ def runs(folder):
 
     SIGTERM on rank 1 stops the runs named gae, which are then resumed.
     """
-    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 6
+    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 8
     script = []
     for prefix, fsdp in (("two", "false"), ("fsdp", "true")):
         environment = {"ACCELERATE_USE_FSDP": fsdp, "FSDP_VERSION": "2", "STOPS": ""}
@@ -172,7 +176,7 @@ def runs(folder):
     first, second = two_ranks(folder / "said", run_all, str(folder), script)
     assert (first.poll(), second.poll()) == (0, 0), first.stderr
     (codes, _), (other_codes, written) = (json.loads(rank.stdout) for rank in (first, second))
-    assert codes == other_codes == [0, 143, *[0] * 5, 143, *[0] * 7], first.stderr
+    assert codes == other_codes == [0, 143, *[0] * 7, 143, *[0] * 9], first.stderr
     return written
 
 
@@ -181,7 +185,7 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
 
 
-STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5}
+STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5, "t5-ppo": 2, "t5-sft": 5}
 
 
 @pytest.mark.parametrize(
