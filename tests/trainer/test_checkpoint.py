@@ -133,6 +133,22 @@ def run(folder, reward=oracle, prompts=PROMPTS, updates=4, until=None, **options
     return train_ppo(cfg, **given)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, bits of the policy) of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("never") / "whole"
+    return folder, policy_bits(run(folder))
+
+
+@pytest.fixture
+def crash(tmp_path_factory, tmp_path):
+    """A copy of the folder that the same run left when it crashed in its fourth update."""
+    kept = tmp_path_factory.getbasetemp() / "kept-crash"
+    if not kept.exists():
+        crashed(kept)
+    return shutil.copytree(kept, tmp_path / "crashed")
+
+
 def crashed(folder, **options):
     with pytest.raises(KeyboardInterrupt):
         run(folder, until=4, **options)
@@ -144,10 +160,9 @@ def policy_bits(result):
     return torch.cat([parameter.detach().flatten() for parameter in result.policy.parameters()])
 
 
-def test_resume_restores_adam_and_not_just_the_weights(tmp_path):
-    whole = policy_bits(run(tmp_path / "whole"))
-    assert torch.equal(policy_bits(run(crashed(tmp_path / "crashed"), resume=True)), whole)
-    same_result(tmp_path / "whole", tmp_path / "crashed")
+def test_resume_restores_adam_and_not_just_the_weights(whole, crash):
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
+    same_result(whole[0], crash)
 
 
 def test_the_generators_of_gpus_are_restored_too(tmp_path, monkeypatch):
@@ -174,34 +189,31 @@ def test_the_generators_of_gpus_are_restored_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "policy.safetensors", "state.json", "meta.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, capsys):
-    whole = policy_bits(run(tmp_path / "whole"))
-    newest = crashed(tmp_path / "crashed") / "checkpoints" / "step-00000003" / file
+def test_a_damaged_checkpoint_is_passed_over(whole, crash, file, capsys):
+    newest = crash / "checkpoints" / "step-00000003" / file
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(bytes(content[: len(content) - 3] if file == "meta.json" else content))
-    assert torch.equal(policy_bits(run(tmp_path / "crashed", resume=True)), whole)
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
     said = capsys.readouterr().err
     assert "step-00000003: skipped" in said
     assert "step-00000002 after step 2" in said
 
 
-def test_a_file_missing_or_a_link_in_its_place_is_passed_over(tmp_path, capsys):
-    whole = policy_bits(run(tmp_path / "whole"))
-    folder = crashed(tmp_path / "crashed") / "checkpoints"
+def test_a_file_missing_or_a_link_in_its_place_is_passed_over(whole, crash, tmp_path, capsys):
+    folder = crash / "checkpoints"
     (folder / "step-00000003" / "rng.safetensors").unlink()
     shutil.copytree(folder / "step-00000002", tmp_path / "elsewhere")
     (folder / "step-00000009").symlink_to(tmp_path / "elsewhere")
-    assert torch.equal(policy_bits(run(tmp_path / "crashed", resume=True)), whole)
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
     assert "step-00000009" not in capsys.readouterr().err
 
 
-def test_a_metrics_line_cut_by_the_kill_does_not_matter(tmp_path):
-    run(tmp_path / "whole")
-    with (crashed(tmp_path / "crashed") / "metrics.jsonl").open("a") as file:
+def test_a_metrics_line_cut_by_the_kill_does_not_matter(whole, crash):
+    with (crash / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "objective/k')
-    run(tmp_path / "crashed", resume=True)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "crashed")
+    run(crash, resume=True)
+    assert metrics(whole[0]) == metrics(crash)
 
 
 @pytest.mark.parametrize(
@@ -212,18 +224,16 @@ def test_a_metrics_line_cut_by_the_kill_does_not_matter(tmp_path):
         ({"prompts": PROMPTS[::-1]}, r"the prompts changed since this checkpoint was made"),
     ],
 )
-def test_a_changed_run_cannot_be_resumed(tmp_path, options, message):
-    crashed(tmp_path)
+def test_a_changed_run_cannot_be_resumed(crash, options, message):
     with pytest.raises(UserError, match=message):
-        run(tmp_path, resume=True, **options)
+        run(crash, resume=True, **options)
 
 
-def test_an_earlier_run_is_not_overwritten_unasked(tmp_path):
-    crashed(tmp_path)
+def test_an_earlier_run_is_not_overwritten_unasked(crash):
     with pytest.raises(UserError, match="--resume goes on from them, --overwrite discards them"):
-        run(tmp_path)
-    run(tmp_path, overwrite=True)
-    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+        run(crash)
+    run(crash, overwrite=True)
+    assert [row["step"] for row in metrics(crash)] == [1, 2, 3, 4]
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
