@@ -127,6 +127,40 @@ def test_sampled_rows(backend: Backend, small_blocks: None, filters: dict[str, o
     _assert_rows_do_not_depend_on_the_batch(call, [logits, uniform])
 
 
+@pytest.mark.parametrize("op", ["selected_logprobs", "full_kl", "sample_tokens", "linear_logprobs"])
+def test_a_masked_rows_temperature_is_nobodys_business(
+    backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like its logits: 0, negative or NaN there is no error and changes no bit of results and gradients."""
+    rows, V = 6, 130
+    generator = torch.Generator().manual_seed(8)
+    logits, ref = (torch.randn(rows, V, generator=generator).to(backend.device) for _ in range(2))
+    weight = torch.randn(V, 16, generator=generator).to(backend.device)
+    labels = torch.randint(0, V, (rows,), generator=generator).to(backend.device)
+    mask = torch.tensor([True, False, True, False, True, False], device=backend.device)
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator).to(backend.device)
+
+    def call(temperature: Tensor) -> list[Tensor]:
+        x, options = logits.clone().requires_grad_(), {"mask": mask, "temperature": temperature.to(backend.device)}
+        if op == "sample_tokens":
+            return list(rk.sample_tokens(logits, uniform=uniform, **options))
+        if op == "selected_logprobs":
+            outputs = rk.selected_logprobs(x, labels, with_entropy=True, **options)
+        elif op == "full_kl":
+            outputs = (rk.full_kl(x, ref, **options),)
+        else:
+            outputs = rk.linear_logprobs(x[:, :16], weight, labels, with_entropy=True, **options)
+        return [*outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), x)]
+
+    plain = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.7, 1.0])
+    odd = torch.where(mask.cpu(), plain, torch.tensor([1.0, 0.0, 1.0, -3.0, 1.0, float("nan")]))
+    for expected, found in zip(call(plain), call(odd), strict=True):
+        assert torch.equal(expected, found)
+    monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="temperature holds a value that is not > 0"):
+        call(torch.where(mask.cpu(), 0.0, plain))
+
+
 def test_gae_rows(backend: Backend, small_blocks: None) -> None:
     rows = 9 if backend.interpreted else 257
     generator = torch.Generator().manual_seed(5)

@@ -60,7 +60,7 @@ def full_kl(
     mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
     dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
     logits, ref_logits = logits.to(dtype), ref_logits.detach().to(dtype)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
 

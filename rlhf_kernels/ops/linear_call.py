@@ -176,7 +176,7 @@ def prepare(
     validate.number(op, "workspace", workspace, low=0)
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
-    row_temperature = rows.row_temperature(op, temperature, hidden, shape)
+    row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask)
     if like is None:
         first, vocab, widest = shard(process_group, weight.shape[0], hidden.device)
     else:

@@ -69,7 +69,7 @@ def selected_logprobs(
     """
     shape, vocab = _check(logits, labels)
     mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
 
     # Inside a trace a bad label gives NaN, as on a GPU.
     if rows.reading_is_free(logits):

@@ -17,10 +17,13 @@ def check_logits(op: str, name: str, logits: object) -> tuple[torch.Size, int]:
     return x.shape[:-1], x.shape[-1]
 
 
-def row_temperature(op: str, temperature: float | Tensor, logits: Tensor, shape: torch.Size) -> Tensor | None:
+def row_temperature(
+    op: str, temperature: float | Tensor, logits: Tensor, shape: torch.Size, mask: Tensor | None
+) -> Tensor | None:
     """None for a number > 0, which is checked; a tensor as one temperature per row, in the dtype of the arithmetic.
 
-    The tensor's values are checked apart, by `positive`, and only where reading them is free.
+    At masked rows, where a caller may have anything, it is 1. The tensor's values are checked apart, by `positive`, and
+    only where reading them is free.
     """
     if not isinstance(temperature, Tensor):
         validate.number(op, "temperature", temperature, above=0)
@@ -34,7 +37,8 @@ def row_temperature(op: str, temperature: float | Tensor, logits: Tensor, shape:
         raise ValueError(
             f"{op}: temperature has shape {list(temperature.shape)}; it must broadcast over the rows {list(shape)}"
         ) from None
-    return rows.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    rows = rows.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return rows if mask is None else torch.where(mask, rows, 1.0)
 
 
 def reading_is_free(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ def sample_tokens(
     logits = validate.float_tensor(OP, "logits", logits).detach()
     shape, _ = rows.check_logits(OP, "logits", logits)
     mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
     if top_k is not None:
