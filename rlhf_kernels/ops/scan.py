@@ -45,7 +45,7 @@ def gae(
             with reward 0 and value 0 (OpenRLHF).
         cu_seqlens: [S + 1] int32 or int64: rewards, values and mask are S packed sequences [total], bootstrap is [S],
             and sequence s is positions `cu_seqlens[s]` up to `cu_seqlens[s + 1]`, as flash-attn spells them; empty
-            sequences are legal. Offsets that are wrong raise on a CPU; on a GPU they are not looked at, nothing
+            sequences are legal. Offsets that are wrong raise on a CPU; a GPU's kernels do not look at them: nothing
             outside the tensors is touched, what no sequence covers is NaN, what one does may be any sequence's value
             or NaN, and RLHF_KERNELS_CHECK=1 makes them raise.
 
@@ -142,7 +142,8 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         return reference.gae(rewards, values, mask, bootstrap, gamma, lam, masked)
-    _check_offsets(cu_seqlens, rewards)
+    # On a GPU too: it reads the longest length anyway, and its indices would be out of range.
+    validate.offset_values(OP, "cu_seqlens", cu_seqlens, rewards.shape[0])
     return reference.gae_packed(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, masked)
 
 
