@@ -283,7 +283,8 @@ def train_dpo(
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    policy = place(adapters.add_adapter(policy, cfg), device, dtype=cfg.dtype).train()
+    keep = cfg.merge or model is not None
+    policy = place(adapters.add_adapter(policy, cfg), device, dtype=cfg.dtype, keep=keep).train()
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)

@@ -2,8 +2,8 @@
 
 bfloat16 is mixed precision: matrix products in bf16 (torch.autocast), what is trained in float32, with it Adam's state,
 norms, embeddings and losses. Weights of frozen linear layers are kept in bf16: autocast would round them so anyway, and
-no bit of a result changes. Those that bf16 does not hold exactly wait in CPU memory as they were; a model that was
-published in bf16 has none.
+no bit of a result changes. What bf16 does not hold of them waits in CPU memory where somebody will ask for it: --merge
+adds to the base as it was, and a model passed as an object is given back as it came.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def halve(model: nn.Module, dtype: str, trained: bool = False, keep: bool = Fals
             for parameter in module.parameters(recurse=False):
                 frozen = trained or not parameter.requires_grad
                 if frozen and parameter.dtype == torch.float32 and id(parameter) not in shared:
+                    vars(parameter).pop(EXACT, None)  # of a stage that an error ended: older than these values
                     exact, parameter.data = parameter.data, parameter.data.bfloat16()
                     if keep and not torch.equal(parameter.data.float(), exact):
                         setattr(parameter, EXACT, exact.cpu())
@@ -82,10 +83,10 @@ def restore(model: nn.Module, dtype: str) -> None:
 
 def _restore(model: nn.Module) -> None:
     for parameter in model.parameters():
-        exact = getattr(parameter, EXACT, None)
-        if exact is not None:
+        exact = vars(parameter).pop(EXACT, None)
+        # Not if the weights have been loaded anew since.
+        if exact is not None and torch.equal(parameter.data, exact.bfloat16().to(parameter.device)):
             parameter.data = exact.to(parameter.device)
-            delattr(parameter, EXACT)
     nn.Module.float(model)  # transformers' own refuses a quantised model, whose 4-bit weights this leaves alone
 
 

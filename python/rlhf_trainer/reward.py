@@ -304,8 +304,9 @@ def train_reward(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
+    keep = cfg.merge or model is not None
     model = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
-    model = place(model, device, dtype=cfg.dtype).train()
+    model = place(model, device, dtype=cfg.dtype, keep=keep).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)

@@ -147,10 +147,11 @@ def train_sft(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
+    keep = cfg.merge or model is not None
     if model is None:
         options = quantised.load_options(cfg, device)
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
-    model = place(adapters.add_adapter(model, cfg), device, dtype=cfg.dtype).train()
+    model = place(adapters.add_adapter(model, cfg), device, dtype=cfg.dtype, keep=keep).train()
     quantised.check_adapter(cfg, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)

@@ -52,15 +52,18 @@ def home(device: torch.device) -> torch.device:
     return torch.device("cpu") if current().sharded else device
 
 
-def place(model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype: str = "float32") -> PreTrainedModel:
+def place(
+    model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype: str = "float32", keep: bool = False
+) -> PreTrainedModel:
     """The model on its device, whole; under FSDP 2 this rank's shard of it and of the `heads`. In place.
 
     Of several ranks all begin with rank 0's values of what is trained. Called before an optimizer takes the parameters.
-    Frozen weights go there in cfg.dtype; `precision.restore` gives back what was rounded, but not to shards.
+    Frozen weights go there in cfg.dtype; with `keep`, `precision.restore` gives back what that
+    rounds, but not to shards.
     """
     sharded = current().sharded
     if not sharded or has_adapter(model):  # else the frozen weights are saved too, and shards cannot be restored
-        precision.halve(model, dtype, keep=not sharded)
+        precision.halve(model, dtype, keep=keep and not sharded)
     if not sharded:
         model.to(device)
     trained = (parameter for module in (model, *heads) for parameter in module.parameters() if parameter.requires_grad)
