@@ -19,7 +19,7 @@ from rlhf_trainer.data import render_prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.rollout import encode_prompts, stop_token_id
-from rlhf_trainer.server import RefusedError, Server
+from rlhf_trainer.server import Server, TooLongError
 
 
 @dataclass
@@ -113,9 +113,7 @@ class ServerWriter:
                 options["stop"] = list(stops[:4])  # as many as these servers take
             try:
                 choice = self.server.choice(request, **options, seed=seed)
-            except RefusedError as error:
-                if "context" not in str(error).lower():
-                    raise
+            except TooLongError:
                 return Written("", False, "too long for the model's context")
             return cut(choice["text"], choice.get("finish_reason") != "length", stops)
 

@@ -25,7 +25,7 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import context_length, encode_completion, left_pad, load_causal, load_tokenizer
 from rlhf_trainer.rewards import is_function, load_function, scores_of
-from rlhf_trainer.server import RefusedError, Server, is_url
+from rlhf_trainer.server import RefusedError, Server, TooLongError, is_url
 from rlhf_trainer.supervised import encode_row
 
 Judge = Callable[..., Sequence[float]]
@@ -214,10 +214,8 @@ class ServerJudge:
     def _ask(self, text: str) -> float | None:
         try:
             return self._compared(text)
-        except RefusedError as error:
-            if "context" not in str(error).lower():
-                raise
-            return None  # longer than the model's context
+        except TooLongError:
+            return None
 
     def _compared(self, text: str) -> float | None:
         asked: str | list[dict[str, str]] = plain_request(text, self.shots)
@@ -229,6 +227,8 @@ class ServerJudge:
         if self.logprobs:
             try:
                 return first_better(self.server.choice(asked, **options, **wanted))
+            except TooLongError:
+                raise
             except RefusedError:  # asked again without: the server says what else it does not like
                 found = first_better(self.server.choice(asked, **options))
                 self.logprobs = False

@@ -26,6 +26,10 @@ class RefusedError(UserError):
     """The server understood who asks, and does not do what is asked (HTTP 400 to 499)."""
 
 
+class TooLongError(RefusedError):
+    """What is asked is longer than the server's model can read."""
+
+
 def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
@@ -71,8 +75,11 @@ class Server:
                     return self._object(path, response.read())
             except urllib.error.HTTPError as error:
                 if last or error.code not in PASSING:
+                    reason = _reason(error)
                     kind = RefusedError if 400 <= error.code < 500 else UserError
-                    raise kind(f"{self.url}{path}: HTTP {error.code}: {_reason(error)}") from None
+                    if error.code in (400, 413) and "context" in reason.lower():
+                        kind = TooLongError
+                    raise kind(f"{self.url}{path}: HTTP {error.code}: {reason}") from None
             except (OSError, http.client.HTTPException) as error:  # refused, timed out, cut off
                 if last:
                     reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -95,7 +102,7 @@ class Server:
         """The first choice for a text (/completions) or a chat (/chat/completions), with "text" always there.
 
         Raises:
-            UserError: no reply, an HTTP error, or a reply without text.
+            UserError: no reply, an HTTP error, or a reply without text. TooLongError: beyond the model's context.
         """
         chat = not isinstance(prompt, str)
         path, key = ("/chat/completions", "messages") if chat else ("/completions", "prompt")

@@ -156,6 +156,18 @@ def test_a_comparison_that_a_server_finds_too_long_is_unclear():
             judge(["two"], ["a"], ["b"])
 
 
+def test_a_refusal_for_another_reason_is_no_tie():
+    """Whatever the server's address is called: a wrong key must not make an evaluation of ties."""
+    with serving(lambda path, payload: (401, {"error": {"message": "no key for this context"}})) as (url, _):
+        judge = ServerJudge(Server(f"{url}/context#m", parallel=1))
+        with pytest.raises(UserError, match="HTTP 401"):
+            judge(*ASKED)
+    with serving(lambda path, payload: (400, {"error": {"message": "no such model"}})) as (url, _):
+        judge = ServerJudge(Server(f"{url}/context#m", parallel=1))
+        with pytest.raises(UserError, match="no such model"):
+            judge(*ASKED)
+
+
 def test_a_server_of_a_base_model_goes_on_with_the_text():
     def answer(path, payload):
         assert path == "/v1/completions"
