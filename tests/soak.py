@@ -98,7 +98,10 @@ def read(files: Iterable[Path]) -> dict[tuple, Batch]:
     batches: dict[tuple, Batch] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
-            one = Batch(**json.loads(line))
+            try:
+                one = Batch(**json.loads(line))
+            except ValueError:  # torn by a kill
+                continue
             held = batches.get(one[:4])
             if held is None or held.cases < one.cases:
                 batches[one[:4]] = one

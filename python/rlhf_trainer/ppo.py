@@ -201,7 +201,7 @@ def train_ppo(
         gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
     value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
-    place(policy, device, *heads.values(), dtype=cfg.dtype)
+    place(policy, device, *heads.values(), dtype=cfg.dtype, keep=cfg.merge or model is not None)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         place(separate, device)
@@ -272,11 +272,11 @@ def train_ppo(
                     log.completions(update + 1, samples(batch))
                 if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
                     checkpoints.save(update + 1, beta)
-            if leave:
-                raise SystemExit(143)
-            if stop is not None:
+            if stop is not None:  # though SIGTERM came too: resumed, the run would go on
                 stopped = stop
                 break
+            if leave:
+                raise SystemExit(143)
     tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
     if cfg.merge and cfg.value_adapter:  # it was one of the base as it had been
         tensors = {}

@@ -253,8 +253,8 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     metrics: dict[str, float] = {}
     reporting: dict[str, Any] = {"report_to": cfg.report_to, "cfg": cfg}
-    logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
     alerts = Alerts(cfg.alert, past)
+    logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_sigterm() as terminated:
         for step in range(start + 1, total + 1):
             epoch, indices = batches[step - 1]
@@ -275,12 +275,12 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             leave = ranks.any(bool(terminated))
             if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0)
-            if leave:
-                raise SystemExit(143)
             stop = ranks.first(alarms[0] if alarms and cfg.stop_on_alert else None)
-            if stop is not None:
+            if stop is not None:  # though SIGTERM came too: resumed, the run would go on
                 say(f"stopped at step {step} of {total}: {stop.metric}: {stop.reason}")
                 break
+            if leave:
+                raise SystemExit(143)
     model.eval()
     return metrics
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_trainer.cli import main
 
 PATIENCE = 600  # seconds, on a machine that does much else meanwhile
@@ -64,6 +66,7 @@ def _run(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
+    torch.set_num_threads(1)
     try:
         sys.exit(function(*arguments))
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_folder
 
+from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft, supervised, trackers, verify_reward
 from rlhf_trainer.alerts import Alert, Alerts
 from rlhf_trainer.cli import main
@@ -259,6 +261,20 @@ def test_stop_on_alert_ends_a_supervised_stage(places, tmp_path, capsys):
     assert all(" day" in text for text in kept["texts"])
     assert "stopped at step 2 of 4: epoch: 0.5, --alert 'epoch>0.4'" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_stop_is_kept_though_sigterm_comes_in_the_same_step(places, tmp_path, monkeypatch):
+    """It would be lost: the resumed run has given the alert already, and goes on."""
+    for module in (supervised, ppo_module):
+        monkeypatch.setattr(module, "stop_on_sigterm", lambda: nullcontext([True]))
+    fit(places, tmp_path / "fit", alert=["epoch>0"], stop_on_alert=True)
+    assert ppo(places, tmp_path / "ppo", "--alert", "episode>0", "--stop_on_alert") == 0
+    for name in ("fit", "ppo"):
+        assert len(read_metrics(tmp_path / name)) == 1
+        assert (tmp_path / name / "model.safetensors").exists()
+    with pytest.raises(SystemExit) as left:
+        fit(places, tmp_path / "left", alert=["epoch>9"], stop_on_alert=True)
+    assert left.value.code == 143
 
 
 def test_a_run_goes_on_after_its_alert_with_other_trackers_and_conditions(places, tmp_path, stub):
