@@ -223,12 +223,17 @@ def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = N
     Raises:
         UserError: an unreadable file, a malformed line, an empty prompt, or no prompt at all.
     """
+    return [text for text, _ in read_shown_prompts(path, tokenizer)]
+
+
+def read_shown_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[str, str]]:
+    """(text, `shown_prompt`) of each prompt: what a model and what a person reads. Raises as `read_prompts`."""
     prompts = []
     for where, prompt in prompt_records(path):
         text = prompt if isinstance(prompt, str) else render_prompt(prompt, tokenizer, where)
         if not text.strip():
             raise UserError(f"{where}: empty prompt")
-        prompts.append(text)
+        prompts.append((text, shown_prompt(prompt)))
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config
-from rlhf_trainer.data import prompt_records, read_prompts, shown_prompt, write_jsonl
+from rlhf_trainer.data import read_shown_prompts, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import (
     Values,
@@ -272,11 +272,8 @@ def measure_policies(
     folders = policy_folders(cfg) if policies is None else dict.fromkeys(policies, "")
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
-    asked = prompts  # as a judge reads them
-    if prompts is None:
-        prompts = read_prompts(cfg.prompts, tokenizer)
-        asked = [shown_prompt(prompt) for _, prompt in prompt_records(cfg.prompts)]
-    prompts, asked = prompts[: cfg.max_prompts], (asked or prompts)[: cfg.max_prompts]
+    given = read_shown_prompts(cfg.prompts, tokenizer) if prompts is None else [(text, text) for text in prompts]
+    prompts, asked = ([pair[side] for pair in given[: cfg.max_prompts]] for side in (0, 1))  # asked: as a judge reads
     scorers = load_scorers(cfg, device) | dict(scorers or {})
     judge = load_own_judge(cfg, device) if judge is None and cfg.judge else judge
     values: dict[str, dict[str, Values]] = {}

@@ -58,8 +58,7 @@ def place(
     """The model on its device, whole; under FSDP 2 this rank's shard of it and of the `heads`. In place.
 
     Of several ranks all begin with rank 0's values of what is trained. Called before an optimizer takes the parameters.
-    Frozen weights go there in cfg.dtype; with `keep`, `precision.restore` gives back what that
-    rounds, but not to shards.
+    Frozen weights go there in `dtype`; with `keep`, `precision.restore` gives back what that rounds, but not to shards.
     """
     sharded = current().sharded
     if not sharded or has_adapter(model):  # else the frozen weights are saved too, and shards cannot be restored
