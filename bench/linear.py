@@ -46,6 +46,13 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     def logprobs(**options: object) -> tuple[Tensor, ...]:
         return torch.autograd.grad(rk.linear_logprobs(hidden, weight, labels, **options), leaves, upstream)
 
+    def frozen() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rk.linear_logprobs(hidden, w, labels), hidden, upstream)
+
+    def eager_frozen() -> tuple[Tensor, ...]:
+        found = (hidden @ w.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        return torch.autograd.grad(found, hidden, upstream)
+
     def eager() -> tuple[Tensor, ...]:
         found = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         return torch.autograd.grad(found, leaves, upstream)
@@ -54,11 +61,13 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         "three GEMMs": lambda: gemms(3),
         "four GEMMs": lambda: gemms(4),
         "eager logprobs": eager,
+        "eager logprobs, head frozen": eager_frozen,
         f"{OURS} linear_policy_loss": policy,
         f"{OURS} linear_policy_loss, 25 % counted": lambda: policy(mask=mask),
         f"{OURS} linear_logprobs": logprobs,
         f"{OURS} linear_logprobs, 25 % counted": lambda: logprobs(mask=mask),
         f"{OURS} linear_logprobs, batch-invariant": lambda: logprobs(batch_invariant=True),
+        f"{OURS} linear_logprobs, head frozen": frozen,
         f"{OURS} linear_cross_entropy": lambda: torch.autograd.grad(
             rk.linear_cross_entropy(hidden, weight, labels), leaves
         ),
@@ -73,6 +82,9 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     for op in ("linear_policy_loss", "linear_logprobs"):
         result.ratios[f"{op}, 25 % counted / all"] = m(f"{OURS} {op}, 25 % counted") / m(f"{OURS} {op}")
     result.ratios["eager / linear_logprobs"] = m("eager logprobs") / m(f"{OURS} linear_logprobs")
+    result.ratios["eager / linear_logprobs, head frozen"] = m("eager logprobs, head frozen") / m(
+        f"{OURS} linear_logprobs, head frozen"
+    )
     result.ratios["batch-invariant / not"] = m(f"{OURS} linear_logprobs, batch-invariant") / m(
         f"{OURS} linear_logprobs"
     )

@@ -134,16 +134,16 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def head_gemms(job: Job) -> float:
-    """Of linear_logprobs in a micro-batch: the logits, dH, of a trained head dW; and the logits once more.
+    """Of linear_logprobs in a micro-batch: two of a frozen head; of a trained one the logits twice, dH and dW.
 
-    Not again for rows of the first chunk, if those are no more than the width and the head is trained: their logits
-    wait in the memory of dW.
+    Not twice for rows of the first chunk, if those are no more than the width: their logits wait in the memory of dW.
     """
+    if job.lora:
+        return 2
     rows, width = job.micro * job.response, job.model.width
     limit = min(4096, WORKSPACE // (2 * width * (2 + 4 if job.mixed else 8)))
     chunk = -(-rows // -(-rows // limit))
-    waiting = 0.0 if job.lora or chunk > width else chunk / rows
-    return (2 if job.lora else 3) + 1 - waiting
+    return 4 - (0.0 if chunk > width else chunk / rows)
 
 
 def forward_flops(job: Job, tokens: int, head_tokens: int) -> float:

@@ -24,6 +24,12 @@ def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> 
     return list(torch.autograd.grad(found.sum(), (hidden, weight)))
 
 
+def frozen(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
+    """A frozen head."""
+    found = rk.linear_logprobs(hidden, weight.detach(), labels, workspace=workspace)
+    return list(torch.autograd.grad(found.sum(), hidden))
+
+
 def policy(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
     x = torch.zeros(labels.shape)
     loss, _ = rk.linear_policy_loss(hidden, weight, labels, x - 10, x + 1, clip_high=1e9, workspace=workspace)
@@ -47,7 +53,7 @@ def sharded_jsd(hidden: Tensor, weight: Tensor, _labels: Tensor, workspace: int)
 
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-CALLS = {call.__name__: call for call in (logprobs, policy, lora, sharded_jsd)}
+CALLS = {call.__name__: call for call in (logprobs, frozen, policy, lora, sharded_jsd)}
 
 
 def resident() -> int:

@@ -60,7 +60,7 @@ def _leaves(case: dict[str, Tensor], part: slice) -> list[Tensor]:
 
 
 def _labelled(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | None, workspace: int) -> list[Tensor]:
-    """logprobs, entropy, policy loss, cross entropy, with a low-rank addition to the head in the first two."""
+    """logprobs, entropy, losses, and logprobs of a frozen head, with a low-rank addition to it in the first three."""
     leaves = _leaves(case, part)
     hidden, weight, bias, lora_a, lora_b = leaves
     head = {"bias": bias, "softcap": 9.0, "logit_scale": 0.8, "workspace": workspace, "process_group": group}
@@ -76,7 +76,13 @@ def _labelled(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | N
     plain, _ = rk.linear_policy_loss(
         *(hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"]), entropy_coef=0.1, **head
     )
-    outputs += [policy, plain, rk.linear_cross_entropy(hidden, weight, case["labels"], case["mask"], **head)]
+    frozen = rk.linear_logprobs(
+        *(hidden, weight.detach(), case["labels"]),
+        mask=case["mask"],
+        temperature=torch.linspace(0.5, 2, N),
+        **{**head, "bias": bias.detach()},
+    )
+    outputs += [policy, plain, frozen, rk.linear_cross_entropy(hidden, weight, case["labels"], case["mask"], **head)]
     return _gradients(outputs, leaves)
 
 

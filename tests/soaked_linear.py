@@ -130,6 +130,16 @@ def _linear_logprobs(call: strategies.HeadCall, cast: Callable) -> list[Output]:
     return values + head.gradients(logprobs.sum() + entropy.sum(), 1 + 2 * spread, head.rows)
 
 
+def _linear_logprobs_frozen(call: strategies.HeadCall, cast: Callable) -> list[Output]:
+    """The head wants no gradient."""
+    head = _Head(call, cast)
+    for leaf in head.leaves[1:]:
+        leaf.requires_grad_(False)
+    logprobs = rk.linear_logprobs(*head.leaves[:2], head.labels, mask=head.mask, **head.options)
+    head.leaves = head.leaves[:1]
+    return head.outputs(logprobs, scale=head.logprob) + head.gradients(logprobs.sum(), 1.0, head.rows)
+
+
 def _logprobs(call: strategies.HeadCall) -> Tensor:
     """float64, 0 where masked; what old and reference logprobs are made from."""
     head = _Head(call, lambda x: x.double())
@@ -256,6 +266,7 @@ SOAKED = {
         ("linear_dpo_loss", _LOSS, _linear_dpo_loss),
         ("linear_kl", _LOSS, _linear_kl),
         ("linear_logprobs", strategies.head_calls(), _linear_logprobs),
+        ("linear_logprobs_frozen", strategies.head_calls(), _linear_logprobs_frozen),
         ("linear_policy_loss", _LOSS, _linear_policy_loss),
     )
 }

@@ -40,6 +40,13 @@ OPS = {
         ),
         ("ntd", "vd", "v"),
     ),
+    "linear_logprobs_frozen": Op(
+        lambda mask, labels, s, hidden, weight, bias: rk.linear_logprobs(
+            *(hidden, weight, labels), bias=bias, mask=mask, temperature=0.7 + s, softcap=3 + s, with_entropy="detached"
+        ),
+        ("ntd",),
+        ("vd", "v"),
+    ),
     "linear_policy_loss": Op(
         lambda mask, labels, s, hidden, weight, bias, old, a: rk.linear_policy_loss(
             *(hidden, weight, labels, old, a, mask),
@@ -141,6 +148,7 @@ READS_LABELS = (
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_logprobs",
+    "linear_logprobs_frozen",
     "linear_policy_loss",
     "selected_logprobs",
 )  # under RLHF_KERNELS_CHECK=1
@@ -152,6 +160,7 @@ WITH_KERNEL = (
     "linear_dpo_loss",
     "linear_kl",
     "linear_logprobs",
+    "linear_logprobs_frozen",
     "linear_policy_loss",
     "per_token_kl",
     "policy_loss",
@@ -226,22 +235,28 @@ def test_opcheck_logits(kernel_backend: Backend, dtype: torch.dtype, with_entrop
 def test_opcheck_linear_logprobs(kernel_backend: Backend, dtype: torch.dtype) -> None:
     ops = torch.ops.rlhf_kernels
     call = _head_inputs(kernel_backend.device, dtype)
-    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, False))
+    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, "nothing"))
     # Memory for dW has parts that nobody has written: no comparison of all outputs.
     some = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, True), test_utils=some)
+    torch.library.opcheck(ops.linear_logprobs.default, (*call, True, "products"), test_utils=some)
     bare = [None if i in (2, 3, 4, 6, 8, 9) else x for i, x in enumerate(call)]
-    torch.library.opcheck(ops.linear_logprobs.default, (*bare, False, False))
-    _, entropy, stats, _ = (y.detach() for y in ops.linear_logprobs(*call, True, False))
+    torch.library.opcheck(ops.linear_logprobs.default, (*bare, False, "nothing"))
+    # The last backward writes over the unit gradient.
+    frozen = (bare[0], bare[1].detach(), *bare[2:], True, "unit")
+    torch.library.opcheck(ops.linear_logprobs.default, frozen, test_utils=some)
+    _, entropy, stats, _ = (y.detach() for y in ops.linear_logprobs(*call, True, "nothing"))
     g = _normal(6).to(kernel_backend.device)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in call]
-    kept = ops.linear_logprobs(*call, True, True)[3].detach()
+    kept = ops.linear_logprobs(*call, True, "products")[3].detach()
     assert kept.shape == call[1].shape
     for wanted in ([True] * 5, [False, True, False, False, True]):
         for store in (kept[:0].flatten(), kept):
             torch.library.opcheck(ops.linear_logprobs_backward.default, (*inputs, g, g, entropy, stats, wanted, store))
     arguments = (*inputs, g, g, entropy, stats, [True] * 5, kept)
     torch.library.opcheck(ops.linear_logprobs_backward_.default, arguments, test_utils=some)
+    for mask in (None, inputs[6]):
+        for from_unit in (ops.linear_logprobs_from_unit, ops.linear_logprobs_from_unit_):
+            torch.library.opcheck(from_unit.default, (inputs[0].clone(), g, mask))
 
 
 def _head_inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[object, ...]:

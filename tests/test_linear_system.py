@@ -48,6 +48,8 @@ PEAKS = {
     "logprobs, logits in the memory of dW": Peak("logprobs", "float32", 104, 128256, 104, 16 << 10),
     "logprobs, 16-bit logits there": Peak("logprobs", "bfloat16", 8, 16032, 1024, 1 << 10),
     "logprobs, accumulator": Peak("logprobs", "bfloat16", 8, 16032, 1024, 48, True),
+    "logprobs, head frozen": Peak("frozen", "float32", 1024, 32001, 256, 8 << 10),
+    "logprobs, 16-bit head frozen": Peak("frozen", "bfloat16", 2048, 32001, 256, 8 << 10),
     "policy": Peak("policy", "float32", 1024, 32001, 16, 64 << 10),
     "policy, 16-bit": Peak("policy", "bfloat16", 320, 64128, 4, 4 << 10, True),
     "policy, 16-bit, one chunk": Peak("policy", "bfloat16", 8, 16032, 1024, 1 << 10),

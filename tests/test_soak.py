@@ -20,7 +20,7 @@ import rlhf_kernels as rk
 
 @pytest.mark.parametrize("op", soak.SOAKED)
 def test_a_case_is_one_call_of_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "gae" if op == "gae_packed" else op
+    name = op.removesuffix("_packed").removesuffix("_frozen")
     stock, calls, cases = getattr(rk, name), [], []
     monkeypatch.setattr(rk, name, lambda *args, **kwargs: calls.append(args) or stock(*args, **kwargs))
 
@@ -131,13 +131,14 @@ FAULTS = {
 def test_the_linear_family_is_compared_sharply(op: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that small is a mismatch within 300 calls: the allowances are no looser than roundings make them."""
     require_backend("cpu")
-    stock, (place, spoil) = getattr(rk, op), FAULTS[fault]
-    place = (2 if op == "linear_dpo_loss" else 1) if place else 0
+    name, (place, spoil) = op.removesuffix("_frozen"), FAULTS[fault]
+    stock = getattr(rk, name)
+    place = {"linear_dpo_loss": 2, "linear_logprobs_frozen": 0}.get(op, 1) if place else 0
 
     def faulty(*args: object, **kwargs: object) -> object:
         if args[0].dtype == torch.float32:  # neither truth nor what 16-bit roundings hide
             args = (*args[:place], spoil(args[place]), *args[place + 1 :])
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(rk, op, faulty)
+    monkeypatch.setattr(rk, name, faulty)
     assert any(soak.soak(op, "cpu", 30, f"0 {op} {batch}")[2] for batch in range(10))

@@ -338,7 +338,9 @@ def optimize(
             stats: dict[str, Tensor] = {}
             for rows, weight in ranks.deal(minibatch, cfg.micro_batch_size):
                 with precision.autocast(cfg.dtype, mask.device), precision.recomputing(policy):
-                    logprobs, entropy, values = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+                    logprobs, entropy, values = token_outputs(
+                        policy, value_head, rollout, rows, cfg.temperature, entropy_bonus=cfg.entropy_coef != 0
+                    )
                 if update == 0 and not minibatch_stats:
                     check_first_ratio(logprobs, batch.logprobs[rows], mask[rows])
                 pg_loss, pg_stats = policy_loss(

@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
 @with_weights
 def token_outputs(
-    policy: PreTrainedModel, value_head: ValueHead | None, rollout: Rollout, rows: Tensor, temperature: float
+    policy: PreTrainedModel,
+    value_head: ValueHead | None,
+    rollout: Rollout,
+    rows: Tensor,
+    temperature: float,
+    *,
+    entropy_bonus: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs, entropies and values [b, R] of the responses in `rows`, 0 at padding.
 
     The logprob and the value of a token read the hidden state before it; logits are never in memory. Padding is cut to
     what these rows need, and only counted positions reach the lm_head: the same rows always go through the same shapes,
-    hence the same bits.
+    hence the same bits. Entropies have a gradient only for an entropy bonus: a frozen head then does with a GEMM less.
     """
     start, length = rollout.prompt_length, rollout.response_mask.shape[1]
     width = int(rollout.response_mask[rows].sum(-1).max())
@@ -36,7 +42,8 @@ def token_outputs(
     start -= skip
     counted = mask[:, start:]
     inputs = head_inputs(policy, ids, mask, start)
-    logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=True)
+    with_entropy = True if entropy_bonus else "detached"
+    logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=with_entropy)
     values = torch.zeros_like(logprobs)
     if value_head is not None:
         values = torch.where(counted, value_head.values(policy, inputs["hidden"], ids, mask, start), 0.0)

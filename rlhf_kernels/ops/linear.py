@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Lora, prepare, split
+from rlhf_kernels.ops import validate
+from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
 from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE
+from rlhf_kernels.ops.linear_unit import UnitGradient, scale_rows_
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def linear_logprobs(
     softcap: float | None = ...,
     logit_scale: float = ...,
     mask: Tensor | None = ...,
-    with_entropy: Literal[True],
+    with_entropy: Literal[True, "detached"],
     workspace: int = ...,
     process_group: ProcessGroup | None = ...,
     batch_invariant: bool = ...,
@@ -65,7 +67,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
-    with_entropy: bool = False,
+    with_entropy: bool | Literal["detached"] = False,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
@@ -78,6 +80,8 @@ def linear_logprobs(
     again, dH, dW), none for a gradient that nobody asked for. Where weight wants a gradient and at most D rows count
     (of several chunks, in the first), memory of the weight's size is taken in the forward already: it keeps their
     logits, which are then not made again, and becomes the gradient. Each such call holds [V, D] until its backward.
+    Where hidden alone wants one (a frozen head) and no entropy's, d logprob / d hidden is formed in the forward, two
+    GEMMs in all, and kept in hidden's dtype in the memory of dH; the backward multiplies it by the upstream gradient.
     Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear.
 
     Args:
@@ -92,7 +96,8 @@ def linear_logprobs(
         softcap: > 0, bound of |logit| (Gemma 2, arXiv:2408.00118), or None.
         logit_scale: > 0, factor of the logits before the softcap (Cohere; 1 / logits_scaling of Granite).
         mask: [...] bool or 0/1, true where the row counts. On a GPU a mask costs one host sync: how many rows count.
-        with_entropy: also return the entropy; both outputs are differentiable.
+        with_entropy: also return the entropy, differentiable as logprobs are; "detached": as a statistic, without a
+            gradient, which saves a frozen head a GEMM.
         workspace: bytes of extra memory, at least one row's logits whatever it says. A 16-bit weight that needs a
             gradient adds one fp32 accumulator of its size where the rows do not fit one chunk.
         process_group: weight, bias and B are this rank's rows of a vocabulary sharded over the group's ranks, in their
@@ -113,33 +118,52 @@ def linear_logprobs(
     call = prepare(
         *(OP, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
     )
+    validate.choice(OP, "with_entropy", with_entropy, (False, True, "detached"))
     logprobs, entropy = logprobs_of(call._replace(invariant=batch_invariant), with_entropy)
     return logprobs if entropy is None else (logprobs, entropy)
 
 
-def logprobs_of(call: Call, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def logprobs_of(call: Call, with_entropy: bool | Literal["detached"]) -> tuple[Tensor, Tensor | None]:
     """linear_logprobs of a checked call."""
     shape = call.labels.shape
     if dispatch.kernel(OP, call.hidden) is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         scalars = (call.divisor, call.softcap, call.logit_scale)
-        return reference.linear_logprobs(*call.leaves, call.labels, call.mask, *scalars, with_entropy)
-    # The backward's memory of dW keeps the logits until then: one GEMM less. A compiled graph would copy it.
-    keep = torch.is_grad_enabled() and call.weight.requires_grad and not torch.compiler.is_compiling()
-    logprobs, entropy, *_ = _forward(*call.flat(), with_entropy, keep)
-    return logprobs.view(shape), entropy.view(shape) if with_entropy else None
+        logprobs, entropy = reference.linear_logprobs(
+            *call.leaves, call.labels, call.mask, *scalars, bool(with_entropy)
+        )
+    else:
+        kept = _kept(call, bool(with_entropy) and with_entropy != "detached")
+        logprobs, entropy, *_ = _forward(*call.flat(), bool(with_entropy), kept)
+        logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else None
+    return logprobs, entropy.detach() if with_entropy == "detached" and entropy is not None else entropy
+
+
+Kept = Literal["nothing", "products", "unit"]
+
+
+def _kept(call: Call, entropy_has_gradient: bool) -> Kept:
+    """What the forward leaves for the backward: either saves a GEMM in memory that a gradient will take anyhow."""
+    if not torch.is_grad_enabled():
+        return "nothing"
+    hidden, *others = (x is not None and x.requires_grad for x in call.leaves)
+    if call.weight.requires_grad:  # the logits, in the memory of dW; a compiled graph would copy it
+        return "nothing" if torch.compiler.is_compiling() else "products"
+    alone = hidden and not any(others) and call.lora_a is None and not entropy_has_gradient
+    return "unit" if alone else "nothing"
 
 
 @torch.library.custom_op(
     "rlhf_kernels::linear_logprobs",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool with_entropy, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, bool with_entropy, str keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], the first chunk's products in memory for dW or [0].
+    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], and what is kept.
 
-    keep: in that memory, if they fit; how many rows count is not known before.
+    keep: "products": the first chunk's, in memory for dW, or [0]: how many rows count is not known before. "unit":
+    d logprob / d hidden, of hidden's shape. "nothing": [0].
     """
     call, (with_entropy, keep) = split(arguments)
     count = call.labels.shape[0]
@@ -147,25 +171,34 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
     entropy = new(count if with_entropy else 0, dtype=torch.float32)
     sweep, weight = call.sweep(OP), call.weight
-    if keep and sweep.fits_weight_gradient():
+    if keep == "products" and sweep.fits_weight_gradient():
         sweep.store = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
+    kept = weight.new_empty(0) if sweep.store is None else sweep.store
+    if keep == "unit":
+        kept = torch.zeros(call.hidden.shape, dtype=call.hidden.dtype, device=call.hidden.device)
     for chunk in sweep:
-        chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(chunk, with_entropy)
+        unit = UnitGradient(sweep, chunk) if keep == "unit" else None
+        chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(
+            chunk, with_entropy, None if unit is None else unit.add
+        )
         logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
         if with_entropy:
             entropy[chunk.places] = chunk_entropy
-    return logprobs, entropy, stats, weight.new_empty(0) if sweep.store is None else sweep.store
+        if unit is not None:
+            unit.store(kept.flatten(0, 1), chunk_logprobs, chunk_stats)
+    return logprobs, entropy, stats, kept
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, (with_entropy, keep) = split(arguments)
     count, new = call.labels.shape[0], call.hidden.new_empty
+    shape = {"nothing": (0,), "products": call.weight.shape, "unit": call.hidden.shape}[keep]
     return (
         new(count, dtype=torch.float32),
         new(count if with_entropy else 0, dtype=torch.float32),
         new((count, 2), dtype=torch.float64),
-        call.weight.new_empty(call.weight.shape if keep else (0,)),
+        new(shape),
     )
 
 
@@ -220,6 +253,33 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return call.empty_gradients([wanted[0], False, *wanted[2:]])
 
 
+@torch.library.custom_op(
+    "rlhf_kernels::linear_logprobs_from_unit",
+    mutates_args=(),
+    schema="(Tensor unit, Tensor grad_logprobs, Tensor? mask) -> Tensor",
+)
+def _from_unit(unit: Tensor, grad: Tensor, mask: Tensor | None) -> Tensor:
+    """dH of hidden's shape [O, I, D] from the forward's d logprob / d hidden and the upstream gradient [N]."""
+    found = unit.clone()
+    scale_rows_(found.flatten(0, 1), grad, mask)
+    return found
+
+
+@_from_unit.register_fake
+def _(unit: Tensor, _grad: Tensor, _mask: Tensor | None) -> Tensor:
+    return torch.empty_like(unit)
+
+
+@torch.library.custom_op(
+    "rlhf_kernels::linear_logprobs_from_unit_",
+    mutates_args=("unit",),
+    schema="(Tensor(a!) unit, Tensor grad_logprobs, Tensor? mask) -> ()",
+)
+def _from_unit_in_place(unit: Tensor, grad: Tensor, mask: Tensor | None) -> None:
+    """The same over the unit gradient."""
+    scale_rows_(unit.flatten(0, 1), grad, mask)
+
+
 def graph_is_kept() -> bool:
     """Whether the backward now running was called with retain_graph=True; a torch that does not say so: yes."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -230,8 +290,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, entropy, stats, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats, kept)
-    ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept)
-    *ctx.scalars, ctx.with_entropy, _ = inputs[TENSORS:]
+    *ctx.scalars, ctx.with_entropy, ctx.keep = inputs[TENSORS:]
+    if ctx.keep == "unit":
+        ctx.save_for_backward(kept, inputs[Inputs._fields.index("mask")])
+    else:
+        ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept)
 
 
 def _autograd(
@@ -239,19 +302,29 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     if not ctx.with_entropy:
         grad_entropy = None
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if grad_logprobs is None and grad_entropy is None:
+        return tuple(grads)
+    kept = ctx.saved_tensors[0 if ctx.keep == "unit" else -1]
+    # Another backward may need it once more; a graph (a fake or functional tensor) must not write into what it saved.
+    in_place = type(kept) is Tensor and not graph_is_kept()
+    if ctx.keep == "unit":
+        assert grad_logprobs is not None
+        mask = ctx.saved_tensors[1]
+        if in_place:
+            _from_unit_in_place(kept, grad_logprobs, mask)
+        grads[0] = kept if in_place else _from_unit(kept, grad_logprobs, mask)
+        return tuple(grads)
     wanted = list(ctx.needs_input_grad[:LEAVES])
-    grads: list[Tensor | None] = [None] * LEAVES
-    if grad_logprobs is not None or grad_entropy is not None:
-        *tensors, entropy, stats, kept = ctx.saved_tensors
-        arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted, kept)
-        traced = type(kept) is not Tensor  # a fake or functional one: a graph must not write into what it saved
-        if wanted[1] and kept.numel() and not traced and not graph_is_kept():
-            found = list(_backward_in_place(*arguments))
-            found[1] = kept
-        else:  # another backward may need the products once more
-            found = list(_backward(*arguments))
-        grads = [x if want else None for x, want in zip(found, wanted, strict=True)]
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - LEAVES)
+    *tensors, entropy, stats, kept = ctx.saved_tensors
+    arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted, kept)
+    if wanted[1] and kept.numel() and in_place:
+        found = list(_backward_in_place(*arguments))
+        found[1] = kept
+    else:
+        found = list(_backward(*arguments))
+    grads[:LEAVES] = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return tuple(grads)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -33,7 +33,7 @@ class _Total:
             if self.fresh and total.dtype == a.dtype:
                 torch.mm(a[some], b, out=total[some])
             else:
-                _accumulate(total[some], a[some], b, fresh=self.fresh)
+                accumulate(total[some], a[some], b, fresh=self.fresh)
 
     def finish(self) -> Tensor:
         if self.fresh:
@@ -71,9 +71,9 @@ class Gradients:
         for part, grad in tiles:
             low = sweep.lora_b(part)
             if by_hidden is not None:
-                _accumulate(by_hidden, grad, weight[part])
+                accumulate(by_hidden, grad, weight[part])
             if by_low is not None and low is not None:
-                _accumulate(by_low, grad, low)
+                accumulate(by_low, grad, low)
             if want_weight:
                 self._weight.add(part, grad.T, rows.hidden)
             if want_b and rows.low is not None:
@@ -83,7 +83,7 @@ class Gradients:
         self._weight.fresh = self._lora_b.fresh = False
         narrow = None if by_low is None else by_low.to(weight.dtype)
         if want_a and narrow is not None:
-            _accumulate(self._lora_a, narrow.T, rows.hidden)
+            accumulate(self._lora_a, narrow.T, rows.hidden)
         if by_hidden is not None:
             self._add_hidden(rows, by_hidden, narrow)
         elif want_hidden:
@@ -92,7 +92,7 @@ class Gradients:
     def _add_hidden(self, rows: Rows, by_hidden: Tensor, by_low: Tensor | None) -> None:
         """A chunk's dH from its sum over tiles."""
         if by_low is not None and self._sweep.lora_a is not None:
-            _accumulate(by_hidden, by_low, self._sweep.lora_a)
+            accumulate(by_hidden, by_low, self._sweep.lora_a)
         if self._sweep.head.group:  # each rank has the share of its tokens
             summed(by_hidden, self._sweep.head.group)
         self.hidden.flatten(0, 1)[rows.places] = by_hidden.to(self.hidden.dtype)
@@ -130,7 +130,7 @@ def _rows_of_product(a: Tensor, b: Tensor) -> int:
     return max(64, TILE_BYTES // (each * b.shape[1]))
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
     """total += a @ b, or = where it is fresh; total float32, a and b of one dtype."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)

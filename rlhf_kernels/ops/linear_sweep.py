@@ -8,7 +8,7 @@ Two plans share the code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -206,20 +206,27 @@ class Sweep:
                 tile.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap)
         return rows.products
 
-    def _epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
+    def epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
         """What both epilogues take besides the tile."""
         head = self.head
         bias = None if self._bias is None else self._bias[part]
         softcap = 0.0 if head.softcap is None else head.softcap
         return head.first + part.start, bias, softcap, head.logit_scale, rows.labels, head.temperature, rows.temperature
 
-    def softmax(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """logprobs [R], entropy [R] or [0] float32, and stats [R, 2] float64: maximum, log sum exp((z - max) / T)."""
+    def softmax(
+        self, rows: Rows, with_entropy: bool, folded: Callable[[slice, Tensor, Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logprobs [R], entropy [R] or [0] float32, and stats [R, 2] float64: maximum, log sum exp((z - max) / T).
+
+        folded: is given each tile after its turn, with its columns and this rank's softmax [R, 4] so far.
+        """
         state = rows.hidden.new_zeros((rows.hidden.shape[0], 4), dtype=torch.float64)
         state[:, 0], state[:, 3] = float("-inf"), float("nan")  # no label seen: NaN
         for part in self.parts():
             tile = self._products(rows, part)
-            self.backend.linear_fold(tile, *self._epilogue(rows, part), state, with_entropy)
+            self.backend.linear_fold(tile, *self.epilogue(rows, part), state, with_entropy)
+            if folded is not None:
+                folded(part, tile, state)
         temperature = self.temperature(rows)
         if self.head.group:
             state = merged(gathered(state, self.head.group), temperature)
@@ -261,7 +268,7 @@ class Sweep:
                 tile = self._place(self._tile, count, part).copy_(kept)
             else:
                 tile = self._products(rows, part)
-            self.backend.linear_gradient(tile, *self._epilogue(rows, part), coefficients)
+            self.backend.linear_gradient(tile, *self.epilogue(rows, part), coefficients)
             yield part, tile
 
     def compacted(self, rows: Rows, kept: Tensor) -> Rows:

@@ -133,7 +133,7 @@ def offset_values(op: str, name: str, x: Tensor, total: int) -> None:
         )
 
 
-def choice(op: str, name: str, value: object, options: Sequence[str]) -> None:
+def choice(op: str, name: str, value: object, options: Sequence[object]) -> None:
     if value not in options:
         raise ValueError(f"{op}: {name} is {value!r}; it takes {', '.join(map(repr, options))}")
 

@@ -58,8 +58,8 @@ def test_kl_is_zero_and_the_ratio_one_at_step_0():
 def test_a_reference_computed_differently_is_caught(monkeypatch):
     right = ppo.token_outputs
 
-    def reference_without_temperature(policy, head, rollout, rows, temperature):
-        return right(policy, head, rollout, rows, temperature if head is not None else 1.0)
+    def reference_without_temperature(policy, head, rollout, rows, temperature, **options):
+        return right(policy, head, rollout, rows, temperature if head is not None else 1.0, **options)
 
     monkeypatch.setattr(ppo, "token_outputs", reference_without_temperature)
     with pytest.raises(InvariantError, match=r"step 0: the policy has the reference's weights, but their logprobs"):

@@ -120,8 +120,8 @@ def k3_in_the_reward(monkeypatch):
 def shifted_values(monkeypatch):
     right = ppo.token_outputs
 
-    def wrong(*arguments):
-        logprobs, entropy, values = right(*arguments)
+    def wrong(*arguments, **options):
+        logprobs, entropy, values = right(*arguments, **options)
         return logprobs, entropy, torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
 
     monkeypatch.setattr(ppo, "token_outputs", wrong)
@@ -133,7 +133,7 @@ def eos_is_padding(monkeypatch):
 
 def no_temperature(monkeypatch):
     right = ppo.token_outputs
-    monkeypatch.setattr(ppo, "token_outputs", lambda *arguments: right(*arguments[:-1], 1.0))
+    monkeypatch.setattr(ppo, "token_outputs", lambda *arguments, **options: right(*arguments[:-1], 1.0, **options))
 
 
 BROKEN = {
