@@ -16,7 +16,7 @@ import peers
 import token_cases
 import torch
 from harness import Comparison, Contender, compare, environment
-from linear import ROWS, VOCAB, WIDTH, linear
+from linear import ROWS, VOCAB, WIDTH, frozen_head, linear
 from losses import SHAPE, losses
 from sampling import SAMPLED, sampling
 from torch import Tensor
@@ -24,7 +24,19 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 OURS = "rlhf_kernels"
-KINDS = ("forward", "backward", "full_kl", "gae", "losses", "ppo", "sampling", "tokens", "linear", "openmp")
+KINDS = (
+    "forward",
+    "backward",
+    "full_kl",
+    "gae",
+    "losses",
+    "ppo",
+    "sampling",
+    "tokens",
+    "linear",
+    "frozen_head",
+    "openmp",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -239,10 +251,8 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only",
-        choices=["forward", "backward", "full_kl", "gae", "losses", "ppo", "sampling", "tokens", "linear", "openmp"],
-    )
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the kinds that have two: this one alone")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--quiet", type=float, default=0.05, help="share of the cores others may use in a round that counts"
@@ -255,13 +265,14 @@ def main() -> None:
     repeat = (options.rounds, options.quiet)
     shape = f"[{peers.ROWS}, {peers.VOCAB}]"
     cases: list[tuple[str, str, Callable[[], Comparison]]] = []
-    for name, dtype in DTYPES.items():
+    dtypes = {name: dtype for name, dtype in DTYPES.items() if options.dtype in (None, name)}
+    for name, dtype in dtypes.items():
         title = f"selected_logprobs forward {name} {shape}"
         cases.append(("forward", title, lambda dtype=dtype: forward(dtype, *repeat)))
-    for name, dtype in DTYPES.items():
+    for name, dtype in dtypes.items():
         title = f"selected_logprobs forward + backward {name} {shape}"
         cases.append(("backward", title, lambda dtype=dtype: backward(dtype, *repeat)))
-    for name, dtype in DTYPES.items():
+    for name, dtype in dtypes.items():
         shape = f"{name} [{peers.ROWS // 2}, {peers.VOCAB}]"
         cases.append(("full_kl", f"full_kl forward {shape}", lambda dtype=dtype: full_kl(dtype, *repeat)))
         title = f"full_kl forward + backward {shape}"
@@ -274,13 +285,15 @@ def main() -> None:
     for shape in token_cases.SHAPES:
         for op in token_cases.OPS:
             cases.append(("tokens", f"{op} fp32 {list(shape)}", lambda op=op, shape=shape: tokens(op, shape, *repeat)))
-    for name, dtype in DTYPES.items():
-        title = f"linear family {name}, {ROWS} rows, width {WIDTH}, vocabulary {VOCAB}"
-        cases.append(("linear", title, lambda dtype=dtype: linear(dtype, *repeat)))
+    for name, dtype in dtypes.items():
+        sizes = f"{name}, {ROWS} rows, width {WIDTH}, vocabulary {VOCAB}"
+        cases.append(("linear", f"linear family {sizes}", lambda dtype=dtype: linear(dtype, *repeat)))
+        title = f"linear_logprobs under a frozen head {sizes}"
+        cases.append(("frozen_head", title, lambda dtype=dtype: frozen_head(dtype, *repeat)))
     cases.append(
         ("losses", f"policy_loss + value_loss, forward + backward fp32 {list(SHAPE)}", lambda: losses(*repeat))
     )
-    for name, dtype in DTYPES.items():
+    for name, dtype in dtypes.items():
         title = f"sample_tokens {name} {list(SAMPLED)}"
         cases.append(("sampling", title, lambda dtype=dtype: sampling(dtype, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))

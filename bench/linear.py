@@ -46,13 +46,6 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     def logprobs(**options: object) -> tuple[Tensor, ...]:
         return torch.autograd.grad(rk.linear_logprobs(hidden, weight, labels, **options), leaves, upstream)
 
-    def frozen() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(rk.linear_logprobs(hidden, w, labels), hidden, upstream)
-
-    def eager_frozen() -> tuple[Tensor, ...]:
-        found = (hidden @ w.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        return torch.autograd.grad(found, hidden, upstream)
-
     def eager() -> tuple[Tensor, ...]:
         found = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         return torch.autograd.grad(found, leaves, upstream)
@@ -61,13 +54,11 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         "three GEMMs": lambda: gemms(3),
         "four GEMMs": lambda: gemms(4),
         "eager logprobs": eager,
-        "eager logprobs, head frozen": eager_frozen,
         f"{OURS} linear_policy_loss": policy,
         f"{OURS} linear_policy_loss, 25 % counted": lambda: policy(mask=mask),
         f"{OURS} linear_logprobs": logprobs,
         f"{OURS} linear_logprobs, 25 % counted": lambda: logprobs(mask=mask),
         f"{OURS} linear_logprobs, batch-invariant": lambda: logprobs(batch_invariant=True),
-        f"{OURS} linear_logprobs, head frozen": frozen,
         f"{OURS} linear_cross_entropy": lambda: torch.autograd.grad(
             rk.linear_cross_entropy(hidden, weight, labels), leaves
         ),
@@ -82,12 +73,36 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     for op in ("linear_policy_loss", "linear_logprobs"):
         result.ratios[f"{op}, 25 % counted / all"] = m(f"{OURS} {op}, 25 % counted") / m(f"{OURS} {op}")
     result.ratios["eager / linear_logprobs"] = m("eager logprobs") / m(f"{OURS} linear_logprobs")
-    result.ratios["eager / linear_logprobs, head frozen"] = m("eager logprobs, head frozen") / m(
-        f"{OURS} linear_logprobs, head frozen"
-    )
     result.ratios["batch-invariant / not"] = m(f"{OURS} linear_logprobs, batch-invariant") / m(
         f"{OURS} linear_logprobs"
     )
     if theirs:
         result.ratios["F.linear_cross_entropy / ours"] = m("F.linear_cross_entropy") / m(f"{OURS} linear_cross_entropy")
+    return result
+
+
+def frozen_head(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
+    """linear_logprobs where hidden alone wants a gradient, as under LoRA."""
+    hidden, weight, labels, upstream, _ = _case(dtype)
+    h, w = hidden.detach(), weight.detach()
+
+    def logprobs(with_entropy: bool) -> tuple[Tensor, ...]:
+        found = rk.linear_logprobs(hidden, w, labels, with_entropy=with_entropy)
+        return torch.autograd.grad(found[0] if with_entropy else found, hidden, upstream)
+
+    def eager() -> tuple[Tensor, ...]:
+        found = (hidden @ w.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        return torch.autograd.grad(found, hidden, upstream)
+
+    ours, three = f"{OURS} linear_logprobs", f"{OURS} linear_logprobs, entropy differentiable"
+    calls: dict[str, Callable[[], object]] = {
+        "two GEMMs": lambda: h @ w.T @ w,
+        "eager logprobs": eager,
+        ours: lambda: logprobs(False),
+        three: lambda: logprobs(True),
+    }
+    result = compare({name: Contender(call, prepare=call) for name, call in calls.items()}, rounds, quiet=quiet)
+    result.ratios["linear_logprobs / two GEMMs"] = result.median(ours) / result.median("two GEMMs")
+    result.ratios["eager / linear_logprobs"] = result.median("eager logprobs") / result.median(ours)
+    result.ratios["entropy differentiable / not"] = result.median(three) / result.median(ours)
     return result

@@ -15,6 +15,13 @@ import rlhf_kernels as rk
 from rlhf_kernels.ops.linear_sweep import Sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SCALARS = [
+    {"softcap": 4.0},
+    {"softcap": 30.0, "logit_scale": 0.3},
+    {"logit_scale": 2.5},
+    {"temperature": 0.7},
+    {"temperature": 1.7, "softcap": 4.0, "logit_scale": 0.3},
+]
 
 
 def head(N: int, D: int, V: int, dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0) -> Case:
@@ -80,17 +87,7 @@ def test_sizes(backend: Backend, D: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"softcap": 4.0},
-        {"softcap": 30.0, "logit_scale": 0.3},
-        {"logit_scale": 2.5},
-        {"temperature": 0.7},
-        {"temperature": 1.7, "softcap": 4.0, "logit_scale": 0.3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", SCALARS, ids=str)
 def test_scalars(backend: Backend, dtype: torch.dtype, options: dict) -> None:
     check(backend, head(small(backend, 3, 9), 16, small(backend, 60, 300), dtype)._replace(**options))
 
@@ -218,7 +215,7 @@ def test_no_gemm_for_a_gradient_nobody_asked_for(
     Where only hidden's is, the forward has formed it.
     """
     tensors, logprobs = _seven_rows(kernel_backend, wanted)
-    products = _noted_products(monkeypatch)
+    products = noted_products(monkeypatch)
     torch.autograd.grad(logprobs.sum(), [x for x in tensors.values() if x.requires_grad])
     assert len(products) == {"hidden": 0, "weight": 1, "bias": 1, "weight and bias": 1}[wanted]
 
@@ -233,7 +230,7 @@ def _seven_rows(backend: Backend, wanted: str, rows: int = 7) -> tuple[dict[str,
     return tensors, rk.linear_logprobs(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"], mask=mask)
 
 
-def _noted_products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def noted_products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     products: list[object] = []
     for name in ("mm", "addmm"):
         function = getattr(torch, name)
@@ -247,7 +244,7 @@ def test_rows_that_count_decide_whether_logits_are_kept(
     """Seven of 40 rows fit the memory of a gradient of width 8, nine do not; a retained graph reads them there too."""
     tensors, logprobs = _seven_rows(kernel_backend, "hidden weight", rows=40)
     leaves = [tensors["hidden"], tensors["weight"]]
-    products = _noted_products(monkeypatch)
+    products = noted_products(monkeypatch)
     first = torch.autograd.grad(logprobs.sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(logprobs.sum(), leaves, retain_graph=True)
     assert len(products) == 4

@@ -9,7 +9,7 @@ import torch
 import truth
 from conftest import Backend
 from linear_truth import Case
-from test_linear import DTYPES, head, small
+from test_linear import DTYPES, SCALARS, head, noted_products, small
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -64,18 +64,7 @@ def test_sizes_and_chunks(backend: Backend, D: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"softcap": 4.0},
-        {"softcap": 30.0, "logit_scale": 0.3},
-        {"logit_scale": 2.5},
-        {"temperature": 0.7},
-        {"temperature": 1.7, "softcap": 4.0, "logit_scale": 0.3},
-        {"temperature": torch.tensor([0.3, 1.7, 1.0]), "softcap": 4.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [*SCALARS, {"temperature": torch.tensor([0.3, 1.7, 1.0]), "softcap": 4.0}], ids=str)
 def test_options(backend: Backend, dtype: torch.dtype, options: dict) -> None:
     check(backend, head(3, 16, small(backend, 60, 300), dtype)._replace(**options), workspace=4_000)
 
@@ -147,10 +136,7 @@ def test_layouts_of_hidden(backend: Backend) -> None:
 
 
 def test_two_gemms_and_none_in_the_backward(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    products: list[object] = []
-    for name in ("mm", "addmm"):
-        function = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, f=function, **kwargs: products.append(f) or f(*args, **kwargs))
+    products = noted_products(monkeypatch)
     logprobs, hidden = frozen(kernel_backend, head(7, 8, 40))
     assert len(products) == 2
     torch.autograd.grad(logprobs.sum(), hidden)
