@@ -128,14 +128,8 @@ class Sink {
 
   void flush() const {
     if (flushed_) return;
-    switch (dtype_) {
-      case Dtype::kFloat32:
-        return narrow(floats, count_, static_cast<float*>(data_) + begin_);
-      case Dtype::kFloat16:
-        return narrow(floats, count_, static_cast<Half*>(data_) + begin_);
-      case Dtype::kBFloat16:
-        return narrow(floats, count_, static_cast<BFloat*>(data_) + begin_);
-    }
+    with_type(dtype_,
+              [&](auto type) { narrow(floats, count_, static_cast<decltype(type)*>(data_) + begin_); });
   }
 
  private:

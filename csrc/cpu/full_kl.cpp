@@ -350,25 +350,11 @@ void backward(const FullKlBwd& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void full_kl_fwd(const FullKlFwd& args, int64_t begin, int64_t end) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat32:
-      return forward<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return forward<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return forward<BFloat>(args, begin, end);
-  }
+  with_type(args.in.dtype, [&](auto type) { forward<decltype(type)>(args, begin, end); });
 }
 
 void full_kl_bwd(const FullKlBwd& args, int64_t begin, int64_t end) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat32:
-      return backward<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return backward<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return backward<BFloat>(args, begin, end);
-  }
+  with_type(args.in.dtype, [&](auto type) { backward<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace RK_ISA

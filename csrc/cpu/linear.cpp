@@ -213,25 +213,11 @@ void gradient_as(const LinearGradient& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void linear_fold(const LinearFold& args, int64_t begin, int64_t end) {
-  switch (args.tile.dtype) {
-    case Dtype::kFloat32:
-      return fold_as<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return fold_as<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return fold_as<BFloat>(args, begin, end);
-  }
+  with_type(args.tile.dtype, [&](auto type) { fold_as<decltype(type)>(args, begin, end); });
 }
 
 void linear_gradient(const LinearGradient& args, int64_t begin, int64_t end) {
-  switch (args.tile.dtype) {
-    case Dtype::kFloat32:
-      return gradient_as<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return gradient_as<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return gradient_as<BFloat>(args, begin, end);
-  }
+  with_type(args.tile.dtype, [&](auto type) { gradient_as<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace RK_ISA

@@ -107,25 +107,11 @@ void backward(const LogprobsBwd& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void logprobs_fwd(const LogprobsFwd& args, int64_t begin, int64_t end) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat32:
-      return forward<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return forward<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return forward<BFloat>(args, begin, end);
-  }
+  with_type(args.in.dtype, [&](auto type) { forward<decltype(type)>(args, begin, end); });
 }
 
 void logprobs_bwd(const LogprobsBwd& args, int64_t begin, int64_t end) {
-  switch (args.in.dtype) {
-    case Dtype::kFloat32:
-      return backward<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return backward<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return backward<BFloat>(args, begin, end);
-  }
+  with_type(args.in.dtype, [&](auto type) { backward<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace RK_ISA

@@ -59,6 +59,19 @@ struct BFloat {
   uint16_t bits;
 };
 
+// f(T()) with the type of a dtype.
+template <class F>
+inline void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float());
+    case Dtype::kFloat16:
+      return f(Half());
+    case Dtype::kBFloat16:
+      return f(BFloat());
+  }
+}
+
 // Lanes picked by constants from those of a (0 and up) and b (kLanes and up).
 #ifdef __clang__
 #define RK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

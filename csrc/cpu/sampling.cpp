@@ -353,14 +353,7 @@ void sample_rows(const SampleTokens& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void sample_tokens(const SampleTokens& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case Dtype::kFloat32:
-      return sample_rows<float>(args, begin, end);
-    case Dtype::kFloat16:
-      return sample_rows<Half>(args, begin, end);
-    case Dtype::kBFloat16:
-      return sample_rows<BFloat>(args, begin, end);
-  }
+  with_type(args.dtype, [&](auto type) { sample_rows<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace RK_ISA
