@@ -1,6 +1,6 @@
 """The table of ratios: every op against its peers, interleaved in one process; JSON into bench/results/.
 
-python bench/compare.py [--only full_kl] [--rounds 15] [--quiet 0.05] [--out bench/results/cpu.json]
+python bench/compare.py [--only full_kl gae] [--rounds 15] [--quiet 0.05] [--out bench/results/cpu.json]
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def show(title: str, result: Comparison) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--only", nargs="+", choices=KINDS)
     parser.add_argument("--dtype", choices=DTYPES, help="of the kinds that have two: this one alone")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -298,7 +298,7 @@ def main() -> None:
         cases.append(("sampling", title, lambda dtype=dtype: sampling(dtype, *repeat)))
     cases.append(("openmp", "calls alternating with torch ops", lambda: openmp(*repeat)))
     for kind, title, run in cases:
-        if options.only in (None, kind):
+        if options.only is None or kind in options.only:
             result = run()
             show(title, result)
             record[title] = asdict(result)

@@ -108,7 +108,7 @@ def test_accuracy_around_block_sizes(isa: str, V: int) -> None:
 @pytest.mark.parametrize("masked", test_scan.MASKED)
 def test_accuracy_of_gae(isa: str, masked: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
-    for batch, time in ((1, 1), (7, 3), (9, 8), (17, 41)):  # around the eight rows and eight steps of a square
+    for batch, time in ((1, 1), (7, 3), (9, 8), (17, 41)):  # around the eight positions of a vector
         rewards, values = (torch.randn(batch, time, generator=generator).to(dtype) for _ in range(2))
         mask = torch.rand(batch, time, generator=generator) > 0.3
         bootstrap = torch.randn(batch, generator=generator)
@@ -116,6 +116,24 @@ def test_accuracy_of_gae(isa: str, masked: str, dtype: torch.dtype) -> None:
     lengths = torch.randint(0, 40, (50,), generator=generator).tolist()
     rewards, values, bootstrap = (x.to(dtype) for x in test_scan_packed.packed_case(lengths))
     test_scan_packed.check(CPU, lengths, rewards, values, None, bootstrap, masked)
+
+
+@pytest.mark.parametrize("masked", test_scan.MASKED)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1e-3, 1e-3), (1.0, 0.0)])
+def test_an_infinity_is_what_the_recurrence_makes_of_it(isa: str, gamma: float, lam: float, masked: str) -> None:
+    """Though powers of the decay underflow, and sums of a few terms overflow that the whole sum does not."""
+    generator = torch.Generator().manual_seed(2)
+    rewards, values = (torch.randn(4, 50, generator=generator) for _ in range(2))
+    mask = torch.arange(50) % 11 != 3
+    rewards[0, 20] = rewards[1, 20] = float("inf")
+    rewards[1, 30] = rewards[2, 45] = float("-inf")
+    if gamma == 1.0:
+        rewards[3, 30:33] = torch.tensor([3e38, 3e38, -3e38])
+    for kept in (None, mask.expand(4, 50)):
+        got = rk.gae(rewards, values, kept, gamma=gamma, lam=lam, masked=masked)
+        expected = test_scan.reference.gae(rewards, values, kept, None, gamma, lam, masked)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,12 +1,10 @@
+#include <utility>
+#include <vector>
+
 #include "bind.h"
 
 namespace rk {
 namespace {
-
-// A multiple of the widest vector, one lane per row.
-int64_t lane_rows_per_task(int64_t batch, int64_t time, int threads) {
-  return (rows_per_task(batch, time, threads) + 15) / 16 * 16;
-}
 
 // -1 if the offsets run from 0 to total and never fall, else the first place where they do not.
 template <class Offset>
@@ -17,21 +15,23 @@ int64_t first_bad_offset(const Offset* offsets, int64_t sequences, int64_t total
   return offsets[sequences] == total ? -1 : sequences;
 }
 
-// The sequences that are not empty, longest first by powers of two, so that no long one is left to run alone
-// at the end. Returns how many there are.
+// Neighbouring sequences of about a quarter of a thread's share, as pairs of a first one and the one after
+// the last; those that hold the most first, so that no long one is left to run alone at the end.
 template <class Offset>
-int64_t longest_first(const Offset* offsets, int64_t sequences, int64_t* order) {
-  const auto rank = [&](int64_t s) {
-    const int64_t length = offsets[s + 1] - offsets[s];
-    return length ? __builtin_clzll(static_cast<uint64_t>(length)) : 64;
-  };
-  int64_t place[66] = {};  // where the next sequence of a rank goes
-  for (int64_t s = 0; s < sequences; ++s) ++place[rank(s) + 1];
-  for (int k = 1; k < 66; ++k) place[k] += place[k - 1];
-  const int64_t count = place[64];
-  for (int64_t s = 0; s < sequences; ++s)
-    if (rank(s) < 64) order[place[rank(s)]++] = s;
-  return count;
+std::vector<int64_t> split(const Offset* offsets, int64_t sequences, int threads) {
+  const int64_t share =
+      threads > 1 ? std::max<int64_t>(kGrain, offsets[sequences] / (4 * threads)) : INT64_MAX;
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (int64_t first = 0, end = 0; first < sequences; first = end) {
+    while (end < sequences && offsets[end] - offsets[first] < share) ++end;
+    ranges.emplace_back(first, end);
+  }
+  std::stable_sort(ranges.begin(), ranges.end(), [&](const auto& a, const auto& b) {
+    return offsets[a.second] - offsets[a.first] > offsets[b.second] - offsets[b.first];
+  });
+  std::vector<int64_t> flat;
+  for (const auto& [first, end] : ranges) flat.insert(flat.end(), {first, end});
+  return flat;
 }
 
 void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
@@ -52,15 +52,13 @@ void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uin
   args.holes = static_cast<Holes>(holes);
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
-  run<&Kernels::gae>(args, batch, lane_rows_per_task(batch, time, threads), threads);
+  run<&Kernels::gae>(args, batch, rows_per_task(batch, time, threads), threads);
 }
 
 // Returns the first place where the offsets are wrong, and then has computed nothing; -1 when all is done.
-// order: room for one number per sequence.
 int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
                        int64_t total, uintptr_t offsets, int offset_bytes, int64_t sequences, double gamma,
-                       double lam, int holes, uintptr_t advantages, uintptr_t returns, uintptr_t order,
-                       int threads) {
+                       double lam, int holes, uintptr_t advantages, uintptr_t returns, int threads) {
   Gae args = {};
   args.rewards = pointer<void>(rewards);
   args.values = pointer<void>(values);
@@ -73,19 +71,17 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
   args.offsets = {pointer<void>(offsets), offset_bytes};
-  args.order = pointer<int64_t>(order);
+  std::vector<int64_t> ranges;
   const auto plan = [&](auto* bounds) {
     const int64_t bad = first_bad_offset(bounds, sequences, total);
-    if (bad < 0) args.count = longest_first(bounds, sequences, pointer<int64_t>(order));
+    if (bad < 0) ranges = split(bounds, sequences, threads);
     return bad;
   };
   const int64_t bad =
       offset_bytes == 4 ? plan(pointer<const int32_t>(offsets)) : plan(pointer<const int64_t>(offsets));
   if (bad >= 0) return bad;
-  // One task a thread: dealt like cards they are equal, and with more the longest sequence would fill a lane
-  // while the task's others idle.
-  args.tasks = threads > 1 ? std::clamp<int64_t>(total / kGrain, 1, int64_t{threads}) : 1;
-  run<&Kernels::gae>(args, args.tasks, 1, threads);
+  args.ranges = ranges.data();
+  run<&Kernels::gae>(args, static_cast<int64_t>(ranges.size() / 2), 1, threads);
   return -1;
 }
 
@@ -115,7 +111,7 @@ void run_ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t sc
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
   if (batch == 0 || time == 0) return;
-  run<&Kernels::ppo_advantages>(args, batch, lane_rows_per_task(batch, time, threads), threads);
+  run<&Kernels::ppo_advantages>(args, batch, rows_per_task(batch, time, threads), threads);
 }
 
 }  // namespace

@@ -17,28 +17,11 @@ namespace {
 constexpr int kBlock = 256;
 constexpr float kExponentLimit = 20.0f;
 
-typedef double vd __attribute__((vector_size(2 * kBytes)));
-typedef uint8_t vb_unaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
 inline int sum_lanes(vi x) {
   int sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
-
-inline double sum_lanes(vd x) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
-// A sum over many blocks: float lanes within a block, double lanes over blocks.
-struct Sum {
-  vd total = {};
-  void add(vf block) { total += __builtin_convertvector(block, vd); }
-  void add(vi block) { total += __builtin_convertvector(block, vd); }
-  double value() const { return sum_lanes(total); }
-};
 
 template <class T>
 const float* widen(const T* source, int count, float* buffer) {
@@ -167,7 +150,7 @@ inline void exponential(vf x, vf& e, vf& k3) {
 // The loss of min(rho A, clamp(rho, low, high) A), bounded by dual_clip, is -A times rho clamped on one side:
 // from below by `low` and from above by `dual_clip` where A < 0, from above by `high` elsewhere.
 struct PolicySums {
-  Sum loss, slope, kl, ratio, low, high, dual;  // the last three count -1 for each hit
+  DoubleSum loss, slope, kl, ratio, low, high, dual;  // the last three count -1 for each hit
   vf ratio_max = {};
   int64_t count = 0;
 
@@ -273,7 +256,7 @@ PolicyPartial token_ratios(const PolicyLoss& args, const Unit& unit) {
 }
 
 PolicyPartial sequence_ratio(const PolicyLoss& args, const Unit& unit) {
-  Sum total;
+  DoubleSum total;
   int64_t count = 0;
   each_block(unit.begin, unit.end, [&](int64_t start, int size) {
     const Counted counted(args.tiles, unit.row, start, size);
@@ -338,7 +321,7 @@ struct Moments {
 ValuePartial value_unit(const ValueLoss& args, const Unit& unit) {
   const double length = args.row_means ? length_of(args.tiles, unit) : 1;
   const float share = static_cast<float>(1 / length);
-  Sum total, clipped_total;
+  DoubleSum total, clipped_total;
   Moments of_returns, of_d;
   each_block(unit.begin, unit.end, [&](int64_t start, int size) {
     const Counted counted(args.tiles, unit.row, start, size);

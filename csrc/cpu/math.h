@@ -30,7 +30,7 @@ constexpr float kInf = INFINITY;
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
-typedef double vd __attribute__((vector_size(2 * kBytes)));
+typedef double vd __attribute__((vector_size(kBytes)));  // of half as many lanes
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));
 typedef float vf_unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
@@ -181,6 +181,38 @@ inline float sum_lanes(vf x) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
 }
+
+// A sum in double by lane. (One vector of as many doubles as lanes goes through memory in gcc 12.)
+class DoubleSum {
+  vd low_ = {}, high_ = {};
+
+ public:
+  template <class V>
+  void add(V x) {
+    typedef __typeof__(x[0] + 0) Element;
+    typedef Element Part __attribute__((vector_size(kBytes / 2)));
+    Part halves[2];
+    memcpy(halves, &x, sizeof x);
+    low_ += __builtin_convertvector(halves[0], vd);
+    high_ += __builtin_convertvector(halves[1], vd);
+  }
+
+  void add_squares(vf x) {
+    typedef float Part __attribute__((vector_size(kBytes / 2)));
+    Part halves[2];
+    memcpy(halves, &x, sizeof x);
+    const vd low = __builtin_convertvector(halves[0], vd), high = __builtin_convertvector(halves[1], vd);
+    low_ += low * low;
+    high_ += high * high;
+  }
+
+  double value() const {
+    double sum = 0.0;
+    for (int i = 0; i < kLanes / 2; ++i) sum += low_[i];
+    for (int i = 0; i < kLanes / 2; ++i) sum += high_[i];
+    return sum;
+  }
+};
 
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {

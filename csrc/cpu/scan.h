@@ -24,10 +24,9 @@ struct Gae {
   Holes holes;
   float gamma;
   float lam;
-  Offsets offsets;       // null = padded
-  const int64_t* order;  // packed: [count], the sequences that are not empty, dealt to tasks like cards
-  int64_t count;
-  int64_t tasks;
+  Offsets offsets;  // null = padded
+  const int64_t*
+      ranges;  // packed: [tasks, 2], each the first of a task's sequences and the one after its last
 };
 
 // Rows may be strided; the outputs are [B, T] contiguous.

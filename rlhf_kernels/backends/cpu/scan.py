@@ -66,7 +66,6 @@ def gae_packed(
     returns = torch.empty(rewards.shape, dtype=torch.float32)
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     mask, bootstrap = contiguous(mask), contiguous(bootstrap)
-    order = torch.empty(cu_seqlens.numel(), dtype=torch.int64)
     bad = _native.gae_packed(
         rewards.data_ptr(),
         values.data_ptr(),
@@ -82,7 +81,6 @@ def gae_packed(
         masked,
         advantages.data_ptr(),
         returns.data_ptr(),
-        order.data_ptr(),
         torch.get_num_threads(),
     )
     if bad >= 0:
