@@ -213,17 +213,9 @@ def _kept(path: Path, identity: str, resume: bool) -> Tensor | None:
 
 
 def fit_pairs(
-    cfg: DPOConfig,
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    pairs: Sequence[PairRows],
-    heldout: Sequence[PairRows],
-    tokenizer: PreTrainedTokenizerBase,
+    cfg: DPOConfig, model: PreTrainedModel, items: Sequence[Item], kept: Sequence[Item], pad_id: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures."""
-    pad_id = tokenizer.pad_token_id
-    items = reference_logprobs(cfg, reference, [*pairs, *heldout], pad_id)
-    items, kept = items[: len(pairs)], items[len(pairs) :]
+    """Train `model` in place on `items`; returns the last metrics and the figures on `kept`, the held-out ones."""
     trained = Trained(model, pad_id, cfg)
 
     def figures() -> dict[str, Any]:
@@ -288,6 +280,7 @@ def train_dpo(
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
+        precision.halve(ref_model, cfg.dtype, trained=True)
     limit = length_limit(cfg, policy)
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
@@ -296,7 +289,9 @@ def train_dpo(
             findings.mention("margin, which DPO does not use", pair.line)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
     reference = policy if ref_model is None else place(ref_model, device)
-    metrics, figures = fit_pairs(cfg, policy, reference, rows, heldout_rows, tokenizer)
+    items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], tokenizer.pad_token_id)
+    del reference, ref_model  # one that was loaded here takes no memory in training
+    metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], tokenizer.pad_token_id)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rlhf_trainer.adapters import Adapter, active
 from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
 from rlhf_trainer.data import Pair
-from rlhf_trainer.dpo import DPOConfig, fit_pairs
+from rlhf_trainer.dpo import DPOConfig, fit_pairs, reference_logprobs
 from rlhf_trainer.exact_world import (
     MAX_TOKENS,
     PROMPTS,
@@ -192,7 +192,8 @@ def dpo_lines(seed: int) -> list[Line]:
     tokenizer, reference = fitted(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     policy = copy.deepcopy(reference).train()
-    fit_pairs(dpo_config(seed), policy, policy, sampled_pairs(reference, tokenizer, PAIRS, seed), [], tokenizer)
+    cfg, pairs, pad_id = dpo_config(seed), sampled_pairs(reference, tokenizer, PAIRS, seed), tokenizer.pad_token_id
+    fit_pairs(cfg, policy, reference_logprobs(cfg, policy, pairs, pad_id), [], pad_id)
     end = world.measure(policy.eval())
     gap = world.gap_closed(end.objective, world.measure(reference).objective)
     return [Line("DPO: gap closed", gap, f">= {DPO_GAP}", gap >= DPO_GAP)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -258,3 +260,28 @@ def test_a_margin_in_the_data_is_mentioned(folder, tmp_path, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", [record | {"margin": 1.0} for record in PAIRS])
     dpo.run(config(folder, str(path), tmp_path / "out"))
     assert "18 x margin, which DPO does not use" in capsys.readouterr().err
+
+
+def test_a_separate_reference_is_halved_and_gone_before_training(folder, data, tmp_path, monkeypatch):
+    """Its logprobs are computed once, in bf16 with its weights in bf16 too; training has the memory for itself."""
+    models, seen = [], []
+
+    def load(*args, **kwargs):
+        models.append(weakref.ref(model := load_causal(*args, **kwargs)))
+        return model
+
+    def keep(cfg, reference, *rest):
+        seen.append({weight.dtype for weight in reference.model.layers[0].mlp.parameters()})
+        return computed(cfg, reference, *rest)
+
+    def train(*args):
+        gc.collect()
+        seen.append([model() is None for model in models])
+        return fitted(*args)
+
+    computed, fitted = dpo.reference_logprobs, dpo.fit_pairs
+    monkeypatch.setattr(dpo, "load_causal", load)
+    monkeypatch.setattr(dpo, "reference_logprobs", keep)
+    monkeypatch.setattr(dpo, "fit_pairs", train)
+    train_dpo(config(folder, data, tmp_path, ref_model=str(folder), dtype="bfloat16", device="cpu"))
+    assert seen == [{torch.bfloat16}, [False, True]]
