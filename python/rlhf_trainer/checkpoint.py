@@ -95,6 +95,7 @@ class Checkpoints:
     ) -> None:
         self.cfg, self.modules, self.optimizer, self.scheduler = cfg, modules, optimizer, scheduler
         self.generator = generator
+        self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
         self.folder = Path(cfg.output_dir) / "checkpoints"
         self.identity = {"config": _config_values(cfg)}
         if cfg.output_dir:
@@ -131,8 +132,8 @@ class Checkpoints:
         """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
         return _checkpoints_in(self.folder)
 
-    def save(self, step: int, beta: float) -> Path:
-        """Write a checkpoint, then delete the oldest beyond keep_checkpoints.
+    def save(self, step: int, beta: float, stopped: str | None = None) -> Path:
+        """Write a checkpoint, then delete the oldest beyond keep_checkpoints. stopped: why the run ends at this step.
 
         Every rank calls it: what is spread over them is gathered, and the first one writes.
         """
@@ -140,6 +141,7 @@ class Checkpoints:
         temporary = self.folder / f".step-{step:08d}.tmp"
         generators = ranks.every(_rng())
         state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
+        state["stopped"] = None if stopped is None else [stopped, _alerting(self.cfg)]
         try:
             if ranks.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -201,6 +203,9 @@ class Checkpoints:
         step = state["step"]
         history = [metrics for metrics in read_metrics(self.cfg.output_dir) if metrics["step"] <= step]
         say(f"resumed from {path} after step {step}")
+        if state.get("stopped") and state["stopped"][1] == _alerting(self.cfg):
+            self.stopped = state["stopped"][0]
+            say(f"the run had stopped there: {self.stopped}")
         return step, state["beta"], history
 
     def _compare(self, saved: dict[str, Any], path: Path) -> None:
@@ -282,6 +287,11 @@ def weights_digest(module: nn.Module, frozen: bool = False) -> str:
 
 def _config_values(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE}
+
+
+def _alerting(cfg: Any) -> list[Any]:
+    """The options that stop a run and may change between it and its resumption, which then goes on."""
+    return [list(cfg.alert), cfg.stop_on_alert]
 
 
 def _rng() -> dict[str, Any]:

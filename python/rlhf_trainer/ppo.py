@@ -212,11 +212,12 @@ def train_ppo(
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    beta, stopped = cfg.kl_coef, "all updates done"
+    beta = cfg.kl_coef
     checkpoints = Checkpoints(
         cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
     )
     start, beta, history = checkpoints.resume(beta)
+    stopped = checkpoints.stopped or "all updates done"
     sample = load_engine(cfg, policy)
     watch, alerts = Watch(cfg, history), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
@@ -227,7 +228,7 @@ def train_ppo(
     reporting: dict[str, Any] = {"start": start, "report_to": cfg.report_to, "cfg": cfg}
     logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_sigterm() as terminated:
-        for update in range(start, cfg.updates):
+        for update in range(start, start if checkpoints.stopped else cfg.updates):
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
             with precision.autocast(cfg.dtype, device):
@@ -271,8 +272,8 @@ def train_ppo(
                 if (update + 1) % max(1, cfg.updates // 10) == 0:
                     log.completions(update + 1, samples(batch))
                 if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
-                    checkpoints.save(update + 1, beta)
-            if stop is not None:  # though SIGTERM came too: resumed, the run would go on
+                    checkpoints.save(update + 1, beta, stop)
+            if stop is not None:  # though SIGTERM came too: the model is as good as done
                 stopped = stop
                 break
             if leave:

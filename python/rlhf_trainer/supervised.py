@@ -256,7 +256,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     alerts = Alerts(cfg.alert, past)
     logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_sigterm() as terminated:
-        for step in range(start + 1, total + 1):
+        for step in range(start + 1, start if checkpoints.stopped else total + 1):
             epoch, indices = batches[step - 1]
             batch = [items[i] for i in indices]
             lr = scheduler.get_last_lr()[0]
@@ -272,12 +272,13 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
                 log.step(step, metrics, _note(metrics))
             alarms = alerts.check(metrics)
             announce(log, step, alarms, [task.text(item) for item in batch[:SHOWN]] if alarms else [])
+            alert = alarms[0] if alarms and cfg.stop_on_alert else None
+            stop = ranks.first(None if alert is None else f"{alert.metric}: {alert.reason}")
             leave = ranks.any(bool(terminated))
             if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
-                checkpoints.save(step, 0.0)
-            stop = ranks.first(alarms[0] if alarms and cfg.stop_on_alert else None)
-            if stop is not None:  # though SIGTERM came too: resumed, the run would go on
-                say(f"stopped at step {step} of {total}: {stop.metric}: {stop.reason}")
+                checkpoints.save(step, 0.0, stop)
+            if stop is not None:  # though SIGTERM came too: the model is as good as done
+                say(f"stopped at step {step} of {total}: {stop}")
                 break
             if leave:
                 raise SystemExit(143)

@@ -15,7 +15,7 @@ from tiny import tiny_folder
 
 from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft, supervised, trackers, verify_reward
-from rlhf_trainer.alerts import Alert, Alerts
+from rlhf_trainer.alerts import Alerts
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.distributed import Ranks
@@ -292,11 +292,33 @@ def test_a_run_goes_on_after_its_alert_with_other_trackers_and_conditions(places
     ]
 
 
+def test_a_run_that_stopped_and_was_killed_while_saving_is_only_finished_by_a_resume(places, tmp_path, monkeypatch):
+    stop = ["--alert", "episode>=8", "--stop_on_alert", "--save_every", "1"]
+    with monkeypatch.context() as patch:
+        for module in (ppo_module, sft):
+            patch.setattr(module, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ppo(places, tmp_path / "ppo", *stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(places, tmp_path / "fit", alert=["epoch>0.4"], stop_on_alert=True, save_every=1)
+    assert ppo(places, tmp_path / "ppo", *stop, "--resume") == 0
+    fit(places, tmp_path / "fit", alert=["epoch>0.4"], stop_on_alert=True, save_every=1, resume=True)
+    for name in ("fit", "ppo"):
+        assert [record["step"] for record in read_metrics(tmp_path / name)] == [1, 2]
+        assert (tmp_path / name / "model.safetensors").exists()
+    assert ppo(places, tmp_path / "ppo", "--save_every", "1", "--resume") == 0  # told to go on
+    assert len(read_metrics(tmp_path / "ppo")) == 3
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
 class Told(Ranks):
     """A rank that hears from rank 0 whether to stop."""
 
     def first(self, value):
-        return Alert("loss", 1.0, "said rank 0") if self.stop else None
+        return "loss: said rank 0" if self.stop else None
 
 
 @pytest.mark.parametrize("stop", [True, False])
