@@ -1,4 +1,3 @@
-#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -15,23 +14,21 @@ int64_t first_bad_offset(const Offset* offsets, int64_t sequences, int64_t total
   return offsets[sequences] == total ? -1 : sequences;
 }
 
-// Neighbouring sequences of about a quarter of a thread's share, as pairs of a first one and the one after
-// the last; those that hold the most first, so that no long one is left to run alone at the end.
+// Neighbouring sequences of about a quarter of a thread's share; those that hold the most first, so that no
+// long one is left to run alone at the end.
 template <class Offset>
-std::vector<int64_t> split(const Offset* offsets, int64_t sequences, int threads) {
+std::vector<Range> split(const Offset* offsets, int64_t sequences, int threads) {
   const int64_t share =
       threads > 1 ? std::max<int64_t>(kGrain, offsets[sequences] / (4 * threads)) : INT64_MAX;
-  std::vector<std::pair<int64_t, int64_t>> ranges;
+  std::vector<Range> ranges;
   for (int64_t first = 0, end = 0; first < sequences; first = end) {
     while (end < sequences && offsets[end] - offsets[first] < share) ++end;
-    ranges.emplace_back(first, end);
+    ranges.push_back({first, end});
   }
-  std::stable_sort(ranges.begin(), ranges.end(), [&](const auto& a, const auto& b) {
-    return offsets[a.second] - offsets[a.first] > offsets[b.second] - offsets[b.first];
-  });
-  std::vector<int64_t> flat;
-  for (const auto& [first, end] : ranges) flat.insert(flat.end(), {first, end});
-  return flat;
+  const auto positions = [&](const Range& range) { return offsets[range.end] - offsets[range.first]; };
+  std::sort(ranges.begin(), ranges.end(),
+            [&](const Range& a, const Range& b) { return positions(a) > positions(b); });
+  return ranges;
 }
 
 void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
@@ -71,7 +68,7 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
   args.offsets = {pointer<void>(offsets), offset_bytes};
-  std::vector<int64_t> ranges;
+  std::vector<Range> ranges;
   const auto plan = [&](auto* bounds) {
     const int64_t bad = first_bad_offset(bounds, sequences, total);
     if (bad < 0) ranges = split(bounds, sequences, threads);
@@ -81,7 +78,7 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
       offset_bytes == 4 ? plan(pointer<const int32_t>(offsets)) : plan(pointer<const int64_t>(offsets));
   if (bad >= 0) return bad;
   args.ranges = ranges.data();
-  run<&Kernels::gae>(args, static_cast<int64_t>(ranges.size() / 2), 1, threads);
+  run<&Kernels::gae>(args, static_cast<int64_t>(ranges.size()), 1, threads);
   return -1;
 }
 

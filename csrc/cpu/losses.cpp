@@ -70,11 +70,7 @@ class Counted {
     for (int i = 0; i < size; i += kLanes) kept += lanes(i);
     count = -sum_lanes(kept);
   }
-  vi lanes(int i) const {
-    // In two steps: gcc does the one from 8 to 32 bits element by element.
-    const vb bytes = *reinterpret_cast<const vb_unaligned*>(bytes_ + i);
-    return __builtin_convertvector(__builtin_convertvector(bytes, vh), vi) != 0;
-  }
+  vi lanes(int i) const { return load_bytes(bytes_ + i) != 0; }
 
   int count = 0;
 

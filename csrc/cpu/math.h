@@ -96,6 +96,12 @@ inline vu load_bits(const void* p) {
   return __builtin_convertvector(*static_cast<const vh_unaligned*>(p), vu);
 }
 
+// One lane for each byte, in two steps: in one, gcc 12 moves lane by lane (51 instructions instead of 14).
+inline vi load_bytes(const uint8_t* p) {
+  const vh halves = __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vh);
+  return __builtin_convertvector(halves, vi);
+}
+
 inline void store_bits(void* p, vu bits) {
   *static_cast<vh_unaligned*>(p) = __builtin_convertvector(bits, vh);
 }
@@ -186,24 +192,22 @@ inline float sum_lanes(vf x) {
 class DoubleSum {
   vd low_ = {}, high_ = {};
 
- public:
-  template <class V>
-  void add(V x) {
-    typedef __typeof__(x[0] + 0) Element;
-    typedef Element Part __attribute__((vector_size(kBytes / 2)));
-    Part halves[2];
+  static vd half(vf x, int which) {
+    typedef float Half __attribute__((vector_size(kBytes / 2)));
+    Half halves[2];
     memcpy(halves, &x, sizeof x);
-    low_ += __builtin_convertvector(halves[0], vd);
-    high_ += __builtin_convertvector(halves[1], vd);
+    return __builtin_convertvector(halves[which], vd);
   }
 
+ public:
+  void add(vf x) {
+    low_ += half(x, 0);
+    high_ += half(x, 1);
+  }
+  void add(vi x) { add(__builtin_convertvector(x, vf)); }
   void add_squares(vf x) {
-    typedef float Part __attribute__((vector_size(kBytes / 2)));
-    Part halves[2];
-    memcpy(halves, &x, sizeof x);
-    const vd low = __builtin_convertvector(halves[0], vd), high = __builtin_convertvector(halves[1], vd);
-    low_ += low * low;
-    high_ += high * high;
+    low_ += half(x, 0) * half(x, 0);
+    high_ += half(x, 1) * half(x, 1);
   }
 
   double value() const {

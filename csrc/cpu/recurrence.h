@@ -67,12 +67,6 @@ inline bool any_not_finite(vf x) {
 #endif
 }
 
-// One lane for each byte. (In one step gcc 12 would move them one by one.)
-inline vi widen(const uint8_t* bytes) {
-  const vh halves = __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(bytes), vh);
-  return __builtin_convertvector(halves, vi);
-}
-
 constexpr unsigned kEvery = (1u << kLanes) - 1;
 
 // One bit for each lane.
@@ -97,7 +91,7 @@ struct Counts {
   Counts(const uint8_t* mask, int steps) {
     uint8_t bytes[kLanes] = {};
     if (steps < kLanes) copy_few(bytes + kLanes - steps, mask, steps);
-    lanes = widen(steps < kLanes ? bytes : mask) != 0;
+    lanes = load_bytes(steps < kLanes ? bytes : mask) != 0;
     bits = bits_of(lanes);
     all = (bits | kEvery >> steps) == kEvery;
   }
@@ -253,7 +247,8 @@ struct Recurrence {
     if (counts.all || kHoles == Holes::kZero) {
       sums = advance(reward, value, 0, after);
     } else if (kHoles == Holes::kSkip) {
-      const vi together = widen(kPacking.together[counts.bits]), apart = widen(kPacking.apart[counts.bits]);
+      const vi together = load_bytes(kPacking.together[counts.bits]),
+               apart = load_bytes(kPacking.apart[counts.bits]);
       const int first = kLanes - __builtin_popcount(counts.bits);
       sums = pick(advance(pick(reward, together), pick(value, together), first, after), apart);
     } else {

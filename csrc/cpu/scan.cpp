@@ -19,16 +19,18 @@ inline void backwards(int64_t time, F f) {
   if (at > -kLanes) f(int64_t{0}, static_cast<int>(at) + kLanes);
 }
 
+// The recurrence by value: stores to floats might change one that others see.
 template <class T, Holes kHoles, bool kMasked>
 void gae_sequence(const Gae& args, const Recurrence recurrence, int64_t sequence) {
   const bool packed = args.offsets.data;
   const int64_t start = packed ? offset_of(args.offsets, sequence) : 0;
   const int64_t time = packed ? offset_of(args.offsets, sequence + 1) - start : args.time;
-  const T* rewards = static_cast<const T*>(args.rewards) + (packed ? start : sequence * args.stride_rewards);
-  const T* values = static_cast<const T*>(args.values) + (packed ? start : sequence * args.stride_values);
-  const uint8_t* mask = kMasked ? args.mask + (packed ? start : sequence * args.stride_mask) : nullptr;
-  float* advantages = args.advantages + (packed ? start : sequence * args.time);
-  float* returns = args.returns + (packed ? start : sequence * args.time);
+  const auto first = [&](int64_t stride) { return packed ? start : sequence * stride; };
+  const T* rewards = static_cast<const T*>(args.rewards) + first(args.stride_rewards);
+  const T* values = static_cast<const T*>(args.values) + first(args.stride_values);
+  const uint8_t* mask = kMasked ? args.mask + first(args.stride_mask) : nullptr;
+  float* advantages = args.advantages + first(args.time);
+  float* returns = args.returns + first(args.time);
   State state(args.bootstrap ? args.bootstrap[sequence] : 0.0f);
   const int64_t counted = kMasked ? counted_end(mask, time) : time;
   recurrence.pass<kHoles>(time - counted, state);
@@ -55,7 +57,7 @@ void scan(const Gae& args, int64_t begin, int64_t end) {
     while (sequence-- > first) gae_sequence<T, kHoles, kMasked>(args, recurrence, sequence);
   };
   if (!args.ranges) return scan(begin, end);
-  for (int64_t task = begin; task < end; ++task) scan(args.ranges[2 * task], args.ranges[2 * task + 1]);
+  for (int64_t task = begin; task < end; ++task) scan(args.ranges[task].first, args.ranges[task].end);
 }
 
 template <class T>
@@ -84,7 +86,7 @@ void advantages_row(const Advantages& args, const Recurrence recurrence, int64_t
   State state(0.0f);
   const int64_t end = counted_end(mask, args.time);
   for (float* result : {advantages, returns, kls}) fill_zero(result, end, args.time);
-  vi counted = {};
+  int64_t count = 0;
   DoubleSum sums, squares;  // the variance is their difference, exact to 1e-16 (mean / deviation)^2
   backwards(end, [&](int64_t at, int steps) {
     const Counts counts(mask + at, steps);
@@ -99,16 +101,14 @@ void advantages_row(const Advantages& args, const Recurrence recurrence, int64_t
     const vf advantage = recurrence.scan<Holes::kSkip>(reward, value, counts, state);
     store_upper(advantages + at, advantage, steps);
     store_upper(returns + at, advantage + value, steps);
-    counted -= counts.lanes;
+    count += __builtin_popcount(counts.bits);
     sums.add(advantage);
     squares.add_squares(advantage);
   });
   if (!args.moments) return;
-  double count = 0.0;
-  for (int i = 0; i < kLanes; ++i) count += counted[i];
   const double mean = count ? sums.value() / count : 0.0, deviations = squares.value() - sums.value() * mean;
   double* moments = args.moments + 3 * row;
-  moments[0] = count;
+  moments[0] = static_cast<double>(count);
   moments[1] = mean;
   moments[2] = deviations < 0.0 ? 0.0 : deviations;  // NaN stays
 }

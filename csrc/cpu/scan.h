@@ -7,6 +7,12 @@ namespace rk {
 
 enum class Holes : int { kSkip = 0, kStop = 1, kZero = 2 };
 
+// Sequences [first, end).
+struct Range {
+  int64_t first;
+  int64_t end;
+};
+
 // Padded: sequence b is row b of `time` positions. Packed: it is positions [offset b, offset b + 1) of one
 // row.
 struct Gae {
@@ -24,9 +30,8 @@ struct Gae {
   Holes holes;
   float gamma;
   float lam;
-  Offsets offsets;  // null = padded
-  const int64_t*
-      ranges;  // packed: [tasks, 2], each the first of a task's sequences and the one after its last
+  Offsets offsets;      // null = padded
+  const Range* ranges;  // packed: [tasks], the sequences of each
 };
 
 // Rows may be strided; the outputs are [B, T] contiguous.
