@@ -16,7 +16,7 @@ import peers
 import token_cases
 import torch
 from harness import Comparison, Contender, compare, environment
-from linear import ROWS, VOCAB, WIDTH, frozen_head, linear
+from linear import FEW, ROWS, VOCAB, WIDTH, few_rows, frozen_head, linear, widened
 from losses import SHAPE, losses
 from sampling import SAMPLED, sampling
 from torch import Tensor
@@ -288,6 +288,9 @@ def main() -> None:
     for name, dtype in dtypes.items():
         sizes = f"{name}, {ROWS} rows, width {WIDTH}, vocabulary {VOCAB}"
         cases.append(("linear", f"linear family {sizes}", lambda dtype=dtype: linear(dtype, *repeat)))
+        if widened(dtype):
+            title = f"linear family {name}, {FEW} rows, width {WIDTH}, vocabulary {VOCAB}, beside torch's own"
+            cases.append(("linear", title, lambda dtype=dtype: few_rows(dtype, *repeat)))
         title = f"linear_logprobs under a frozen head {sizes}"
         cases.append(("frozen_head", title, lambda dtype=dtype: frozen_head(dtype, *repeat)))
     cases.append(

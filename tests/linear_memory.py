@@ -1,6 +1,7 @@
 """Peak memory of calls of the linear family beyond their inputs and gradients: one line of bytes for each.
 
-Run as a program: `linear_memory.py CASE...`, a CASE being OP:DTYPE:N:V:D:WORKSPACE with OP of CALLS, workspace in KiB.
+Run as a program: `linear_memory.py CASE...`, a CASE being OP:DTYPE:PRODUCTS:N:V:D:WORKSPACE with OP of CALLS, PRODUCTS
+the dtype that matrices are multiplied in, workspace in KiB.
 Each runs in a process of its own, forked with the libraries loaded and nothing allocated yet.
 """
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_kernels.backends import cpu
 
 
 def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
@@ -43,6 +45,11 @@ def lora(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list
     return list(torch.autograd.grad(found.sum(), (hidden, *low)))
 
 
+def kl(hidden: Tensor, weight: Tensor, _labels: Tensor, workspace: int) -> list[Tensor]:
+    found = rk.linear_kl(hidden, weight, hidden.detach(), weight.detach(), workspace=workspace)
+    return list(torch.autograd.grad(found.sum(), (hidden, weight)))
+
+
 def sharded_jsd(hidden: Tensor, weight: Tensor, _labels: Tensor, workspace: int) -> list[Tensor]:
     """The weight as the only shard of a vocabulary."""
     if not dist.is_initialized():
@@ -53,7 +60,7 @@ def sharded_jsd(hidden: Tensor, weight: Tensor, _labels: Tensor, workspace: int)
 
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-CALLS = {call.__name__: call for call in (logprobs, frozen, policy, lora, sharded_jsd)}
+CALLS = {call.__name__: call for call in (logprobs, frozen, policy, lora, kl, sharded_jsd)}
 
 
 def resident() -> int:
@@ -72,8 +79,9 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(op: str, dtype: str, *sizes: str) -> int:
+def measured(op: str, dtype: str, products: str, *sizes: str) -> int:
     N, V, D, workspace = map(int, sizes)
+    cpu.product_dtype = lambda _: getattr(torch, products)
     torch.set_num_threads(1)
     # What is freed goes back to the system at once: else the C library's free lists, up to 32 MiB a piece, count too.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -82,7 +82,8 @@ def linear_logprobs(
     logits, which are then not made again, and becomes the gradient. Each such call holds [V, D] until its backward.
     Where hidden alone wants one (a frozen head) and no entropy's, d logprob / d hidden is formed in the forward, two
     GEMMs in all, and kept in hidden's dtype in the memory of dH; the backward multiplies it by the upstream gradient.
-    Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear.
+    Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear. On a CPU without arithmetic for
+    16 bits products are float32, of the weight widened tile by tile.
 
     Args:
         hidden: [..., D] float32, float16, bfloat16 (kernels) or float64 (reference). Not read at masked rows.

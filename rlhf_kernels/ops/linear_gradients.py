@@ -28,7 +28,7 @@ class _Total:
 
     def add(self, part: slice, a: Tensor, b: Tensor) -> None:
         total = self._sum[part]
-        step = _rows_of_product(a, b)
+        step = _rows_of_product(a, b, total)
         for some in (slice(start, start + step) for start in range(0, a.shape[0], step)):
             if self.fresh and total.dtype == a.dtype:
                 torch.mm(a[some], b, out=total[some])
@@ -64,14 +64,14 @@ class Gradients:
         sweep, weight = self._sweep, self._sweep.head.weight
         want_hidden, want_weight, want_bias, want_a, want_b = self._wanted
         by_hidden, by_low = None, None
-        if want_hidden and (rows.products is None or sweep.head.group):
+        if want_hidden and (rows.products is None or sweep.head.group or sweep.widens):
             by_hidden = weight.new_zeros(rows.hidden.shape, dtype=torch.float32)
         if rows.low is not None and (want_hidden or want_a):
             by_low = weight.new_zeros(rows.low.shape, dtype=torch.float32)
         for part, grad in tiles:
             low = sweep.lora_b(part)
             if by_hidden is not None:
-                accumulate(by_hidden, grad, weight[part])
+                accumulate(by_hidden, grad, sweep.weight(part))
             if by_low is not None and low is not None:
                 accumulate(by_low, grad, low)
             if want_weight:
@@ -81,7 +81,7 @@ class Gradients:
             if want_bias:
                 self._bias[part] += grad.sum(0, dtype=torch.float32)
         self._weight.fresh = self._lora_b.fresh = False
-        narrow = None if by_low is None else by_low.to(weight.dtype)
+        narrow = None if by_low is None else by_low.to(sweep.dtype)
         if want_a and narrow is not None:
             accumulate(self._lora_a, narrow.T, rows.hidden)
         if by_hidden is not None:
@@ -121,18 +121,18 @@ class Gradients:
         )
 
 
-def _rows_of_product(a: Tensor, b: Tensor) -> int:
-    """Of a @ b at a time, so that in 16 bits what it takes beside the sum stays within a tile's memory."""
-    if a.dtype == torch.float32:
+def _rows_of_product(a: Tensor, b: Tensor, total: Tensor) -> int:
+    """Of a @ b at a time, so that what it takes beside the sum, in 16 bits, stays within a tile's memory."""
+    if a.dtype == total.dtype == torch.float32:
         return max(1, a.shape[0])
-    # The product itself; on a CPU without 16-bit instructions torch's GEMM holds it in fp32 too.
-    each = 6 if a.device.type == "cpu" else 2
+    # The product itself; of 16 bits torch's GEMM may hold it in fp32 too on a CPU.
+    each = a.element_size() + (4 if a.device.type == "cpu" and a.element_size() == 2 else 0)
     return max(64, TILE_BYTES // (each * b.shape[1]))
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """total += a @ b, or = where it is fresh; total float32, a and b of one dtype."""
-    if a.dtype == torch.float32:
+    """total += a @ b, or = where it is fresh, in any dtype; else total is float32. a and b are of one dtype."""
+    if a.dtype == total.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
     elif fresh:
         total.copy_(torch.mm(a, b))

@@ -95,7 +95,8 @@ class _Pair:
     def __init__(self, call: Inputs, ref: Inputs, direction: int) -> None:
         # Logits of both, and the gradient beside them.
         per_row = 3 * call.widest + call.hidden.shape[-1] + ref.hidden.shape[-1]
-        rows = max(1, call.workspace // (per_row * call.hidden.element_size()))
+        size = dispatch.load(dispatch.required(OP, call.hidden)).product_dtype(call.hidden.dtype).itemsize
+        rows = max(1, call.workspace // (per_row * size))
         self.own, self.other = (x.sweep(OP, keep=True, rows=rows) for x in (call, ref))
         self._group, self._direction = call.group, direction
 

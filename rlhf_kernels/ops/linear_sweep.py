@@ -4,6 +4,8 @@ Rows go by chunks, a chunk's vocabulary by tiles. A tile is a few megabytes, so 
 Two plans share the code:
 - recomputed: one tile of memory; the backward makes the logits again. Chunks are tall, so that dW is mostly one GEMM.
 - kept: a chunk's logits stay until its gradient is formed, when that is known in the forward: one GEMM less.
+
+Where a device has no arithmetic for the inputs' 16 bits, products are float32: the weight is widened tile by tile.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ DEFAULT_WORKSPACE = 64 << 20  # bytes
 # A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
 # 1024 x 1024 .. 1024 x 50257 on two AVX-512 cores, fp32 and bf16.
 TILE_BYTES = 16 << 20
+WIDE_BYTES = 4 << 20  # a tile of the weight in float32, where 16 bits are widened
 BLOCK = 1024  # columns: tiles are whole blocks of the epilogue
 TALLEST = 4096  # rows of a recomputed chunk
 # One shape of GEMM for every batch: libraries choose their blocking, and with it the order of the sums, by the shape.
@@ -52,7 +55,7 @@ class Rows(NamedTuple):
     """One chunk: its rows of the call, their hidden states, labels and temperatures, and their kept products."""
 
     places: Tensor | slice  # into [N]
-    hidden: Tensor  # [R, D]
+    hidden: Tensor  # [R, D], dtype of the products
     low: Tensor | None  # [R, r] hidden @ lora_a.T
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
@@ -84,8 +87,10 @@ class Sweep:
         self.store = store
         self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
         self.head, self._labels = head, labels.contiguous()
+        self.dtype = self.backend.product_dtype(hidden.dtype)
+        self.widens = self.dtype != hidden.dtype
         self._bias = None if head.bias is None else head.bias.float().contiguous()
-        self.lora_a = None if head.lora_a is None else head.lora_a.to(hidden.dtype)
+        self.lora_a = None if head.lora_a is None else head.lora_a.to(self.dtype)
         self._hidden = hidden.flatten(0, 1) if hidden.is_contiguous() else hidden
         # The one host sync on a GPU: how many rows count decides how many chunks there are.
         self._counted = None if mask is None else mask.nonzero().squeeze(-1)
@@ -95,17 +100,20 @@ class Sweep:
         self._keep = keep
         self._plan(workspace, wanted[1], rows)
         width = head.weight.shape[0] if keep else self._width
-        self._tile = self.backend.allocate((min(self._rows, self.count) * width,), hidden.dtype, hidden.device)
+        self._tile = self.backend.allocate((min(self._rows, self.count) * width,), self.dtype, hidden.device)
+        self._wide_part: slice | None = None  # of the weight in _wide
+        wide = (self._width if self.widens and self.count else 0, head.weight.shape[1])
+        self._wide = self.backend.allocate(wide, self.dtype, hidden.device)
 
     def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
         """Rows of a chunk, columns of a tile."""
         width, vocab = self.head.weight.shape[1], self.head.widest
-        size = self._hidden.element_size()
+        size = self.dtype.itemsize
         low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # rows.low and its gradient
         if self._keep:
-            per_row = (vocab + width) * size + low
+            per_row = (vocab + width) * size + low + (4 * width if self.widens else 0)  # dH, summed over tiles
             limit = max(1, workspace // per_row)
-            accumulator = 4 * vocab * width if wants_weight and size == 2 else 0
+            accumulator = 4 * vocab * width if wants_weight and self.head.weight.element_size() == 2 else 0
             if self.count * per_row <= workspace + accumulator:
                 limit = max(limit, self.count)  # the memory of the sum over chunks buys that there is one chunk
             chunks = -(-self.count // limit)
@@ -121,20 +129,24 @@ class Sweep:
         if rows is not None:
             self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
-        columns = max(64, room // (size * self._rows))
+        columns = room // (size * self._rows)
+        if self.widens:
+            columns = min(columns, WIDE_BYTES // (size * width))
+        columns = max(64, columns // 2 * 2)
         if self.head.invariant:
             columns = INVARIANT_COLUMNS
         self._width = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
     def fits_weight_gradient(self) -> bool:
         """Whether the first chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there."""
-        return 0 < min(self._rows, self.count) <= self.head.weight.shape[1]
+        rows, weight = min(self._rows, self.count), self.head.weight
+        return 0 < rows * self.dtype.itemsize <= weight.shape[1] * weight.element_size()
 
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, self.count, self._rows):
             stop = min(start + self._rows, self.count)
             places = slice(start, stop) if self._counted is None else self._counted[start:stop]
-            hidden = self._gather(places, start, stop)
+            hidden = self._gather(places, start, stop).to(self.dtype)
             temperature = self.head.row_temperature
             vocab = self.head.weight.shape[0]
             yield Rows(
@@ -166,8 +178,8 @@ class Sweep:
         if rows.products is not None:
             tile = rows.products[:, part]
         else:
-            tile = self._place(self._tile if rows.store is None else rows.store[part].view(-1), count, part)
-        weight, low = self.head.weight[part], self.lora_b(part)
+            tile = self._place(self._tile, count, part) if rows.store is None else self._stored(rows.store, count, part)
+        weight, low = self.weight(part), self.lora_b(part)
         if low is None or rows.low is None:
             return self._product(rows.hidden, weight, out=tile)
         # The small product first: in 16 bits it is the one to be rounded twice.
@@ -178,9 +190,26 @@ class Sweep:
         """A tile [count, W] at the beginning of flat memory."""
         return memory[: count * (part.stop - part.start)].view(count, -1)
 
+    def _stored(self, store: Tensor, count: int, part: slice) -> Tensor:
+        """The same in the memory of dW, at the beginning of the tile's own rows."""
+        memory = store[part].view(-1)
+        if self.widens:
+            memory = memory[: memory.numel() // 2 * 2].view(self.dtype)
+        return self._place(memory, count, part)
+
+    def weight(self, part: slice) -> Tensor:
+        """Its rows of a tile, in the dtype of the products; until the next call."""
+        if not self.widens:
+            return self.head.weight[part]
+        wide = self._wide[: part.stop - part.start]
+        if self._wide_part != part:
+            wide.copy_(self.head.weight[part])
+            self._wide_part = part
+        return wide
+
     def lora_b(self, part: slice) -> Tensor | None:
         """Its rows of a tile, in the dtype of the products."""
-        return None if self.head.lora_b is None else self.head.lora_b[part].to(self._hidden.dtype)
+        return None if self.head.lora_b is None else self.head.lora_b[part].to(self.dtype)
 
     def _product(self, x: Tensor, y: Tensor, *, out: Tensor | None = None, beta: int = 0) -> Tensor:
         """x [R, K] @ y [W, K].T over out, or added to it; in pieces of one shape for bits that do not depend on R."""
@@ -264,8 +293,7 @@ class Sweep:
                 tile = rows.products[:, part]
             elif rows.store is not None:  # a copy, because dW will be written over it
                 count = rows.hidden.shape[0]
-                kept = self._place(rows.store[part].view(-1), count, part)
-                tile = self._place(self._tile, count, part).copy_(kept)
+                tile = self._place(self._tile, count, part).copy_(self._stored(rows.store, count, part))
             else:
                 tile = self._products(rows, part)
             self.backend.linear_gradient(tile, *self.epilogue(rows, part), coefficients)

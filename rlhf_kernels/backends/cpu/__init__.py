@@ -2,7 +2,7 @@
 
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.full_kl import full_kl_bwd, full_kl_fwd
-from rlhf_kernels.backends.cpu.linear import allocate, linear_fold, linear_gradient
+from rlhf_kernels.backends.cpu.linear import allocate, linear_fold, linear_gradient, product_dtype
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.cpu.losses import policy_loss, value_loss
 from rlhf_kernels.backends.cpu.sampling import sample_tokens
@@ -29,6 +29,7 @@ __all__ = [
     "per_token_kl_fwd",
     "policy_loss",
     "ppo_advantages",
+    "product_dtype",
     "sample_tokens",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",

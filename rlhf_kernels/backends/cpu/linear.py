@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,21 @@ from rlhf_kernels.backends.cpu.common import DTYPES, address, empty
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised, on huge pages where large: the workspace is fresh in each call, and so are its page faults."""
     return empty(shape, dtype)
+
+
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which torch.mm should multiply matrices of `dtype`: float32 where this CPU has no arithmetic for 16 bits.
+
+    oneDNN refuses such a product there, and torch's own loops are 6 to 100 times slower than a float32 GEMM.
+    """
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if asked is None:
+        return dtype
+    try:
+        return dtype if getattr(torch.ops.mkldnn, asked)() else torch.float32
+    except AttributeError:  # a torch without oneDNN
+        return torch.float32
 
 
 def linear_fold(

@@ -1,7 +1,7 @@
 """Triton kernels: NVIDIA and AMD GPUs, and any CPU through Triton's interpreter (TRITON_INTERPRET=1)."""
 
 from rlhf_kernels.backends.triton.full_kl import full_kl_bwd, full_kl_fwd
-from rlhf_kernels.backends.triton.linear import allocate, linear_fold, linear_gradient
+from rlhf_kernels.backends.triton.linear import allocate, linear_fold, linear_gradient, product_dtype
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.triton.losses import policy_loss, value_loss
 from rlhf_kernels.backends.triton.sampling import sample_tokens
@@ -21,6 +21,7 @@ __all__ = [
     "per_token_kl_fwd",
     "policy_loss",
     "ppo_advantages",
+    "product_dtype",
     "sample_tokens",
     "selected_logprobs_bwd",
     "selected_logprobs_fwd",

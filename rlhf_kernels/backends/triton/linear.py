@@ -153,6 +153,11 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which torch.mm should multiply matrices of `dtype`: every GPU here has 16-bit matrix instructions."""
+    return dtype
+
+
 def linear_fold(
     tile: Tensor,
     first: int,
