@@ -129,12 +129,10 @@ class Sweep:
         if rows is not None:
             self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
-        columns = room // (size * self._rows)
+        columns = INVARIANT_COLUMNS if self.head.invariant else room // (size * self._rows)
         if self.widens:
             columns = min(columns, WIDE_BYTES // (size * width))
         columns = max(64, columns // 2 * 2)
-        if self.head.invariant:
-            columns = INVARIANT_COLUMNS
         self._width = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
     def fits_weight_gradient(self) -> bool:
