@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
-from rlhf_kernels.ops.registration import register
+from rlhf_kernels.ops.registration import numbers, register
 from rlhf_kernels.reference import losses as reference
 from rlhf_kernels.reference.common import saturating_cast
 
@@ -172,19 +172,17 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 def _scalars(
     *values: float, aggregate: str, denominator: float | Tensor | None, batch: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """For a registered op: `values` and the denominator as float64 (NaN = count the tokens), and a denominator given
-    as a tensor, which may be on a GPU and then is not read here."""
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """For a registered op: `values` and the denominator (NaN = count the tokens), and a denominator given as a tensor,
+    which may be on a GPU and then is not read here."""
     known, given = math.nan, None
     if isinstance(denominator, Tensor):
-        given = denominator
+        given = denominator.detach()
     elif denominator is not None:
         known = denominator
     elif aggregate != "token-mean":
         known = 1.0 if aggregate == "token-sum" else max(batch.shape[0], 1)
-    if torch.compiler.is_compiling():
-        return torch.stack([validate.runtime_scalar(value) for value in (*values, known)]), given
-    return torch.tensor((*values, known), dtype=torch.float64), given
+    return (*values, known), given
 
 
 def _policy_loss(
@@ -201,7 +199,7 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors [R, T], scalars: bounds of the ratio, dual_clip, denominator -> loss [], stats [7] (the last is the
     denominator), gradient times the denominator [R, T] or [0]; float32."""
-    low, high, dual_clip, known = scalars.tolist()
+    low, high, dual_clip, known = numbers(scalars)
     return dispatch.load(dispatch.required("policy_loss", logprobs)).policy_loss(
         *(logprobs, old_logprobs, advantages, mask, weights, low, high, dual_clip),
         *(known if denominator is None else denominator, sequence, row_means, with_grad),
@@ -219,7 +217,7 @@ def _value_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As _policy_loss; scalars: clip, denominator; stats [3]."""
-    clip, known = scalars.tolist()
+    clip, known = numbers(scalars)
     return dispatch.load(dispatch.required("value_loss", values)).value_loss(
         *(values, old_values, returns, mask, clip),
         *(known if denominator is None else denominator, row_means, with_grad),
