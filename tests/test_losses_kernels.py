@@ -258,6 +258,9 @@ def test_guard_pages(kernel_backend: Backend, small_blocks: None, side: str) -> 
                 new, old, a, w, m = map(wrap, (*x, mask))
                 policy = module.policy_loss(new, old, a, m, w, 0.8, 1.2, 3.0, math.nan, sequence, sequence, True)
                 results.append([*policy, *module.value_loss(new, old, a, m, 0.2, math.nan, sequence, True)])
+                if kernel_backend.name == "cpu":
+                    _, stats, grad = (wrap(t) for t in policy)
+                    results[-1].append(module.loss_bwd(grad, stats, wrap(torch.ones(())), dtype))
             for first, second in zip(*results, strict=True):
                 assert torch.equal(first, second)
 

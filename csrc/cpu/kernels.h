@@ -19,6 +19,7 @@
   X(logprobs_bwd, LogprobsBwd)       \
   X(policy_loss, PolicyLoss)         \
   X(value_loss, ValueLoss)           \
+  X(loss_bwd, LossBwd)               \
   X(sample_tokens, SampleTokens)     \
   X(gae, Gae)                        \
   X(ppo_advantages, Advantages)      \

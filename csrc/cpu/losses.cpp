@@ -374,5 +374,22 @@ void value_loss(const ValueLoss& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) args.partials[i] = value_unit(args, unit_of(args.tiles, i));
 }
 
+void loss_bwd(const LossBwd& args, int64_t begin, int64_t end) {
+  const float limit = largest(args.dtype);
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* out = static_cast<T*>(args.grad_x);
+    const auto scaled = [&](const float* grad) { return saturate(load(grad) * args.factor, limit); };
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) store(out + i, scaled(args.grad + i));
+    if (i == end) return;
+    float grad[kLanes] = {};
+    T lanes[kLanes];
+    memcpy(grad, args.grad + i, (end - i) * sizeof(float));
+    store(lanes, scaled(grad));
+    memcpy(out + i, lanes, (end - i) * sizeof(T));
+  });
+}
+
 }  // namespace RK_ISA
 }  // namespace rk

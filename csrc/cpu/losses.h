@@ -1,5 +1,5 @@
-// Arguments of policy_loss and value_loss. A unit of work is `tile` elements of one row; each leaves one row
-// of partial results, which bind/losses.cpp merges in order.
+// Arguments of policy_loss and value_loss, and of the way back. A unit of work is `tile` elements of one row;
+// each leaves one row of partial results, which bind/losses.cpp merges in order.
 #pragma once
 
 #include "types.h"
@@ -47,6 +47,14 @@ struct ValueLoss {
   float clip;  // infinite where old_values is absent
   bool row_means;
   ValuePartial* partials;
+};
+
+// Runs over elements.
+struct LossBwd {
+  const float* grad;  // what the forward left
+  float factor;
+  void* grad_x;
+  Dtype dtype;  // of grad_x
 };
 
 }  // namespace rk

@@ -170,6 +170,20 @@ inline void store(BFloat* p, vf x) {
   store_bits(p, round_to_upper_half(x == x ? x : reinterpret_cast<vf>(nan)) >> 16);
 }
 
+constexpr float kLargest = 3.402823466e38f;
+
+// The largest finite number of a dtype.
+inline float largest(Dtype dtype) {
+  return dtype == Dtype::kFloat16 ? 65504.0f : dtype == Dtype::kBFloat16 ? 3.3895313892515355e38f : kLargest;
+}
+
+// Bounded to +-limit, so that a finite number stays finite in a narrower dtype; infinities and NaN stay.
+inline vf saturate(vf x, float limit) {
+  const vf magnitude = x < 0.0f ? -x : x;
+  const vf bounded = x < 0.0f ? splat(-limit) : splat(limit);
+  return (magnitude > limit) & (magnitude <= kLargest) ? bounded : x;
+}
+
 template <int kHalf, size_t... I>
 inline float max_lane(vf x, std::index_sequence<I...> lanes) {
   x = max_keep_second(RK_SHUFFLE(x, x, int(I ^ kHalf)...), x);

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
-from rlhf_kernels.ops.registration import numbers, register
+from rlhf_kernels.ops.registration import numbers, register, unseen
 from rlhf_kernels.reference import losses as reference
 from rlhf_kernels.reference.common import saturating_cast
 
@@ -160,7 +160,10 @@ def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, 
 
 def _widest(tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The one whose dtype decides: a float64 tensor if there is any, which kernels do not take, else the first."""
-    return next((x for x in tensors if x is not None and x.dtype == torch.float64), tensors[0])  # type: ignore[return-value]
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return x
+    return tensors[0]  # type: ignore[return-value]
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -242,16 +245,25 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats, grad)
         ctx.save_for_backward(grad, stats)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.native = x.dtype, dispatch.kernel("policy_loss", x) == "cpu"
         return loss, stats, grad
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[None, Tensor | None, None]:
-        if upstream is None:
-            return None, None, None
-        grad, stats = ctx.saved_tensors
-        return None, saturating_cast(grad * (upstream / stats[-1]), ctx.dtype), None
+        # The wrapper's no_grad costs as much as the kernel and is for double backward alone.
+        return (_scale_once if torch.is_grad_enabled() else _scale)(ctx, upstream)
+
+
+def _scale(ctx: Any, upstream: Tensor | None) -> tuple[None, Tensor | None, None]:
+    if upstream is None:
+        return None, None, None
+    grad, stats = ctx.saved_tensors
+    if ctx.native and unseen((grad, stats, upstream)):
+        return None, dispatch.load("cpu").loss_bwd(grad, stats, upstream, ctx.dtype), None
+    return None, saturating_cast(grad * (upstream / stats[-1]), ctx.dtype), None
+
+
+_scale_once = once_differentiable(_scale)
 
 
 _policy_loss_op = register(_policy_loss, lambda logprobs, *rest: _fake(7, logprobs, rest[-1]), _Loss)

@@ -60,18 +60,21 @@ def register(
 
     _library.impl(name, autograd, "Autograd")
 
+    # Without what Function.apply looks for first, transforms and the wrappers that they leave: `unseen` has.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
     def call(*arguments: Any) -> Any:
-        if not _unseen(arguments):
+        if not unseen(arguments):
             return op(*(_packed(x) if type(x) is tuple else x for x in arguments))
         first, *rest = arguments
         if first.requires_grad and torch.is_grad_enabled():
-            return function.apply(implementation, first, rest)
+            return apply(implementation, first, rest)
         return implementation(*arguments)
 
     return call
 
 
-def _unseen(arguments: tuple[Any, ...]) -> bool:
+def unseen(arguments: tuple[Any, ...]) -> bool:
     """Whether all tensors are plain ones on the CPU, and no tracer, mode, transform or profiler would see the op."""
     if (
         torch.compiler.is_compiling()
@@ -80,7 +83,11 @@ def _unseen(arguments: tuple[Any, ...]) -> bool:
         or torch._C._dispatch_tls_local_include_set() != _NO_MODE
     ):
         return False
-    return all(type(x) in _VALUES or (type(x) in _TENSORS and torch._C._dispatch_keys(x) == _PLAIN) for x in arguments)
+    for x in arguments:
+        kind = type(x)
+        if kind not in _VALUES and (kind not in _TENSORS or torch._C._dispatch_keys(x) != _PLAIN):
+            return False
+    return True
 
 
 def _packed(values: tuple[float, ...]) -> Tensor:

@@ -28,7 +28,7 @@ def float_tensor(op: str, name: str, x: object) -> Tensor:
 
 
 def same_place(op: str, name: str, x: Tensor, like_name: str, shape: Sequence[int], device: torch.device) -> None:
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}; with this {like_name} it takes {list(shape)}")
     if x.device != device:
         raise ValueError(f"{op}: {name} is on {x.device}, {like_name} on {device}; both must be on one device")
@@ -64,9 +64,11 @@ def number(
     op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: float | None = None
 ) -> None:
     """A finite real number inside [low, high], or strictly greater than `above`."""
-    tracing = torch.compiler.is_compiling()  # there a number may be symbolic, its type is not known
-    if not tracing and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}; it takes a number")
+    kind = type(value)
+    plain = kind is float or kind is int  # Real's own test is slow
+    # While tracing a number may be symbolic, its type is not known.
+    if not (plain or torch.compiler.is_compiling()) and (kind is bool or not isinstance(value, Real)):
+        raise TypeError(f"{op}: {name} is a {kind.__name__}; it takes a number")
     if above is not None and not (value > above and value < math.inf):  # type: ignore[operator]
         raise ValueError(f"{op}: {name} is {value}; it takes a finite number > {above}")
     if not low <= value <= high or value in (math.inf, -math.inf):  # type: ignore[operator]

@@ -184,6 +184,7 @@ void tokens(Dtype dtype) {
 void losses(Dtype dtype) {
   const Tensor x(dtype, 9), old(dtype, 10), third(dtype, 11), weights(dtype, 12);
   const std::vector<uint8_t> counts = mask();
+  Tensor grad_x(dtype, 0);
   std::vector<float> grad(kSize);
   const Tiles tiles = {kWidth, kWidth, counts.data(), kWidth, grad.data()};
   for (bool sequence : {false, true}) {
@@ -192,6 +193,8 @@ void losses(Dtype dtype) {
                       sequence, true, parts.data()},
                      0, kRows);
     print("policy_loss", dtype, grad);
+    isa::loss_bwd({grad.data(), 0.3f, grad_x.bytes.data(), dtype}, 0, kSize);
+    grad_x.print("loss_bwd");
     for (const PolicyPartial& p : parts)
       print("policy_loss", dtype,
             std::vector<double>{p.loss, p.count, p.kl, p.low, p.high, p.dual, p.ratio, p.ratio_max});

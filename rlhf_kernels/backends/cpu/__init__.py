@@ -4,7 +4,7 @@ from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.full_kl import full_kl_bwd, full_kl_fwd
 from rlhf_kernels.backends.cpu.linear import allocate, linear_fold, linear_gradient, product_dtype
 from rlhf_kernels.backends.cpu.logits import selected_logprobs_bwd, selected_logprobs_fwd
-from rlhf_kernels.backends.cpu.losses import policy_loss, value_loss
+from rlhf_kernels.backends.cpu.losses import loss_bwd, policy_loss, value_loss
 from rlhf_kernels.backends.cpu.sampling import sample_tokens
 from rlhf_kernels.backends.cpu.scan import gae, gae_packed, ppo_advantages
 from rlhf_kernels.backends.cpu.tokens import (
@@ -25,6 +25,7 @@ __all__ = [
     "gae_packed",
     "linear_fold",
     "linear_gradient",
+    "loss_bwd",
     "per_token_kl_bwd",
     "per_token_kl_fwd",
     "policy_loss",

@@ -1,4 +1,4 @@
-"""policy_loss and value_loss on the native module (csrc/cpu/losses.cpp)."""
+"""policy_loss and value_loss, forward and back, on the native module (csrc/cpu/losses.cpp)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rlhf_kernels.backends.cpu.common import DTYPES, address, last_contiguous
 
 # Elements of a unit of work where whole rows do not matter. A constant: the order of the sums depends on it.
 TILE = 4096
-_PARTIALS = 8  # doubles that a unit leaves
 
 
 def policy_loss(
@@ -36,19 +35,14 @@ def policy_loss(
     """
     rows, time = logprobs.shape
     tile = max(1, time if sequence or row_means else min(time, TILE))
-    loss, stats, grad, partials = _outputs(rows, time, tile, 7, with_grad)
-    logprobs, old_logprobs, advantages = (
-        last_contiguous(logprobs),
-        last_contiguous(old_logprobs),
-        last_contiguous(advantages),
-    )
-    weights, mask = _last_contiguous(weights), _last_contiguous(mask)
+    loss, stats, grad = _outputs(rows, time, 7, with_grad)
+    new, old, mask = last_contiguous(logprobs), last_contiguous(old_logprobs), _last_contiguous(mask)
+    advantages, weights = last_contiguous(advantages), _last_contiguous(weights)
     _native.policy_loss(
-        *(*_matrix(logprobs), *_matrix(old_logprobs), *_matrix(advantages), *_matrix(weights)),
+        *(*_matrix(new), *_matrix(old), *_matrix(advantages), *_matrix(weights)),
         *(address(mask), 0 if mask is None else mask.stride(0), rows, time, tile),
         *(low, high, dual_clip, sequence, row_means, float(denominator)),
-        *(partials.data_ptr(), loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0),
-        torch.get_num_threads(),
+        *(loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0, torch.get_num_threads()),
     )
     return loss, stats, grad
 
@@ -66,17 +60,29 @@ def value_loss(
     """As policy_loss; clip: inf = none, and then old_values are not read. stats [3]: the op's two, the denominator."""
     rows, time = values.shape
     tile = max(1, time if row_means else min(time, TILE))
-    loss, stats, grad, partials = _outputs(rows, time, tile, 3, with_grad)
+    loss, stats, grad = _outputs(rows, time, 3, with_grad)
     values, returns, mask = last_contiguous(values), last_contiguous(returns), _last_contiguous(mask)
     old_values = None if math.isinf(clip) else _last_contiguous(old_values)
     _native.value_loss(
         *(*_matrix(values), *_matrix(old_values), *_matrix(returns)),
         *(address(mask), 0 if mask is None else mask.stride(0), rows, time, tile),
         *(clip, row_means, float(denominator)),
-        *(partials.data_ptr(), loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0),
-        torch.get_num_threads(),
+        *(loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0, torch.get_num_threads()),
     )
     return loss, stats, grad
+
+
+def loss_bwd(grad: Tensor, stats: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad [R, T] and stats as either loss leaves them, upstream [] float32 -> grad * (upstream / denominator) [R, T];
+    a finite number beyond the dtype's range becomes its largest."""
+    grad = grad.contiguous()  # a hook on saved tensors may have brought it back otherwise
+    out = torch.empty_like(grad, dtype=dtype)
+    denominator = stats.data_ptr() + stats.nbytes - stats.itemsize
+    _native.loss_bwd(
+        *(grad.data_ptr(), grad.numel(), upstream.data_ptr(), denominator),
+        *(out.data_ptr(), DTYPES[dtype], torch.get_num_threads()),
+    )
+    return out
 
 
 def _last_contiguous(x: Tensor | None) -> Tensor | None:
@@ -88,11 +94,8 @@ def _matrix(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))
 
 
-def _outputs(rows: int, time: int, tile: int, stats: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, stats, gradient, and the units' partial results as workspace."""
-    return (
-        torch.empty((), dtype=torch.float32),
-        torch.empty(stats, dtype=torch.float32),
-        torch.empty((rows, time) if with_grad else 0, dtype=torch.float32),
-        torch.empty(rows * -(-time // tile) * _PARTIALS, dtype=torch.float64),
-    )
+def _outputs(rows: int, time: int, stats: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, stats and gradient, to be filled."""
+    dtype = torch.float32
+    grad = torch.empty(rows, time, dtype=dtype) if with_grad else torch.empty(0, dtype=dtype)
+    return torch.empty((), dtype=dtype), torch.empty(stats, dtype=dtype), grad
