@@ -70,7 +70,7 @@ class Counted {
     for (int i = 0; i < size; i += kLanes) kept += lanes(i);
     count = -sum_lanes(kept);
   }
-  vi lanes(int i) const { return load_bytes(bytes_ + i) != 0; }
+  vi lanes(int i) const { return load_bytes(bytes_ + i) > 0; }
 
   int count = 0;
 
@@ -174,7 +174,7 @@ inline void each_log_ratio(const PolicyLoss& args, const Counted& counted, int64
 }
 
 // A block's losses into `sums`, its slopes (of the loss by the log-ratio, times `share`) into `slopes`.
-// ratios(i, body) calls body(keep, log-ratio, clamped log-ratio, rho, k3) for the vector at i.
+// each_ratio(body) calls body(i, keep, whether rho moves with the log-ratio, rho) for every vector.
 template <class EachRatio>
 inline void policy_block(const PolicyLoss& args, const Unit& unit, int64_t start, int size,
                          const Counted& counted, float share, float* slopes, PolicySums& sums,
@@ -188,9 +188,9 @@ inline void policy_block(const PolicyLoss& args, const Unit& unit, int64_t start
   const float* advantages = floats(args.advantages, unit.row, start, size, advantage_buffer);
   const float* weights =
       args.weights.data ? floats(args.weights, unit.row, start, size, weight_buffer) : kOnes.data();
-  vf loss = {}, slope = {}, kl = {}, ratio = {}, ratio_max = sums.ratio_max;
+  vf loss = {}, slope = {}, ratio = {}, ratio_max = sums.ratio_max;
   vi low = {}, high = {}, dual = {};
-  each_ratio([&](int i, vi keep, vi moves, vf rho, vf k3) {
+  each_ratio([&](int i, vi keep, vi moves, vf rho) {
     const vf advantage = keep ? load(advantages + i) : vf{};
     const vf weight = keep ? load(weights + i) : vf{};
     const vi negative = advantage < 0.0f;
@@ -210,11 +210,9 @@ inline void policy_block(const PolicyLoss& args, const Unit& unit, int64_t start
     const vf kept = keep ? rho : vf{};
     ratio += kept;
     ratio_max = max_keep_second(kept, ratio_max);
-    kl += keep ? k3 : vf{};
   });
   sums.loss.add(loss);
   sums.slope.add(slope);
-  sums.kl.add(kl);
   sums.ratio.add(ratio);
   sums.low.add(low);
   sums.high.add(high);
@@ -237,13 +235,22 @@ PolicyPartial token_ratios(const PolicyLoss& args, const Unit& unit) {
   each_block(unit.begin, unit.end, [&](int64_t start, int size) {
     const Counted counted(args.tiles, unit.row, start, size);
     GradBlock grad(args.tiles, unit.row, start, size);
+    // On its own: in one loop with the rest, the exponential's long chain of dependent steps fills what the
+    // core can look ahead, and the next vector's waits.
+    float rhos[kBlock];
+    vi moves[kBlock / kLanes];
+    vf kl = {};
+    each_log_ratio(args, counted, unit.row, start, size, [&](int i, vi, vf log_ratio) {
+      vf rho, k3;
+      const vf clamped = clamp_exponent(log_ratio);
+      exponential(clamped, rho, k3);
+      store(rhos + i, rho);
+      moves[i / kLanes] = same(clamped, log_ratio);
+      kl += k3;  // exactly 0 where nothing counts
+    });
+    sums.kl.add(kl);
     policy_block(args, unit, start, size, counted, share, grad.data(), sums, [&](const auto& body) {
-      each_log_ratio(args, counted, unit.row, start, size, [&](int i, vi keep, vf log_ratio) {
-        vf rho, k3;
-        const vf clamped = clamp_exponent(log_ratio);
-        exponential(clamped, rho, k3);
-        body(i, keep, same(clamped, log_ratio), rho, k3);
-      });
+      for (int i = 0; i < size; i += kLanes) body(i, counted.lanes(i), moves[i / kLanes], load(rhos + i));
     });
   });
   PolicyPartial partial = sums.partial();
@@ -270,9 +277,15 @@ PolicyPartial sequence_ratio(const PolicyLoss& args, const Unit& unit) {
   float unused[kBlock];
   each_block(unit.begin, unit.end, [&](int64_t start, int size) {
     const Counted counted(args.tiles, unit.row, start, size);
+    vf kl = {};
     policy_block(args, unit, start, size, counted, 1.0f, unused, sums, [&](const auto& body) {
-      for (int i = 0; i < size; i += kLanes) body(i, counted.lanes(i), moves, rho, k3);
+      for (int i = 0; i < size; i += kLanes) {
+        const vi keep = counted.lanes(i);
+        kl += keep ? k3 : vf{};
+        body(i, keep, moves, rho);
+      }
     });
+    sums.kl.add(kl);
   });
   PolicyPartial partial = sums.partial();
   double slope = sums.slope.value() / length;

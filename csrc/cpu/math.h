@@ -96,10 +96,16 @@ inline vu load_bits(const void* p) {
   return __builtin_convertvector(*static_cast<const vh_unaligned*>(p), vu);
 }
 
-// One lane for each byte, in two steps: in one, gcc 12 moves lane by lane (51 instructions instead of 14).
+// One lane for each byte. gcc 12 writes 51 instructions for it as one conversion, 9 as two, where one does.
 inline vi load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && !defined(RK_NARROW)
+  return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   const vh halves = __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vh);
   return __builtin_convertvector(halves, vi);
+#endif
 }
 
 inline void store_bits(void* p, vu bits) {
