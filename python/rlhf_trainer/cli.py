@@ -36,7 +36,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 when a check of the stage failed, or 2 after one sentence about a bad input."""
+    """Exit code: 0, or 1 when a check of the stage failed, 2 after one sentence about a bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -68,4 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         if not getattr(error, "told_by_rank_0", False):
             print(f"rlhf {stage}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:  # a folder that nobody may write to, a full disk
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"rlhf {stage}: error: {place}{(error.strerror or str(error)).lower()}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rlhf {stage}: interrupted", file=sys.stderr, flush=True)
+        return 130
     return 0 if result.get("passed", True) else 1

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,26 +55,33 @@ def parse_config(config: type[C], argv: list[str], prog: str = "rlhf", summary: 
     parser = parser_for(config, prog, summary, example)
     parser.add_argument("--config", metavar="FILE.yaml", default=None, help="YAML file with any of these options")
     known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    several = {action.dest for action in parser._actions if action.nargs == "+"}
     arguments, path = _take_config(argv)
-    from_file = [] if path is None else _yaml_arguments(path, known)
+    from_file = [] if path is None else _yaml_arguments(path, known, several)
     (parsed, rest) = parser.parse_known_args([*from_file, *arguments])
     if rest:
+        if not rest[0].startswith("-"):
+            raise UserError(f"{rest[0]!r} belongs to no option; --help lists them all")
         raise UserError(unknown(rest[0].lstrip("-").split("=")[0], known, "option --"))
     values = {key: value for key, value in vars(parsed).items() if key in known}
     return config(**values)
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    taker = _Parser((), add_help=False, allow_abbrev=False)
     taker.add_argument("--config")
     taken, rest = taker.parse_known_args(argv)
     return rest, taken.config
 
 
-def _yaml_arguments(path: str, known: list[str]) -> list[str]:
-    """The file's keys as command-line arguments, so that both go through the same checks."""
+def _yaml_arguments(path: str, known: list[str], several: Collection[str]) -> list[str]:
+    """The file's keys as command-line arguments, so that both go through the same checks.
+
+    several: the keys that take a list.
+    """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -85,6 +92,10 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected `key: value` lines")
+    written = [str(key.value) for key, _ in root.value]
+    repeated = next((name for name in written if written.count(name) > 1), None)
+    if repeated is not None:  # YAML would silently take the last one
+        raise UserError(f"{path}: {repeated} is there twice")
     arguments: list[str] = []
     for key, value in content.items():
         key = str(key).replace("-", "_")  # as on the command line, where both are taken
@@ -92,6 +103,9 @@ def _yaml_arguments(path: str, known: list[str]) -> list[str]:
             raise UserError(f"{path}: {unknown(key, known, 'key ')}")
         if value is None or value == []:  # not given
             continue
+        if isinstance(value, dict) or (isinstance(value, list) and key not in several):
+            wanted = "a list" if key in several else "one value"
+            raise UserError(f"{path}: {key} takes {wanted}, not a {type(value).__name__}")
         # One word with "=", so that a value such as "--end" is not taken for an option.
         arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return arguments
@@ -109,7 +123,9 @@ def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml"
         return
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    temporary = Path(folder) / f".{name}.tmp"
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    temporary.replace(Path(folder) / name)  # a kill leaves the old one or the new one: --resume compares with it
 
 
 def require(cfg: Any, *names: str) -> None:

@@ -80,8 +80,8 @@ def _same_options(cfg: GenerateConfig) -> None:
     """UserError unless the interrupted run was started with the same options."""
     path = config_path(cfg)
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError):
         raise UserError(f"--resume: cannot read {path}, the options of the run that began {cfg.output}") from None
     now = dataclasses.asdict(cfg)
     changed = [key for key in now if key not in ("resume", "device", "output") and before.get(key) != now[key]]

@@ -71,6 +71,9 @@ def test_saved_config_repeats_the_run(tmp_path):
         ("- a\n", "holds a list"),
         ("name: x\nfiles: [a\n", "c.yaml:3: not YAML"),
         ("learning_rate: fast\n", "invalid float value: 'fast'"),
+        ("name: [a, b]\n", "c.yaml: name takes one value, not a list"),
+        ("files: {a: b}\n", "c.yaml: files takes a list, not a dict"),
+        ("name: x\nfast: true\nname: y\n", "c.yaml: name is there twice"),
     ],
 )
 def test_bad_yaml_is_one_sentence(tmp_path, content, message):
@@ -86,6 +89,10 @@ def test_bad_command_line():
         parse("--learning-rat", "1")
     with pytest.raises(UserError, match="no such file"):
         parse("--config", "nowhere.yaml")
+    with pytest.raises(UserError, match="'word' belongs to no option"):
+        parse("word")
+    with pytest.raises(UserError, match="argument --config: expected one argument"):
+        parse("--config")
     with pytest.raises(UserError, match="--name is needed"):
         require(Config(name=""), "name")
 
@@ -98,6 +105,23 @@ def test_exit_codes_and_help(capsys):
     assert main(["ppo", "--modle", "x"]) == 2
     error = capsys.readouterr().err
     assert error == "rlhf ppo: error: unknown option --modle; did you mean model?\n"
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    file, prompts = tmp_path / "file", tmp_path / "pairs.jsonl"
+    file.write_text("")
+    prompts.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(["prefs", str(prompts), "--output", str(file / "pairs.jsonl")]) == 2
+    assert capsys.readouterr().err == f"rlhf prefs: error: {file}: file exists\n"
+
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("rlhf_trainer.prefs"), "run", interrupted)
+    assert main(["prefs", "pairs.jsonl"]) == 130
+    assert capsys.readouterr().err == "rlhf prefs: interrupted\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)
