@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_trainer.config import say
-from rlhf_trainer.distributed import current
+from rlhf_trainer.distributed import current, launched
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sharding import full, gathered, is_spread, spread_like
@@ -46,31 +46,55 @@ FREE = {
 
 
 class Flag:
-    """True once the signal has come."""
+    """True once a signal has come. saves: whether the run has a folder, and so a checkpoint to go on from."""
 
-    def __init__(self) -> None:
-        self.set = False
+    def __init__(self, saves: bool) -> None:
+        self.saves, self.code = saves, 0
 
     def __bool__(self) -> bool:
-        return self.set
+        return self.code != 0
+
+    def exit(self, step: int) -> SystemExit:
+        """What the loop raises after `step`; it may be another rank's signal."""
+        if self.saves:
+            say(f"stopped after step {step}; --resume goes on from its checkpoint")
+        return SystemExit(self.code or TERMINATED)
+
+
+TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells give them
+HEARD = b"\nCtrl-C: stopping after this step, with a checkpoint; once more stops at once\n"
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[Flag]:
-    """Within the block SIGTERM only raises the flag; the loop saves at its next boundary and exits with code 143."""
-    flag = Flag()
+def stop_on_signals(saves: bool) -> Iterator[Flag]:
+    """Within the block SIGTERM, and Ctrl-C if the run `saves`, only raises the flag.
+
+    The loop saves at its next boundary and exits with the flag's code. A second Ctrl-C interrupts at once.
+    """
+    flag = Flag(saves)
     if threading.current_thread() is not threading.main_thread():
         yield flag  # signals reach the main thread alone
         return
 
-    def raise_flag(*_: Any) -> None:
-        flag.set = True
+    def terminate(*_: Any) -> None:
+        flag.code = TERMINATED
 
-    previous = signal.signal(signal.SIGTERM, raise_flag)
+    def interrupt(*_: Any) -> None:
+        flag.code = INTERRUPTED
+        rank, world = launched()
+        if world == 1:  # of several, the launcher passes on what the terminal has sent to all of them already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if rank == 0:
+            os.write(2, HEARD)  # not through sys.stderr, in the middle of whose own write this may come
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
+    if saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what a shell runs in the background
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Checkpoints:

@@ -22,7 +22,7 @@ from rlhf_kernels import (
 from rlhf_trainer import precision
 from rlhf_trainer.adapters import Adapter, active
 from rlhf_trainer.alerts import ALERT, STOP_ON_ALERT, Alerts, announce
-from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
+from rlhf_trainer.checkpoint import Checkpoints, stop_on_signals
 from rlhf_trainer.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.distributed import current, on_all_ranks
@@ -227,7 +227,7 @@ def train_ppo(
 
     reporting: dict[str, Any] = {"start": start, "report_to": cfg.report_to, "cfg": cfg}
     logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
-    with logging as log, stop_on_sigterm() as terminated:
+    with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:
         for update in range(start, start if checkpoints.stopped else cfg.updates):
             began = time.perf_counter()
             texts = prompt_batch(prompts, update, cfg)
@@ -273,11 +273,11 @@ def train_ppo(
                     log.completions(update + 1, samples(batch))
                 if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
                     checkpoints.save(update + 1, beta, stop)
-            if stop is not None:  # though SIGTERM came too: the model is as good as done
+            if stop is not None:  # though a signal came too: the model is as good as done
                 stopped = stop
                 break
             if leave:
-                raise SystemExit(143)
+                raise terminated.exit(update + 1)
     tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
     if cfg.merge and cfg.value_adapter:  # it was one of the base as it had been
         tensors = {}

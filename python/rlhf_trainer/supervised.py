@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
-from rlhf_trainer.checkpoint import Checkpoints, stop_on_sigterm
+from rlhf_trainer.checkpoint import Checkpoints, stop_on_signals
 from rlhf_trainer.config import option, save_config, say
 from rlhf_trainer.data import Example, Findings, Pair, split_heldout
 from rlhf_trainer.distributed import current
@@ -255,7 +255,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     reporting: dict[str, Any] = {"report_to": cfg.report_to, "cfg": cfg}
     alerts = Alerts(cfg.alert, past)
     logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
-    with logging as log, stop_on_sigterm() as terminated:
+    with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:
         for step in range(start + 1, start if checkpoints.stopped else total + 1):
             epoch, indices = batches[step - 1]
             batch = [items[i] for i in indices]
@@ -277,11 +277,11 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             leave = ranks.any(bool(terminated))
             if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0, stop)
-            if stop is not None:  # though SIGTERM came too: the model is as good as done
+            if stop is not None:  # though a signal came too: the model is as good as done
                 say(f"stopped at step {step} of {total}: {stop}")
                 break
             if leave:
-                raise SystemExit(143)
+                raise terminated.exit(step)
     model.eval()
     return metrics
 

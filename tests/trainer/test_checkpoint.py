@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -113,6 +114,41 @@ def test_sigterm_saves_and_exits_143(folder):
     assert damage(newest) is None
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """As in a terminal: a shell that starts something in the background has it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(folder, capfd, heeds_ctrl_c):
+    """Of a run that keeps no checkpoints on its own."""
+
+    def interrupted(times):
+        def reward(prompts, completions):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            return oracle(prompts, completions)
+
+        return reward
+
+    with pytest.raises(SystemExit) as left:
+        run(folder / "once", reward=interrupted(1), save_every=0)
+    assert left.value.code == 130
+    assert [path.name for path in (folder / "once" / "checkpoints").iterdir()] == ["step-00000001"]
+    said = capfd.readouterr().err
+    assert "once more stops at once" in said
+    assert "stopped after step 1; --resume goes on from its checkpoint" in said
+    for options in ({"reward": interrupted(2)}, {"reward": interrupted(1), "output_dir": ""}):
+        with pytest.raises(KeyboardInterrupt):
+            run(folder / "twice", save_every=0, **options)
+    assert not (folder / "twice" / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = policy_bits(run(folder / "once", save_every=0, resume=True))
+    assert torch.equal(resumed, policy_bits(run(folder / "whole-of-it", save_every=0)))
+
+
 # In one process: the same run without the start-up time
 
 
@@ -125,8 +161,9 @@ def run(folder, reward=oracle, prompts=PROMPTS, updates=4, until=None, **options
 
     cfg = PPOConfig(
         updates=updates,
-        **({"batch_size": 16, "max_new_tokens": 5, "lr": 1e-3, "save_every": 1, "device": "cpu"} | options),
-        output_dir=str(folder),
+        **({"batch_size": 16, "max_new_tokens": 5, "lr": 1e-3, "save_every": 1, "device": "cpu"})
+        | {"output_dir": str(folder)}
+        | options,
     )
     model = make_model(TOKENIZER, 0)
     given = {"model": model, "tokenizer": TOKENIZER, "reward": reward, "prompts": prompts, "on_update": crash}

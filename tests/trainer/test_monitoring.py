@@ -16,6 +16,7 @@ from tiny import tiny_folder
 from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft, supervised, trackers, verify_reward
 from rlhf_trainer.alerts import Alerts
+from rlhf_trainer.checkpoint import Flag
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.distributed import Ranks
@@ -265,8 +266,14 @@ def test_stop_on_alert_ends_a_supervised_stage(places, tmp_path, capsys):
 
 def test_a_stop_is_kept_though_sigterm_comes_in_the_same_step(places, tmp_path, monkeypatch):
     """It would be lost: the resumed run has given the alert already, and goes on."""
+
+    def terminated(saves):
+        flag = Flag(saves)
+        flag.code = 143
+        return nullcontext(flag)
+
     for module in (supervised, ppo_module):
-        monkeypatch.setattr(module, "stop_on_sigterm", lambda: nullcontext([True]))
+        monkeypatch.setattr(module, "stop_on_signals", terminated)
     fit(places, tmp_path / "fit", alert=["epoch>0"], stop_on_alert=True)
     assert ppo(places, tmp_path / "ppo", "--alert", "episode>0", "--stop_on_alert") == 0
     for name in ("fit", "ppo"):
@@ -297,8 +304,7 @@ def test_a_run_that_stopped_and_was_killed_while_saving_is_only_finished_by_a_re
     with monkeypatch.context() as patch:
         for module in (ppo_module, sft):
             patch.setattr(module, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            ppo(places, tmp_path / "ppo", *stop)
+        assert ppo(places, tmp_path / "ppo", *stop) == 130
         with pytest.raises(KeyboardInterrupt):
             fit(places, tmp_path / "fit", alert=["epoch>0.4"], stop_on_alert=True, save_every=1)
     assert ppo(places, tmp_path / "ppo", *stop, "--resume") == 0
