@@ -45,6 +45,19 @@ def calibration(probabilities: Tensor, right: Tensor) -> tuple[list[dict[str, fl
     return bins, error
 
 
+def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> Tensor:
+    """[M] -q log sigmoid(d - m) - (1 - q) log sigmoid(-d - m) of each pair, d = chosen - rejected, raw rewards [M].
+
+    Whichever answer is the better one shall win by m, the pair's margin and `margin`: a tie (q = 1/2) is at its minimum
+    where both rewards are equal, and a pair turned round has the same loss.
+    """
+    labels = chosen.new_tensor([pair.label for pair in pairs])
+    margins = chosen.new_tensor([pair.margin + margin for pair in pairs])
+    both = ((chosen, rejected), (rejected, chosen))
+    won, lost = (pairwise_loss(*sides, margin=margins, reduction="none") for sides in both)
+    return labels * won + (1 - labels) * lost
+
+
 def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
     """Held-out figures from raw rewards [M]: loss, and over decided pairs accuracy, mean margin and calibration.
 
@@ -52,7 +65,6 @@ def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float
     the preferred answer over the other's; the probability that the calibration is about is its sigmoid.
     """
     labels = torch.tensor([pair.label for pair in pairs])
-    margins = torch.tensor([pair.margin + margin for pair in pairs])
     decided = labels != 0.5
     difference = (chosen - rejected)[decided]
     better = torch.where(labels[decided] > 0.5, difference, -difference)
@@ -62,7 +74,7 @@ def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float
     bins, error = calibration(difference.sigmoid(), right)
     return {
         "pairs": len(right),
-        "loss": pairwise_loss(chosen, rejected, margin=margins, label=labels).item(),
+        "loss": losses_of(chosen, rejected, pairs, margin).mean().item(),
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_kernels import pairwise_loss
 from rlhf_trainer import adapters, precision, quantised
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
@@ -29,7 +28,7 @@ from rlhf_trainer.models import (
     score_head,
     score_sequences,
 )
-from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, summary
+from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, losses_of, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sharding import place, with_weights
@@ -57,7 +56,7 @@ class RewardConfig(FitConfig):
     heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
     batch_size: int = option(32, "pairs per optimizer step; those of a prompt stay together, so that a step may differ")
     lr: float = option(5e-5, "AdamW's peak learning rate")
-    margin: float = option(0.0, "reward units by which chosen shall win, added to each pair's own margin")
+    margin: float = option(0.0, "reward units by which the better answer shall win, added to each pair's own margin")
     reference_data: str | None = option(
         None, "examples whose scores become mean 0 and std 1; none: the answers of the training pairs"
     )
@@ -163,13 +162,6 @@ def pair_scores(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int) 
     chosen = torch.tensor([place[tuple(pair.chosen.ids)] for pair in pairs], device=scores.device)
     rejected = torch.tensor([place[tuple(pair.rejected.ids)] for pair in pairs], device=scores.device)
     return scores[chosen], scores[rejected]
-
-
-def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float) -> Tensor:
-    """[M] loss of each pair from its raw rewards [M]."""
-    margins = chosen.new_tensor([pair.margin + margin for pair in pairs])
-    labels = chosen.new_tensor([pair.label for pair in pairs])
-    return pairwise_loss(chosen, rejected, margin=margins, label=labels, reduction="none")
 
 
 def pair_losses(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int, margin: float) -> Tensor:

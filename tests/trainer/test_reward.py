@@ -16,6 +16,7 @@ from rlhf_trainer import RewardConfig, pair_figures, reward, supervised, train_r
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import Findings, Pair, read_pairs, write_jsonl
 from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
+from rlhf_trainer.pair_figures import judge, losses_of
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.supervised import encode_row
@@ -92,9 +93,22 @@ def test_pair_loss_is_the_formula_with_margin_and_half_labels(parts):
     losses = reward.pair_losses(model, items, tokenizer.pad_token_id, 0.25)
     for item, loss in zip(items, losses.tolist(), strict=True):
         chosen, rejected = reward.all_scores(model, [item.chosen, item.rejected], 0, 1).tolist()
-        d, q = chosen - rejected - item.pair.margin - 0.25, item.pair.label
-        expected = q * math.log1p(math.exp(-d)) + (1 - q) * math.log1p(math.exp(d))
+        d, m, q = chosen - rejected, item.pair.margin + 0.25, item.pair.label
+        expected = q * math.log1p(math.exp(m - d)) + (1 - q) * math.log1p(math.exp(m + d))
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_margin_is_for_whichever_answer_is_the_better_one():
+    """A tie is at its minimum where both rewards are equal; a pair turned round has the same loss."""
+    d = torch.tensor([1.5], requires_grad=True)
+    (tie,) = losses_of(d - d.detach(), torch.zeros(1), [Pair("p", "a", "b", label=0.5)], 0.7)
+    tie.backward()
+    assert d.grad.item() == pytest.approx(0, abs=1e-7)
+    pair, turned = Pair("p", "a", "b", label=0.9, margin=0.3), Pair("p", "b", "a", label=0.1, margin=0.3)
+    sides = torch.tensor([2.0]), torch.tensor([0.5])
+    torch.testing.assert_close(losses_of(*sides, [pair], 0.7), losses_of(*sides[::-1], [turned], 0.7))
+    found = [judge(*sides, [pair], 0.7)["loss"], judge(*sides[::-1], [turned], 0.7)["loss"]]
+    assert found == pytest.approx([losses_of(*sides, [pair], 0.7).item()] * 2, rel=1e-6)
 
 
 def test_all_pairs_of_a_prompt_are_learned_from_in_one_step(folder, parts, monkeypatch):
