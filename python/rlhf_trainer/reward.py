@@ -31,6 +31,7 @@ from rlhf_trainer.models import (
 from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, losses_of, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.sft import encode_examples
 from rlhf_trainer.sharding import place, with_weights
 from rlhf_trainer.supervised import (
     FitConfig,
@@ -209,10 +210,12 @@ def reference_rows(
     cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[PairRows], limit: int
 ) -> list[Row]:
     """The samples whose scores are brought to mean 0 and std 1."""
-    if cfg.reference_data:
-        examples, _ = read_examples(cfg.reference_data, tokenizer, cfg.strict)
-        return [encode_row(tokenizer, e.prompt, e.completion, limit)[0] for e in examples[:REFERENCE_SAMPLES]]
-    return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
+    if not cfg.reference_data:
+        return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
+    examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict)
+    rows = encode_examples(tokenizer, examples[:REFERENCE_SAMPLES], limit, findings)
+    say(findings.summary(len(rows), "reference samples"))
+    return rows
 
 
 def together(item: PairRows) -> Hashable:
@@ -303,9 +306,10 @@ def train_reward(
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
+    samples = reference_rows(cfg, tokenizer, rows, limit)  # before the training, which a file that is wrong would waste
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):
-        reference = all_scores(model, reference_rows(cfg, tokenizer, rows, limit), pad_id, cfg.batch_size)
+        reference = all_scores(model, samples, pad_id, cfg.batch_size)
     mean, std = reference.mean().item(), reference.std(correction=0).item()
     if not std > 0:
         raise UserError(

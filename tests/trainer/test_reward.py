@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_trainer import RewardConfig, pair_figures, reward, supervised, train_reward
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import Findings, Pair, read_pairs, write_jsonl
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
 from rlhf_trainer.pair_figures import judge, losses_of
 from rlhf_trainer.reward import PairRows
@@ -251,6 +252,13 @@ def test_reference_samples_can_be_given(folder, data, tmp_path):
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-4)
     assert torch.tensor(scores).std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
     assert result["heldout"]["pairs"] == 2
+
+
+def test_wrong_reference_data_is_said_before_the_training(folder, data, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.setattr(reward, "fit", lambda *_: pytest.fail("it has trained"))
+    with pytest.raises(UserError, match=r"empty.jsonl: no example in it"):
+        reward.run(config(folder, data, tmp_path / "out", reference_data=str(tmp_path / "empty.jsonl")))
 
 
 def test_training_goes_on_from_a_reward_model(trained, folder, data, tmp_path):
