@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,16 +53,22 @@ def validate_options(cfg: PPOConfig) -> None:
         raise UserError(f"--value_adapter: --advantage {cfg.advantage} has no value function")
     if cfg.advantage != "gae" and cfg.group_size < 2:
         raise UserError(f"--advantage {cfg.advantage} compares responses to one prompt; --group_size must be 2 or more")
-    for name, low in (
-        ("temperature", True),
-        ("lr", True),
-        ("kl_coef", False),
-        ("kl_target", True),
-        ("score_clip", True),
+    positive = ("temperature", "lr", "adam_eps", "max_grad_norm", "kl_target", "score_clip", "target_kl")
+    for name in positive:
+        value = getattr(cfg, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: must be more than 0")
+    for name, high in (
+        *((name, 1.0) for name in ("gamma", "lam")),
+        *((name, math.inf) for name in ("kl_coef", "clip", "value_clip", "vf_coef", "save_every")),
     ):
         value = getattr(cfg, name)
-        if value is not None and (value < 0 or (low and value == 0)):
-            raise UserError(f"--{name} {value}: must be {'more than' if low else 'at least'} 0")
+        if not (0 <= value <= high and value < math.inf):
+            raise UserError(f"--{name} {value}: must be at least 0" + (" and at most 1" if high == 1 else ""))
+    for name in ("entropy_coef", "missing_eos_penalty", "stop_reward", "stop_gold", "stop_kl"):
+        value = getattr(cfg, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a number")
 
 
 def check_shares(cfg: PPOConfig, world: int) -> None:
