@@ -29,7 +29,7 @@ from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import completion_losses, counted_tokens
-from rlhf_trainer.sharding import place
+from rlhf_trainer.sharding import place, place_trained
 from rlhf_trainer.supervised import FitConfig, Row, Task, fit, length_limit, read_both, say_findings, validate_options
 
 SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen start, or --ref_model, is the reference.
@@ -275,8 +275,7 @@ def train_dpo(
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    keep = cfg.merge or model is not None
-    policy = place(adapters.add_adapter(policy, cfg), device, dtype=cfg.dtype, keep=keep).train()
+    policy = place_trained(cfg, adapters.add_adapter(policy, cfg), device, given=model is not None).train()
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)

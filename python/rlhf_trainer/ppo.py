@@ -37,7 +37,7 @@ from rlhf_trainer.rewards import RewardFunction, load_reward, shared_scores
 from rlhf_trainer.rollout import Rollout
 from rlhf_trainer.rollout_vllm import load_engine
 from rlhf_trainer.runlog import RunLog
-from rlhf_trainer.sharding import full, home, place
+from rlhf_trainer.sharding import full, home, place, place_trained
 from rlhf_trainer.trackers import REPORT_TO
 from rlhf_trainer.value_head import VALUE_HEAD, ValueHead, load_value_head
 from rlhf_trainer.watch import Watch
@@ -201,7 +201,7 @@ def train_ppo(
         gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
     value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
-    place(policy, device, *heads.values(), dtype=cfg.dtype, keep=cfg.merge or model is not None)
+    place_trained(cfg, policy, device, *heads.values(), given=model is not None)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         place(separate, device)

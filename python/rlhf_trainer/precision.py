@@ -35,6 +35,16 @@ def validate_options(cfg: Any) -> None:
         raise UserError(f"--dtype {cfg.dtype}: it takes {', '.join(DTYPES)}")
 
 
+def fast_on_cpu() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this CPU; where it does not, torch does so by itself, slowly."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_where_slow(dtype: str, device: torch.device) -> None:
+    if dtype == "bfloat16" and device.type == "cpu" and not fast_on_cpu():
+        say("--dtype bfloat16: this CPU has no fast bf16 products, they take up to 100 times as long; use float32 here")
+
+
 def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
     """Around forward passes, never around a backward or an optimizer's step: it caches rounded weights."""
     # FSDP frees a layer's weights after its use; the rounded copies in autocast's cache would stay.

@@ -32,7 +32,7 @@ from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, 
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import encode_examples
-from rlhf_trainer.sharding import place, with_weights
+from rlhf_trainer.sharding import place_trained, with_weights
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -299,9 +299,8 @@ def train_reward(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
-    keep = cfg.merge or model is not None
-    model = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
-    model = place(model, device, dtype=cfg.dtype, keep=keep).train()
+    start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
+    model = place_trained(cfg, start, device, given=model is not None).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)

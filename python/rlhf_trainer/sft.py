@@ -24,7 +24,7 @@ from rlhf_trainer.models import (
     resolve_device,
 )
 from rlhf_trainer.seq2seq import is_encoder_decoder
-from rlhf_trainer.sharding import place, with_weights
+from rlhf_trainer.sharding import place_trained, with_weights
 from rlhf_trainer.supervised import (
     FitConfig,
     Row,
@@ -147,11 +147,9 @@ def train_sft(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
-    keep = cfg.merge or model is not None
-    if model is None:
-        options = quantised.load_options(cfg, device)
-        model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
-    model = place(adapters.add_adapter(model, cfg), device, dtype=cfg.dtype, keep=keep).train()
+    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
+    start = load_causal(cfg.model, tokenizer, **options) if model is None else model
+    model = place_trained(cfg, adapters.add_adapter(start, cfg), device, given=model is not None).train()
     quantised.check_adapter(cfg, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)

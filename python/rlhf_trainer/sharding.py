@@ -89,6 +89,14 @@ def place(
     return model
 
 
+def place_trained(
+    cfg: Any, model: PreTrainedModel, device: torch.device, *heads: nn.Module, given: bool
+) -> PreTrainedModel:
+    """`place` of the model that a stage trains, in cfg.dtype. given: it was passed as an object and goes back whole."""
+    precision.warn_where_slow(cfg.dtype, device)
+    return place(model, device, *heads, dtype=cfg.dtype, keep=cfg.merge or given)
+
+
 def _options(device: torch.device) -> dict[str, Any]:
     from accelerate import FullyShardedDataParallelPlugin
 

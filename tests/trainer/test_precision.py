@@ -283,3 +283,19 @@ def test_sft_reward_and_dpo_take_both(folders, tmp_path):
 def test_options_that_cannot_work(folders, options, message):
     with pytest.raises(UserError, match=message):
         ppo_run(folders["llama"], **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "warnings"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_slow_bf16_products_are_warned_of_once(folders, monkeypatch, capsys, dtype, fast, warnings):
+    monkeypatch.setattr(precision, "fast_on_cpu", lambda: fast)
+    ppo_run(folders["llama"], dtype=dtype, updates=1)
+    assert capsys.readouterr().err.count("no fast bf16 products") == warnings
+    cfg = sft.SFTConfig(model=folders["llama"], heldout=0, dtype=dtype, device="cpu")
+    sft.train_sft(cfg, examples=[Example("one", " two")])
+    assert capsys.readouterr().err.count("use float32 here") == warnings
+
+
+def test_what_torch_says_of_this_cpu_is_asked():
+    assert precision.fast_on_cpu() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
