@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -139,3 +140,9 @@ def say(message: str) -> None:
     """A line for the user; of several ranks the first one speaks."""
     if launched()[0] == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """`say` what need not be said again in this process."""
+    say(message)

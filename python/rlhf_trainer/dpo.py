@@ -27,10 +27,11 @@ from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.pair_figures import heldout_table, judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
+from rlhf_trainer.rows import Row
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import completion_losses, counted_tokens
 from rlhf_trainer.sharding import place, place_trained
-from rlhf_trainer.supervised import FitConfig, Row, Task, fit, length_limit, read_both, say_findings, validate_options
+from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
 
 SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen start, or --ref_model, is the reference.
 

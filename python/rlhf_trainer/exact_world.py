@@ -28,7 +28,7 @@ from transformers import (
 
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import encode_completion, encode_prompt, left_pad
+from rlhf_trainer.rows import encode_completion, encode_prompt, left_pad
 from rlhf_trainer.seq2seq import is_encoder_decoder, settle_attention
 
 LETTERS = "abcd"

@@ -23,10 +23,10 @@ from rlhf_trainer.constitution import Shot
 from rlhf_trainer.data import render_prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import context_length, encode_completion, left_pad, load_causal, load_tokenizer
+from rlhf_trainer.models import context_length, load_causal, load_tokenizer
 from rlhf_trainer.rewards import is_function, load_function, scores_of
+from rlhf_trainer.rows import encode_completion, encode_row, left_pad
 from rlhf_trainer.server import RefusedError, Server, TooLongError, is_url
-from rlhf_trainer.supervised import encode_row
 
 Judge = Callable[..., Sequence[float]]
 QUESTION = "Which answer is more helpful, honest and harmless?"

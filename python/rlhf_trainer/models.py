@@ -1,10 +1,11 @@
-"""Models and tokenizers as ordinary Hugging Face folders: load, save; text to ids; scores."""
+"""Models and tokenizers as ordinary Hugging Face folders: load, save; scores."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,11 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_trainer import adapters, precision, quantised
+from rlhf_trainer.config import say_once
 from rlhf_trainer.distributed import current, launched
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import hidden_states
+from rlhf_trainer.rows import encode_row, left_pad
 from rlhf_trainer.seq2seq import is_encoder_decoder, sequence_states, settle_attention
 from rlhf_trainer.sharding import gathered, is_sharded
 
@@ -265,33 +268,6 @@ def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     )
 
 
-# Text to ids
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt as the tokenizer begins a text (BOS, if it uses one), never with a closing EOS."""
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
-    """Ids of a completion, followed by EOS."""
-    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if eos else ids
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
-    length = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, length - len(row) :] = torch.tensor(row)
-            mask[i, length - len(row) :] = True
-    return ids, mask
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model's positions reach, None if it does not say."""
     if getattr(model.config, "relative_attention_num_buckets", None):
@@ -341,6 +317,11 @@ def load_normalisation(folder: str | Path) -> tuple[float, float]:
         raise UserError(f"{file}: expected {{'mean': number, 'std': number}}: {error}") from None
 
 
+def _say_cut(model: PreTrainedModel, limit: int) -> None:
+    name = model.config.name_or_path or type(model).__name__
+    say_once(f"{name}: texts beyond its {limit} tokens are scored without their beginning")
+
+
 @torch.no_grad()
 def classifier_outputs(
     model: PreTrainedModel,
@@ -349,28 +330,32 @@ def classifier_outputs(
     completions: Sequence[str],
     *,
     batch_size: int = 64,
-    eos: bool = True,
     head: nn.Linear | None = None,
 ) -> Tensor:
     """Raw outputs [M, num_labels] float32 on the CPU of a sequence classifier for prompt + completion.
 
     With `head` the model is any decoder, whose states it reads.
 
-    Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way.
+    Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way. Of a text
+    longer than the context the beginning is left out, as in training, and said to be.
     """
-    device = next(model.parameters()).device
+    device, limit = next(model.parameters()).device, context_length(model) or sys.maxsize
     outputs = torch.empty(len(prompts), model.config.num_labels if head is None else head.out_features)
     if head is None and score_head(model) is None:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        limit = min(limit, tokenizer.model_max_length)
+        tokenizer.truncation_side = "left"
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            encoded = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
+            encoded = tokenizer(batch, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
+            if encoded["input_ids"].shape[1] >= limit:
+                _say_cut(model, limit)
             outputs[start : start + batch_size] = model(**encoded).logits.float().cpu()
         return outputs
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, completion, eos)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    encoded_rows = [encode_row(tokenizer, *texts, limit) for texts in zip(prompts, completions, strict=True)]
+    if any(cut for _, cut in encoded_rows):
+        _say_cut(model, limit)
+    rows = [row.ids for row, _ in encoded_rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -387,9 +372,8 @@ def score_sequences(
     *,
     label: int = 0,
     batch_size: int = 64,
-    eos: bool = True,
     head: nn.Linear | None = None,
 ) -> Tensor:
     """Raw scores [M] float32 on the CPU: output `label` of `classifier_outputs`."""
-    outputs = classifier_outputs(model, tokenizer, prompts, completions, batch_size=batch_size, eos=eos, head=head)
+    outputs = classifier_outputs(model, tokenizer, prompts, completions, batch_size=batch_size, head=head)
     return outputs[:, label]

@@ -20,7 +20,6 @@ from rlhf_trainer.finish import finish
 from rlhf_trainer.models import (
     NORMALISATION,
     last_token_scores,
-    left_pad,
     load_reward_model,
     load_tokenizer,
     quiet,
@@ -30,20 +29,11 @@ from rlhf_trainer.models import (
 )
 from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, losses_of, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.rows import Row, encode_row, left_pad
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import encode_examples
 from rlhf_trainer.sharding import place_trained, with_weights
-from rlhf_trainer.supervised import (
-    FitConfig,
-    Row,
-    Task,
-    encode_row,
-    fit,
-    length_limit,
-    read_both,
-    say_findings,
-    validate_options,
-)
+from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
 
 SUMMARY = "Train a reward model on preference pairs, starting from a language model (usually the SFT model)."
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"

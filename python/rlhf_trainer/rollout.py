@@ -17,7 +17,8 @@ from rlhf_trainer import seq2seq
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import position_ids
-from rlhf_trainer.models import context_length, encode_prompt, left_pad
+from rlhf_trainer.models import context_length
+from rlhf_trainer.rows import encode_prompt, left_pad
 from rlhf_trainer.sharding import Turns, whole
 
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import adapters, precision, rollout
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import left_pad
 from rlhf_trainer.rollout import Rollout, decode, encode_prompts, stop_token_id
+from rlhf_trainer.rows import left_pad
 from rlhf_trainer.seq2seq import is_encoder_decoder
 
 if TYPE_CHECKING:

@@ -17,25 +17,11 @@ from rlhf_trainer.data import Example, Findings, read_examples
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.finish import finish
 from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import (
-    left_pad,
-    load_causal,
-    load_tokenizer,
-    resolve_device,
-)
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
+from rlhf_trainer.rows import Row, encode_row, left_pad
 from rlhf_trainer.seq2seq import is_encoder_decoder
 from rlhf_trainer.sharding import place_trained, with_weights
-from rlhf_trainer.supervised import (
-    FitConfig,
-    Row,
-    Task,
-    encode_row,
-    fit,
-    length_limit,
-    read_both,
-    say_findings,
-    validate_options,
-)
+from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
 
 SUMMARY = "Fine-tune a causal language model on prompts and completions; the loss counts completions only."
 EXAMPLE = "rlhf sft --model runs/base --data examples.jsonl --output_dir runs/sft --epochs 2 --lr 1e-4"

@@ -20,7 +20,7 @@ from rlhf_trainer.data import Example, Findings, Pair, split_heldout
 from rlhf_trainer.distributed import current
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.eval_gates import parse_gates
-from rlhf_trainer.models import context_length, encode_completion, encode_prompt
+from rlhf_trainer.models import context_length
 from rlhf_trainer.quantised import LOAD_IN_4BIT
 from rlhf_trainer.runlog import RunLog
 from rlhf_trainer.sharding import full
@@ -99,15 +99,6 @@ def validate_options(cfg: FitConfig) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Row:
-    """Token ids of prompt + completion + EOS; the first `prompt` of them are the prompt. `line`: of the data file."""
-
-    ids: list[int]
-    prompt: int
-    line: int = 0
-
-
 def length_limit(cfg: FitConfig, model: PreTrainedModel) -> int:
     """Longest row in tokens; UserError if --max_length is beyond the model's context."""
     context = context_length(model)
@@ -145,23 +136,6 @@ def say_findings(cfg: FitConfig, training: int, heldout: int, findings: Findings
         say(other.summary(heldout, f"held-out {noun}"))
     else:
         say(findings.summary(training + heldout, f"{noun}, {heldout} held out"))
-
-
-def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
-    """(row of at most `limit` tokens, whether something was cut).
-
-    The prompt's beginning goes first (its BOS stays), as old turns matter least; then the end of the completion.
-    EOS always follows: training and scoring both end with it.
-    """
-    head, tail = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
-    excess = len(head) + len(tail) - limit
-    if excess <= 0:
-        return Row(head + tail, len(head)), False
-    bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
-    head = bos + head[len(bos) + excess :]
-    if len(head) + len(tail) > limit:
-        tail = [*tail[: limit - len(head) - 1], tail[-1]]
-    return Row(head + tail, len(head)), True
 
 
 @dataclass

@@ -29,7 +29,7 @@ from rlhf_trainer.exact_world import (
 from rlhf_trainer.ppo import PPOConfig, train_ppo
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import generate
-from rlhf_trainer.supervised import Row
+from rlhf_trainer.rows import Row
 from rlhf_trainer.verify_ranks import largest_difference
 
 QUICK, QUICK_GAP = 60, 0.95  # updates of PPO, and what they must close of the gap

@@ -18,8 +18,8 @@ from rlhf_trainer.data import (
     write_jsonl,
 )
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import encode_prompt
 from rlhf_trainer.new_model import build_tokenizer
+from rlhf_trainer.rows import encode_prompt
 
 
 def lines(path, *records):

@@ -21,7 +21,7 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.new_model import build_model
 from rlhf_trainer.reward import PairRows
-from rlhf_trainer.supervised import encode_row
+from rlhf_trainer.rows import encode_row
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no day"} for p in PROMPTS]

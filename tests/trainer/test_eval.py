@@ -15,8 +15,9 @@ from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import encode_completion, encode_prompt, load_causal, load_tokenizer
+from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rewards import load_reward
+from rlhf_trainer.rows import encode_completion, encode_prompt
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 MEASURE = """

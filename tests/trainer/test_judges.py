@@ -13,8 +13,9 @@ from tiny import tiny_folder
 from rlhf_trainer.constitution import load_constitution
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
-from rlhf_trainer.models import encode_completion, encode_prompt, load_causal, load_tokenizer
+from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.rows import encode_completion, encode_prompt
 from rlhf_trainer.server import Server
 
 ASKED = (["one day", "two"], ["good", "yes thanks"], ["bad fool night", "no"])

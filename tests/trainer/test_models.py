@@ -11,17 +11,9 @@ from rlhf_trainer import models
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import decoder_inputs
-from rlhf_trainer.models import (
-    encode_completion,
-    encode_prompt,
-    left_pad,
-    load_causal,
-    load_tokenizer,
-    resolve_device,
-    same_weights,
-    save_folder,
-)
+from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, same_weights, save_folder
 from rlhf_trainer.new_model import ARCHITECTURES, build_model
+from rlhf_trainer.rows import encode_completion, encode_prompt, left_pad
 
 
 def save_tokenizer_with(folder, **special):

@@ -15,8 +15,8 @@ from rlhf_trainer.judges import ModelJudge
 from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rollout import Rollout
+from rlhf_trainer.rows import Row
 from rlhf_trainer.seq2seq import settle_attention
-from rlhf_trainer.supervised import Row
 from rlhf_trainer.value_head import ValueHead
 
 V, D, B, P, R = 5000, 16, 32, 4, 32

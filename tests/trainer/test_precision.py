@@ -19,7 +19,7 @@ from rlhf_trainer.adapters import MAIN
 from rlhf_trainer.data import Example, Pair, write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.supervised import encode_row
+from rlhf_trainer.rows import encode_row
 
 PROMPTS = ["a good day", "one two three", "no thanks", "night"]
 

@@ -20,7 +20,7 @@ from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
 from rlhf_trainer.pair_figures import judge, losses_of
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rewards import load_reward
-from rlhf_trainer.supervised import encode_row
+from rlhf_trainer.rows import encode_row
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no"} for p in PROMPTS]

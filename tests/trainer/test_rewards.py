@@ -7,11 +7,18 @@ import json
 import pytest
 import torch
 from tiny import tiny_folder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_trainer import rewards
+from rlhf_trainer.config import say_once
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import NORMALISATION, load_reward_model, load_tokenizer, save_folder, score_sequences
+from rlhf_trainer.models import NORMALISATION, load_reward_model, load_tokenizer, quiet, save_folder, score_sequences
 from rlhf_trainer.rewards import load_reward, scores_of
 
 
@@ -84,6 +91,24 @@ def test_batching_does_not_change_scores(tmp_path):
     model = load_reward_model(folder).eval()
     alone = score_sequences(model, tokenizer, PROMPTS, COMPLETIONS, batch_size=1)
     torch.testing.assert_close(score_sequences(model, tokenizer, PROMPTS, COMPLETIONS, batch_size=8), alone)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_text_beyond_the_context_is_scored_without_its_beginning(tmp_path, capsys, kind):
+    """It ended the run with "index out of range" where positions are a table."""
+    say_once.cache_clear()
+    folder = tiny_folder(tmp_path / "model", "gpt2")
+    tokenizer, config = load_tokenizer(folder), {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with quiet():
+        model = load_reward_model(folder, tokenizer, num_labels=1)
+    if kind == "bert":
+        model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size, **config)).eval()
+    prompts = [f"{first}{' a good day' * 30}" for first in ("no", "red blue", "no")]
+    same, equal, other = score_sequences(model, tokenizer, prompts, [" yes", " yes", " thanks"]).tolist()
+    assert same == pytest.approx(equal, rel=1e-5)
+    assert other != pytest.approx(same, rel=1e-5)
+    assert capsys.readouterr().err.count("texts beyond its 64 tokens are scored without their beginning") == 1
 
 
 def test_a_function_from_a_file(tmp_path):

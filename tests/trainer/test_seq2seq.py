@@ -27,20 +27,12 @@ from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
 from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import (
-    encode_prompt,
-    left_pad,
-    load_causal,
-    load_normalisation,
-    load_tokenizer,
-    quiet,
-    save_folder,
-)
+from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer, quiet, save_folder
 from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rollout import generate
+from rlhf_trainer.rows import encode_prompt, encode_row, left_pad
 from rlhf_trainer.seq2seq import close_prompts, inputs
-from rlhf_trainer.supervised import encode_row
 
 PROMPTS = ["a good day", "one two three red blue yes", "no thanks", "night"]
 T5 = {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_model": 32}

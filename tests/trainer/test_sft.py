@@ -19,7 +19,7 @@ from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rollout import generate
-from rlhf_trainer.supervised import Row, encode_row
+from rlhf_trainer.rows import Row, encode_row
 
 EXAMPLES = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in ("one", "two", "red") for b in ("day", "good")]
 

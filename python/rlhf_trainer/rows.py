@@ -1,0 +1,60 @@
+"""Text to rows of token ids: prompts, completions, both within a length; rows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of prompt + completion + EOS; the first `prompt` of them are the prompt. `line`: of the data file."""
+
+    ids: list[int]
+    prompt: int
+    line: int = 0
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt as the tokenizer begins a text (BOS, if it uses one), never with a closing EOS."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
+    """Ids of a completion, followed by EOS."""
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
+    length = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, length - len(row) :] = torch.tensor(row)
+            mask[i, length - len(row) :] = True
+    return ids, mask
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
+    """(row of at most `limit` tokens, whether something was cut).
+
+    The prompt's beginning goes first (its BOS stays), as old turns matter least; then the end of the completion.
+    EOS always follows: training and scoring both end with it.
+    """
+    head, tail = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
+    excess = len(head) + len(tail) - limit
+    if excess <= 0:
+        return Row(head + tail, len(head)), False
+    bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
+    head = bos + head[len(bos) + excess :]
+    if len(head) + len(tail) > limit:
+        tail = [*tail[: limit - len(head) - 1], tail[-1]]
+    return Row(head + tail, len(head)), True
