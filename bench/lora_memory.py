@@ -35,7 +35,7 @@ def status(key: str) -> int:
 def prepare(folder: Path, hidden_size: int, layers: int) -> int:
     """The base, a copy of it, and a reward adapter over it, merged too; returns the base's MiB."""
     from rlhf_trainer import reward
-    from rlhf_trainer.data import write_jsonl
+    from rlhf_trainer.files import write_jsonl
     from rlhf_trainer.models import save_folder
     from rlhf_trainer.new_model import build_model, build_tokenizer
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
 from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import read_prompts, write_jsonl
+from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import bootstrap
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.report import COLOURS, embed, html_table, show_estimate, show_number, write_page
 from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of

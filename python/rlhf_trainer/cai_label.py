@@ -28,8 +28,8 @@ from rlhf_trainer.cai_writer import (
 )
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.constitution import Constitution, Rule, Shot
-from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.judges import KINDS, Judge, ModelJudge, ServerJudge, both_orders, load_judge
 from rlhf_trainer.label_store import read_tasks
 from rlhf_trainer.models import resolve_device

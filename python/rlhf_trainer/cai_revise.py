@@ -33,8 +33,8 @@ from rlhf_trainer.cai_writer import (
 )
 from rlhf_trainer.config import option, require, say
 from rlhf_trainer.constitution import Constitution, Rule, Shot
-from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.report import write_page
 
 SUMMARY = """Let a model answer prompts, criticise its answers by rules, and revise them: data for `rlhf sft`.

@@ -1,16 +1,12 @@
-"""Readers of prompts, SFT examples and preference pairs: text or JSON lines, plain or .gz.
+"""Readers of prompts, SFT examples and preference pairs: text or JSON, plain or .gz.
 
 A bad line is a UserError `file:line: reason`; what is merely odd is counted in a `Findings`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import os
 import random
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -21,6 +17,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import is_jsonl, is_table, read_jsonl, read_lines
 
 Record = TypeVar("Record")
 HH_TURN = "\n\nAssistant:"
@@ -70,55 +67,6 @@ class Findings:
     def summary(self, records: int, noun: str) -> str:
         parts = [f"{len(lines)} x {finding} (first: line {lines[0]})" for finding, lines in self.lines.items()]
         return f"{self.path}: {records} {noun}" + ("; " + ", ".join(parts) if parts else "")
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without the line end) of a UTF-8 file; a name in .gz is decompressed."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: damaged gzip data ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSON-lines file; empty lines are skipped."""
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
-            raise UserError(f"{path}:{number}: not JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{path}:{number}: not usable JSON: nested too deeply") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
-        yield number, record
-
-
-def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
-    """Write one object a line, to a temporary file that is then renamed: the file is whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def is_jsonl(path: str | Path) -> bool:
-    return str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
 def text_field(record: dict[str, Any], key: str, where: str) -> str:
@@ -196,6 +144,10 @@ def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str,
     """("file:line", prompt as text or chat messages): one a line of a text file, or JSON lines with "prompt" (text, or
     chat messages) or "messages" (without the assistant's last one). UserError for an unreadable file, a malformed
     line, an empty prompt."""
+    if is_table(path):
+        raise UserError(
+            f"{path}: a table; prompts come as JSON lines with a `prompt` field, or one a line of a .txt file"
+        )
     for number, line in [] if is_jsonl(path) else read_lines(path):
         if not line.strip():
             raise UserError(f"{path}:{number}: empty prompt")
@@ -275,6 +227,8 @@ def read_examples(
     duplicate are kept and counted. A text file gives one example a line, with an empty prompt.
     """
     findings, examples, seen = Findings(path, strict), [], set()
+    if is_table(path):
+        raise UserError(f"{path}: a table; examples are JSON lines of prompts and completions, instructions or chats")
     if is_jsonl(path):
         found = ((number, _examples_of(record, tokenizer, f"{path}:{number}")) for number, record in read_jsonl(path))
     else:
@@ -358,6 +312,8 @@ def read_pairs(
     Optional fields: "label" (probability that chosen is better) and "margin". What check_pairs finds odd is counted.
     `rlhf prefs` turns every other format into this one.
     """
+    if is_table(path):
+        raise UserError(f"{path}: a table; `rlhf prefs {path} --output pairs.jsonl` makes pairs of it")
     findings = Findings(path, strict)
     records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), findings) for line, r in read_jsonl(path))
     pairs = check_pairs(records)

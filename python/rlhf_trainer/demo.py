@@ -19,8 +19,9 @@ from rich.console import Console
 from rlhf_trainer import demo_world as world
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.config import option, save_config
-from rlhf_trainer.data import read_prompts, write_jsonl
+from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rankings import pairs_from_rankings, read_rankings
 from rlhf_trainer.report import Check, Curve, metric_curve, print_report, write_report

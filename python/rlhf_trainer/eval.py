@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config
-from rlhf_trainer.data import read_shown_prompts, write_jsonl
+from rlhf_trainer.data import read_shown_prompts
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import (
     Values,
@@ -26,6 +26,7 @@ from rlhf_trainer.estimates import (
     perplexity_change,
 )
 from rlhf_trainer.eval_gates import check_gates, parse_gates
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.models import (
     classifier_outputs,

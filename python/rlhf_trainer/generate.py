@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config, say
-from rlhf_trainer.data import read_jsonl, read_prompts
+from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.rollout import encode_prompts, generate, stop_token_id
 

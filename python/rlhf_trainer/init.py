@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config, say
-from rlhf_trainer.data import is_jsonl, read_jsonl, read_lines
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import is_jsonl, read_jsonl, read_lines
 from rlhf_trainer.models import save_folder
 from rlhf_trainer.new_model import build_model, build_tokenizer
 

@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from rlhf_trainer import label_page
 from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import read_lines
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_lines
 from rlhf_trainer.label_store import Store, parse_rank, read_tasks
 from rlhf_trainer.prefs_instructions import CRITERIA, instructions
 

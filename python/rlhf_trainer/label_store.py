@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_trainer.data import read_jsonl, text_field
+from rlhf_trainer.data import text_field
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl
 from rlhf_trainer.rankings import FAIL, Rank, completions_of, ranked_of
 
 try:

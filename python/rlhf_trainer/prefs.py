@@ -10,8 +10,9 @@ from typing import Any, Literal
 from rlhf_trainer import prefs_instructions
 from rlhf_trainer.agreement import Agreement, agreement, table
 from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import Pair, check_pairs, write_jsonl
+from rlhf_trainer.data import Pair, check_pairs
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.formats import MARKERS, Options
 from rlhf_trainer.models import load_tokenizer
 from rlhf_trainer.rankings import Ranked, Votes, voted_pairs

@@ -15,8 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_trainer.data import Findings, Pair, read_jsonl, text_field
+from rlhf_trainer.data import Findings, Pair, text_field
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl
 
 Rank = float | Literal["F"] | None  # None: this labeller did not judge it
 FAIL: Literal["F"] = "F"

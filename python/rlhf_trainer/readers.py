@@ -7,16 +7,16 @@ Arrow files; a folder or a name that the `datasets` library loads. An error read
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rlhf_trainer.data import Findings, Pair, read_jsonl, read_lines
+from rlhf_trainer.data import Findings, Pair
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.exports import EXPORTS
+from rlhf_trainer.files import read_jsonl, read_lines
 from rlhf_trainer.formats import RECORDS, Format, Item, Options, Record, Score, ranked_by_prompt
 from rlhf_trainer.rankings import Ranked, clean, merge
 
@@ -130,35 +130,7 @@ def read_records(path: str, split: str = "train") -> Iterator[tuple[int, Record]
     start = next((line.strip() for _, line in read_lines(path) if line.strip()), "")
     if not start:
         return iter(())
-    if start.startswith("["):
-        return _json_array(path)
-    return read_jsonl(path) if start.startswith("{") else _table(path)
-
-
-def _json_array(path: str) -> Iterator[tuple[int, Record]]:
-    """The objects of one JSON array, each with the line on which it begins."""
-    text = "\n".join(line for _, line in read_lines(path))
-    decoder, place, line = json.JSONDecoder(), text.index("[") + 1, 1
-    counted = 0
-    while True:
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
-        line += text.count("\n", counted, place)
-        counted = place
-        if text[place : place + 1] == "]":
-            if text[place + 1 :].strip():
-                raise UserError(f"{path}:{line}: not JSON: there is more after the end of the array")
-            return
-        try:
-            record, place = decoder.raw_decode(text, place)
-        except ValueError as error:
-            at = getattr(error, "lineno", line)
-            raise UserError(f"{path}:{at}: not JSON: {getattr(error, 'msg', error)}") from None
-        except RecursionError:
-            raise UserError(f"{path}:{line}: not usable JSON: nested too deeply") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{line}: expected a JSON object, got {type(record).__name__}")
-        yield line, record
+    return read_jsonl(path) if start.startswith(("{", "[")) else _table(path)
 
 
 def _table(path: str) -> Iterator[tuple[int, Record]]:

@@ -36,7 +36,7 @@ from rlhf_trainer import (
     train_reward,
     train_sft,
 )
-from rlhf_trainer.data import write_jsonl
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "red") for b in ("day", "good")]

@@ -13,8 +13,9 @@ from rlhf_trainer.cai_dialogue import make_prompt
 from rlhf_trainer.cai_label import compare, labelled, statistics, warnings
 from rlhf_trainer.cli import main
 from rlhf_trainer.constitution import Constitution, Rule
-from rlhf_trainer.data import read_pairs, write_jsonl
+from rlhf_trainer.data import read_pairs
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.judges import ModelJudge, both_orders
 from rlhf_trainer.new_model import build_model, build_tokenizer
 from rlhf_trainer.server import Server

@@ -7,17 +7,9 @@ import json
 
 import pytest
 
-from rlhf_trainer.data import (
-    Example,
-    Pair,
-    read_examples,
-    read_jsonl,
-    read_pairs,
-    read_prompts,
-    split_heldout,
-    write_jsonl,
-)
+from rlhf_trainer.data import Example, Pair, read_examples, read_pairs, read_prompts, split_heldout
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl, write_jsonl
 from rlhf_trainer.new_model import build_tokenizer
 from rlhf_trainer.rows import encode_prompt
 
@@ -272,3 +264,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_jsonl(path, [{"a": 1}, {"a": object()}])
     assert [record for _, record in read_jsonl(path)] == [{"a": "ü"}]
     assert [entry.name for entry in path.parent.iterdir()] == ["x.jsonl"]
+
+
+def test_a_json_array_is_read_as_json_lines_are(tmp_path):
+    """The form of Alpaca's own file."""
+    records = [{"instruction": "Say", "input": "", "output": f" it {i}"} for i in range(3)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(records, indent=2))
+    examples, _ = read_examples(tmp_path / "alpaca.json")
+    assert [(example.completion, example.line) for example in examples] == [(" it 0", 2), (" it 1", 7), (" it 2", 12)]
+    (tmp_path / "prompts.json").write_text('[{"prompt": "one"}, {"prompt": "two"}]')
+    assert read_prompts(tmp_path / "prompts.json") == ["one", "two"]
+    (tmp_path / "cut.json").write_text('[{"prompt": "one"},\n {"pro')
+    with pytest.raises(UserError, match=r"cut.json:2: not JSON"):
+        read_prompts(tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv", "t.parquet"])
+def test_a_table_is_not_taken_for_lines_of_text(tmp_path, name):
+    (tmp_path / name).write_text("prompt,completion\none,two\n")
+    for read in (read_prompts, read_examples, read_pairs):
+        with pytest.raises(UserError, match=f"{name}: a table; "):
+            read(tmp_path / name)

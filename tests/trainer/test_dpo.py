@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import DPOConfig, dpo, train_dpo
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair, write_jsonl
+from rlhf_trainer.data import Pair
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.new_model import build_model
 from rlhf_trainer.reward import PairRows

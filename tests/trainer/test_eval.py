@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from rlhf_trainer import estimates
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl, write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rows import encode_completion, encode_prompt

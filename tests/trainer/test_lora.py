@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trainer import PPOConfig, adapters, dpo, reward, sft, train_ppo
 from rlhf_trainer.adapters import MAIN, REFERENCE, Adapter, active
-from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rows import encode_prompt

@@ -18,9 +18,9 @@ from rlhf_trainer import sft, supervised, trackers, verify_reward
 from rlhf_trainer.alerts import Alerts
 from rlhf_trainer.checkpoint import Flag
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import read_jsonl, write_jsonl
 from rlhf_trainer.distributed import Ranks
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import read_jsonl, write_jsonl
 from rlhf_trainer.runlog import RunLog, read_metrics
 
 REWARD = "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"

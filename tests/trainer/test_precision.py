@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trainer import PPOConfig, dpo, precision, reward, sft, train_ppo
 from rlhf_trainer.adapters import MAIN
-from rlhf_trainer.data import Example, Pair, write_jsonl
+from rlhf_trainer.data import Example, Pair
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rows import encode_row
 

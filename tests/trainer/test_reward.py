@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_trainer import RewardConfig, pair_figures, reward, supervised, train_reward
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Findings, Pair, read_pairs, write_jsonl
+from rlhf_trainer.data import Findings, Pair, read_pairs
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
 from rlhf_trainer.pair_figures import judge, losses_of
 from rlhf_trainer.reward import PairRows

@@ -25,7 +25,7 @@ from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_rew
 from rlhf_trainer import rollout as rollout_module
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import parse_config
-from rlhf_trainer.data import write_jsonl
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.forward import head_inputs
 from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer, quiet, save_folder
 from rlhf_trainer.new_model import build_tokenizer

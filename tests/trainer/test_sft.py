@@ -15,8 +15,8 @@ from tiny import tiny_folder
 
 from rlhf_trainer import sft
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import write_jsonl
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.models import load_causal, load_tokenizer
 from rlhf_trainer.rollout import generate
 from rlhf_trainer.rows import Row, encode_row

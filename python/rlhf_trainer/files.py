@@ -1,0 +1,98 @@
+"""Files of text, JSON lines and JSON arrays, plain or .gz. A bad line is a UserError `file:line: reason`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_trainer.errors import UserError
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without the line end) of a UTF-8 file; a name in .gz is decompressed."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: damaged gzip data ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSON-lines file, or of one that is a single JSON array; empty lines are skipped."""
+    first = True
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith("["):
+            yield from _json_array(path)
+            return
+        first = False
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
+            raise UserError(f"{path}:{number}: not JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: not usable JSON: nested too deeply") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        yield number, record
+
+
+def _json_array(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of one JSON array, each with the line on which it begins."""
+    text = "\n".join(line for _, line in read_lines(path))
+    decoder, place, line = json.JSONDecoder(), text.index("[") + 1, 1
+    counted = 0
+    while True:
+        while place < len(text) and text[place] in " \t\r\n,":
+            place += 1
+        line += text.count("\n", counted, place)
+        counted = place
+        if text[place : place + 1] == "]":
+            if text[place + 1 :].strip():
+                raise UserError(f"{path}:{line}: not JSON: there is more after the end of the array")
+            return
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except ValueError as error:
+            at = getattr(error, "lineno", line)
+            raise UserError(f"{path}:{at}: not JSON: {getattr(error, 'msg', error)}") from None
+        except RecursionError:
+            raise UserError(f"{path}:{line}: not usable JSON: nested too deeply") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{line}: expected a JSON object, got {type(record).__name__}")
+        yield line, record
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
+    """Write one object a line, to a temporary file that is then renamed: the file is whole or not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether the name is that of a table, whose lines are neither texts nor JSON."""
+    return str(path).removesuffix(".gz").endswith((".csv", ".tsv", ".parquet", ".arrow"))
+
+
+def is_jsonl(path: str | Path) -> bool:
+    return str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
