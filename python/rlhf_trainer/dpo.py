@@ -23,7 +23,7 @@ from rlhf_trainer.data import Pair, read_pairs
 from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.finish import finish
-from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
+from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, resolve_device
 from rlhf_trainer.pair_figures import heldout_table, judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
@@ -279,6 +279,7 @@ def train_dpo(
     policy = place_trained(cfg, adapters.add_adapter(policy, cfg), device, given=model is not None).train()
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
+        check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
         precision.halve(ref_model, cfg.dtype, trained=True)
     limit = length_limit(cfg, policy)

@@ -116,9 +116,12 @@ def load_causal(
     adapter = adapters.config_of(path)
     if adapter is not None:
         model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, **options)
-        adapters.attach(model, path)
+        if adapters.attach(model, path):
+            raise UserError(f"{path}: the adapter of a reward model; a language model is needed")
         return model
     config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise UserError(f"{path}: a reward model or another classifier; a language model is needed")
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(
         loader,
@@ -130,6 +133,20 @@ def load_causal(
         **options,
     )
     return fit_vocabulary(settle_attention(quantised.settle(model)), tokenizer)
+
+
+def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+    """UserError if the model at `path` takes `tokenizer`'s ids for other tokens; new tokens on one side are none.
+
+    A folder without a tokenizer is not judged.
+    """
+    try:
+        own = AutoTokenizer.from_pretrained(_folder(path, "model"), trust_remote_code=trust_remote_code).get_vocab()
+    except (OSError, ValueError, KeyError):
+        return
+    ours = tokenizer.get_vocab()
+    if not (own.items() <= ours.items() or ours.items() <= own.items()):
+        raise UserError(f"{path}: its vocabulary is another than the policy's, whose tokens it would misread")
 
 
 @torch.no_grad()
@@ -163,15 +180,19 @@ def load_reward_model(
     config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
     if num_labels is not None:
         config.num_labels = num_labels
-    model = _load(
+    model, loading = _load(
         AutoModelForSequenceClassification,
         path,
         "sequence classifier",
         config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **options,
     )
+    if num_labels is None and loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"{path}: no trained classifier ({missing} would be random); `rlhf reward` trains one")
     return fit_vocabulary(quantised.settle(model), tokenizer)
 
 

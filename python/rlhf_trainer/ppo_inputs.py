@@ -25,7 +25,7 @@ from rlhf_trainer.adapters import (
 from rlhf_trainer.config import require
 from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_causal, load_tokenizer, same_weights
+from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, same_weights
 from rlhf_trainer.quantised import check_adapter, load_options
 from rlhf_trainer.rewards import RewardFunction, load_reward
 from rlhf_trainer.rollout import encode_prompts
@@ -96,6 +96,7 @@ def load_reference(
     if given is not None and given is not policy:
         return given
     if given is None and cfg.ref_model is not None:
+        check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         if shares_base(policy, cfg.ref_model):
             attach(policy, cfg.ref_model, REFERENCE, trained=False)
             return Adapter(policy, REFERENCE)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer import models
+from rlhf_trainer import DPOConfig, PPOConfig, RewardConfig, load_reward, models, train_dpo, train_ppo, train_reward
 from rlhf_trainer.cli import main
+from rlhf_trainer.data import Pair
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.forward import decoder_inputs
-from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device, same_weights, save_folder
+from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, resolve_device, same_weights, save_folder
 from rlhf_trainer.new_model import ARCHITECTURES, build_model
 from rlhf_trainer.rows import encode_completion, encode_prompt, left_pad
 
@@ -123,3 +126,31 @@ def test_init_writes_a_folder_that_transformers_loads(tmp_path, capsys):
     assert main(["init", "--text", str(tmp_path / "no.txt"), "--output_dir", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
     assert "no.txt" in capsys.readouterr().err
+
+
+def test_a_reward_model_is_no_policy_and_a_language_model_no_reward(tmp_path):
+    folder = tiny_folder(tmp_path / "lm")
+    cfg = RewardConfig(model=folder, heldout=0, device="cpu")
+    pairs = [Pair("one", " yes", " no")]
+    train_reward(replace(cfg, output_dir=str(tmp_path / "reward")), pairs=pairs)
+    train_reward(replace(cfg, output_dir=str(tmp_path / "adapter"), lora_r=2), pairs=pairs)
+    with pytest.raises(UserError, match="reward: a reward model or another classifier; a language model is needed"):
+        load_causal(tmp_path / "reward")
+    with pytest.raises(UserError, match="adapter: the adapter of a reward model; a language model is needed"):
+        load_causal(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"lm: no trained classifier \(score.weight would be random\)"):
+        load_reward(folder, label="0")
+    assert len(load_reward(str(tmp_path / "adapter"))(["one"], [" yes"])) == 1
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
+    folder, other = tiny_folder(tmp_path / "policy"), tiny_folder(tmp_path / "other", text="quite other words here")
+    more = load_tokenizer(folder, pad_token="<more>")
+    save_folder(tmp_path / "more", load_causal(folder, more), more)
+    check_vocabulary(tmp_path / "more", load_tokenizer(folder))
+    check_vocabulary(folder, more)
+    pairs, said = [Pair("one", " yes", " no")], "other: its vocabulary is another than the policy's"
+    with pytest.raises(UserError, match=said):
+        train_dpo(DPOConfig(model=folder, ref_model=other, heldout=0, device="cpu"), pairs=pairs)
+    with pytest.raises(UserError, match=said):
+        train_ppo(PPOConfig(model=folder, ref_model=other, device="cpu"), reward=lambda _, c: [0.0], prompts=["one"])
