@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,19 @@ def _json_array(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
-    """Write one object a line, to a temporary file that is then renamed: the file is whole or not there."""
+    """Write one object a line, to a temporary file that is then renamed: the file is whole or not there.
+
+    A name in .gz is compressed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with open(temporary, "wb") as raw:
+            # Without name and time in it, so that the same records are the same bytes.
+            zipped = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else nullcontext(raw)
+            with zipped as file:
+                file.writelines((json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -94,6 +94,8 @@ def _same_options(cfg: GenerateConfig) -> None:
 def finished(cfg: GenerateConfig, prompts: Sequence[Any], batch: int) -> int:
     """Prompts that an interrupted run has finished, in whole batches; what it wrote beyond them is cut off."""
     path = Path(cfg.output)
+    if path.suffix == ".gz":
+        raise UserError(f"--output {path}: it grows by a batch at a time, uncompressed; name it .jsonl")
     if not path.exists():
         return 0
     if not cfg.resume:

@@ -209,6 +209,8 @@ def label_server(cfg: LabelConfig) -> Server:
     output = cfg.output or data.with_name(data.name.split(".")[0] + ".rankings.jsonl")
     if Path(output).resolve() == data.resolve():
         raise UserError(f"--output {output} is the file with the completions; the rankings need one of their own")
+    if Path(output).suffix == ".gz":
+        raise UserError(f"--output {output}: it grows by an answer at a time, uncompressed; name it .jsonl")
     store = Store(read_tasks(cfg.data), output, cfg.per_prompt)
     try:
         return Server((cfg.host, cfg.port), store, text)

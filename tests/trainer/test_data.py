@@ -266,6 +266,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["x.jsonl"]
 
 
+def test_a_name_in_gz_is_written_compressed_and_the_same_each_time(tmp_path):
+    records = [{"prompt": "é\u2028"}, {"prompt": "b"}]
+    first, second = (write_jsonl(tmp_path / name, records).read_bytes() for name in ("a.jsonl.gz", "b.jsonl.gz"))
+    assert first == second
+    assert [record for _, record in read_jsonl(tmp_path / "a.jsonl.gz")] == records
+
+
 def test_a_json_array_is_read_as_json_lines_are(tmp_path):
     """The form of Alpaca's own file."""
     records = [{"instruction": "Say", "input": "", "output": f" it {i}"} for i in range(3)]

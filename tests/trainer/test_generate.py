@@ -76,6 +76,9 @@ def test_resume_of_another_run_is_refused(call, capsys):
     path.write_bytes(b"\n".join([lines[1], lines[0], *lines[2:]]))
     assert call("c.jsonl", "--resume")[0] == 2
     assert "c.jsonl:1: another prompt than prompt 1" in capsys.readouterr().err
+    path.with_suffix(".config.yaml").write_text("")
+    assert call("c.jsonl", "--resume")[0] == 2
+    assert "cannot read" in capsys.readouterr().err
     path.with_suffix(".config.yaml").unlink()
     assert call("c.jsonl", "--resume")[0] == 2
     assert "cannot read" in capsys.readouterr().err
@@ -95,6 +98,13 @@ def test_refused_before_anything_is_written(call, capsys, arguments, error):
     code, path = call("c.jsonl", *arguments)
     assert code == 2
     assert error in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_compressed_output_is_refused(call, capsys):
+    code, path = call("c.jsonl.gz")
+    assert code == 2
+    assert "it grows by a batch at a time, uncompressed; name it .jsonl" in capsys.readouterr().err
     assert not path.exists()
 
 

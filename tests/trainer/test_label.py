@@ -341,6 +341,7 @@ def test_own_instructions_are_shown(serve, tmp_path):
     [
         ([], "--data is needed"),
         (["{d}", "--output", "{d}"], "the rankings need one of their own"),
+        (["{d}", "--output", "r.jsonl.gz"], "it grows by an answer at a time, uncompressed; name it .jsonl"),
         (["{d}", "--criterion", "nice"], "--criterion nice: not one of"),
         (["{d}", "--instructions", "none.md"], "none.md: no such file"),
         (["{d}", "--per_prompt", "-1"], "--per_prompt -1: must be at least 0"),
