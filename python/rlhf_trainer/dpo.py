@@ -24,7 +24,7 @@ from rlhf_trainer.distributed import current, on_all_ranks
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.finish import finish
 from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, resolve_device
-from rlhf_trainer.pair_figures import heldout_table, judge, length_baseline, summary
+from rlhf_trainer.pair_figures import heldout_metrics, heldout_table, judge, length_baseline, summary
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.reward import PairRows, encode_pairs
 from rlhf_trainer.rows import Row
@@ -156,11 +156,12 @@ class Trained:
         labels = torch.tensor([label for _, labels in everyone for label in labels])
         self.discard()
         right = ((chosen - rejected) * (labels - 0.5).sign())[labels != 0.5]
+        accuracies = ((right > 0).float() + 0.5 * (right == 0)).mean().item()
         return {
             "rewards/chosen": chosen.mean().item(),
             "rewards/rejected": rejected.mean().item(),
             "rewards/margins": (chosen - rejected).mean().item(),
-            "rewards/accuracies": ((right > 0).float() + 0.5 * (right == 0)).mean().item() if len(right) else 0.0,
+            **({"rewards/accuracies": accuracies} if len(right) else {}),  # else all of them ties
             "logps/chosen": logps_chosen.mean().item(),
             "logps/rejected": logps_rejected.mean().item(),
         }
@@ -230,8 +231,7 @@ def fit_pairs(
         return found
 
     def evaluate() -> dict[str, float]:
-        names = ("loss", "accuracy", "margin")
-        return {f"heldout/{name}": value for name, value in figures().items() if name in names} if kept else {}
+        return heldout_metrics(figures(), "loss", "accuracy", "margin") if kept else {}
 
     task = Task(
         losses=trained.losses,

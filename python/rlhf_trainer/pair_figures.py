@@ -62,30 +62,46 @@ def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float
     """Held-out figures from raw rewards [M]: loss, and over decided pairs accuracy, mean margin and calibration.
 
     Equal rewards count as half right. Pairs with label 0.5 (ties) count in the loss alone. The margin is the reward of
-    the preferred answer over the other's; the probability that the calibration is about is its sigmoid.
+    the preferred answer over the other's; the probability that the calibration is about is its sigmoid. Without a
+    decided pair there is the loss alone, and None for the others.
     """
     labels = torch.tensor([pair.label for pair in pairs])
     decided = labels != 0.5
     difference = (chosen - rejected)[decided]
     better = torch.where(labels[decided] > 0.5, difference, -difference)
     right = (better > 0).float() + 0.5 * (better == 0)
-    accuracy = right.mean().item() if len(right) else 0.0
-    low, high = wilson_interval(accuracy, len(right))
-    bins, error = calibration(difference.sigmoid(), right)
-    return {
+    found: dict[str, Any] = {
         "pairs": len(right),
         "loss": losses_of(chosen, rejected, pairs, margin).mean().item(),
+    }
+    if not len(right):
+        names = ("accuracy", "accuracy_low", "accuracy_high", "margin", "calibration_error")
+        return found | dict.fromkeys(names) | {"calibration": []}
+    accuracy = right.mean().item()
+    low, high = wilson_interval(accuracy, len(right))
+    bins, error = calibration(difference.sigmoid(), right)
+    return found | {
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "margin": better.mean().item() if len(right) else 0.0,
+        "margin": better.mean().item(),
         "calibration_error": error,
         "calibration": bins,
     }
 
 
-def length_baseline(training: Sequence[Pair], heldout: Sequence[Pair]) -> float:
-    """Held-out accuracy of preferring the longer answer, or the shorter, whichever wins in training."""
+def heldout_metrics(figures: dict[str, Any], *names: str) -> dict[str, float]:
+    """These figures of `judge` as metrics of a step, without those that there are none of."""
+    return {f"heldout/{name}": figures[name] for name in names if figures[name] is not None}
+
+
+def length_baseline(training: Sequence[Pair], heldout: Sequence[Pair]) -> float | None:
+    """Held-out accuracy of preferring the longer answer, or the shorter, whichever wins in training.
+
+    None where no held-out pair is decided.
+    """
+    if all(pair.label == 0.5 for pair in heldout):
+        return None
 
     def longer_wins(pairs: Sequence[Pair]) -> float:
         signs = [(len(p.chosen) - len(p.rejected)) * (1 if p.label > 0.5 else -1) for p in pairs if p.label != 0.5]
@@ -95,6 +111,8 @@ def length_baseline(training: Sequence[Pair], heldout: Sequence[Pair]) -> float:
 
 
 def summary(figures: dict[str, Any]) -> str:
+    if not figures["pairs"]:
+        return f"held-out loss {figures['loss']:.3f}; every held-out pair is a tie, so that there is no accuracy"
     low, high = figures["accuracy_low"], figures["accuracy_high"]
     return (
         f"held-out pair accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {figures['pairs']} pairs; "
@@ -121,7 +139,7 @@ def calibration_figure(figures: dict[str, Any]) -> Figure:
     axes.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linestyle="--", linewidth=1, label="perfectly calibrated")
     axes.errorbar(stated, seen, yerr=spread, color=COLOURS[1], marker="o", capsize=3, label="held-out pairs")
     axes.set(ylabel="share of them preferred by the labellers", xlim=(0.48, 1.02), ylim=(0, 1.02))
-    axes.set_title(f"expected calibration error {figures['calibration_error']:.3f}", fontsize=10)
+    axes.set_title(f"expected calibration error {show_number(figures['calibration_error'])}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     counts.bar(stated, [one["pairs"] for one in bins], width=0.03, color=COLOURS[1])
     counts.set(xlabel="probability that the model gives to the answer it prefers", ylabel="pairs")

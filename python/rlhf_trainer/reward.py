@@ -27,7 +27,15 @@ from rlhf_trainer.models import (
     score_head,
     score_sequences,
 )
-from rlhf_trainer.pair_figures import calibration_figure, heldout_table, judge, length_baseline, losses_of, summary
+from rlhf_trainer.pair_figures import (
+    calibration_figure,
+    heldout_metrics,
+    heldout_table,
+    judge,
+    length_baseline,
+    losses_of,
+    summary,
+)
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.rows import Row, encode_row, left_pad
 from rlhf_trainer.runlog import read_metrics
@@ -244,7 +252,7 @@ def fit_pairs(
 
     def evaluate() -> dict[str, float]:
         names = ("loss", "accuracy", "margin", "calibration_error")
-        return {f"heldout/{name}": value for name, value in figures().items() if name in names} if heldout else {}
+        return heldout_metrics(figures(), *names) if heldout else {}
 
     task = Task(
         losses=losses,

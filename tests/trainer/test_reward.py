@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_trainer import RewardConfig, pair_figures, reward, supervised, train_reward
+from rlhf_trainer import RewardConfig, dpo, pair_figures, reward, supervised, train_reward
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import Findings, Pair, read_pairs
 from rlhf_trainer.errors import UserError
@@ -22,6 +22,7 @@ from rlhf_trainer.pair_figures import judge, losses_of
 from rlhf_trainer.reward import PairRows
 from rlhf_trainer.rewards import load_reward
 from rlhf_trainer.rows import encode_row
+from rlhf_trainer.runlog import read_metrics
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no"} for p in PROMPTS]
@@ -190,6 +191,20 @@ def test_figures():
     losses = [0.1269280, 2.1269280, 0.6931472, 0.5 * (0.0067153 + 5.0067153), 0.3132617]
     assert found["loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert found["margin"] == pytest.approx((2 - 2 + 0 + 1) / 4)
+
+
+def test_ties_alone_give_a_loss_and_no_accuracy(folder, tmp_path, capsys):
+    pairs = [{"prompt": f"one {i}", "chosen": " yes", "rejected": " no", "label": 0.5} for i in range(6)]
+    data = str(write_jsonl(tmp_path / "ties.jsonl", pairs))
+    for stage in (reward, dpo):
+        options = {"model": str(folder), "data": data, "heldout": 2, "device": "cpu"}
+        found = stage.run(stage.Config(**options, output_dir=str(tmp_path / stage.__name__)))["heldout"]
+        assert found["pairs"] == 0
+        assert found["accuracy"] is found["margin"] is found["length_baseline"] is None
+        assert "every held-out pair is a tie, so that there is no accuracy" in capsys.readouterr().err
+        (metrics,) = read_metrics(tmp_path / stage.__name__)
+        assert "heldout/loss" in metrics
+        assert not [name for name in metrics if "accurac" in name]
 
 
 def test_calibration_error_is_zero_for_honest_confidence_and_large_for_bluff():
