@@ -25,7 +25,7 @@ from rlhf_trainer.estimates import (
     perplexity,
     perplexity_change,
 )
-from rlhf_trainer.eval_gates import check_gates, parse_gates
+from rlhf_trainer.eval_gates import check_gates, parse_gates, short
 from rlhf_trainer.files import write_jsonl
 from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.models import (
@@ -177,8 +177,10 @@ def known_measures(cfg: EvalConfig, scorers: Iterable[str] = (), judge: Judge | 
     own = ["KL (nats)", PERPLEXITY, "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
     if cfg.toxicity:
         own.append("toxicity")
+    if cfg.reward:
+        own.append("reward")
     if cfg.reward or "reward" in named:
-        own += ["reward", "win rate by reward"]
+        own.append("win rate by reward")
     return [*own, *named, *(["win rate by judge"] if cfg.judge or judge else [])]
 
 
@@ -364,7 +366,11 @@ def evaluate(
     if policies is not None and tokenizer is None:
         raise UserError("policies given as objects need their tokenizer")
     validate_numbers(cfg)
-    parse_gates(cfg.fail_if, known_measures(cfg, scorers or {}, judge))
+    measures = known_measures(cfg, scorers or {}, judge)
+    twice = next((name for name in measures if [*map(short, measures)].count(short(name)) > 1), None)
+    if twice is not None:  # one of them would be lost
+        raise UserError(f"two measures are called {twice!r}; --measures and scorers need names of their own")
+    parse_gates(cfg.fail_if, measures)
     found = measure_policies(cfg, policies, tokenizer, prompts, scorers, judge)
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
