@@ -69,6 +69,9 @@ def init_model(cfg: InitConfig, *, texts: list[str] | None = None) -> InitResult
     require(cfg, *(["text"] if texts is None else []))
     if cfg.vocab_size < 259:
         raise UserError(f"--vocab_size {cfg.vocab_size}: at least 259, one for each byte and three special tokens")
+    for name in ("hidden_size", "layers", "heads", "max_length"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if texts is None:
         texts = [text for path in cfg.text for text in texts_of(path)]
     if not any(text.strip() for text in texts):

@@ -80,10 +80,11 @@ def validate_options(cfg: FitConfig) -> None:
     """UserError for options that cannot work, before anything is loaded."""
     if cfg.schedule not in SCHEDULES:
         raise UserError(f"--schedule {cfg.schedule}: it takes {', '.join(SCHEDULES)}")
-    for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "evals"):
+    # 2 tokens: EOS, and one to predict it from
+    for name, low in (("epochs", 1), ("batch_size", 1), ("micro_batch_size", 1), ("evals", 1), ("max_length", 2)):
         value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+        if value is not None and value < low:
+            raise UserError(f"--{name} {value}: must be at least {low}")
     adapters.validate_options(cfg)
     precision.validate_options(cfg)
     quantised.validate_options(cfg)

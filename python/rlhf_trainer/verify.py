@@ -75,6 +75,8 @@ def run(cfg: Config) -> dict[str, Any]:
     for name in names:
         if name not in ROWS:
             raise UserError(f"--rows {name}: not one of {', '.join(ROWS)}, and not all or none by itself")
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the minutes that it takes
     say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
     verdict = judge(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
     checks = gates(verdict, cfg.full)
@@ -92,8 +94,6 @@ def run(cfg: Config) -> dict[str, Any]:
             say(f"  {line.name}: {line.reached:.4g}, gate {line.gate}, {'passed' if line.kept else 'FAILED'}")
         say(f"  {time.perf_counter() - began:.0f} s")
         lines += found
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     result = asdict(verdict) | {"rows": [asdict(line) for line in lines]}
     (folder / "verify.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(verdict, folder / "verify.png")

@@ -69,6 +69,12 @@ def test_a_result_is_a_dataclass_that_describes_itself(name):
     assert {field.name for field in dataclasses.fields(result)} & {"output_dir", "output"}  # what it wrote
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "layers", "heads", "max_length"])
+def test_a_model_without_size_is_refused(name):
+    with pytest.raises(UserError, match=f"--{name} 0: must be at least 1"):
+        init_model(InitConfig(**{name: 0}), texts=["a b"])
+
+
 def test_the_chain_from_objects_writes_nothing(tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path / "base")
     tokenizer = load_tokenizer(folder)

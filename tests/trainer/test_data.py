@@ -266,6 +266,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["x.jsonl"]
 
 
+def test_one_record_says_how_to_go_without_a_held_out_part():
+    with pytest.raises(UserError, match="--heldout 0, or a file for it by --eval_data"):
+        split_heldout(["a"], 0.05, 0, lambda record: record)
+
+
 def test_a_name_in_gz_is_written_compressed_and_the_same_each_time(tmp_path):
     records = [{"prompt": "é\u2028"}, {"prompt": "b"}]
     first, second = (write_jsonl(tmp_path / name, records).read_bytes() for name in ("a.jsonl.gz", "b.jsonl.gz"))

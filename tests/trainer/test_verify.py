@@ -265,6 +265,13 @@ def test_a_reference_with_the_adapter_on_fails_the_lora_row(monkeypatch):
     assert moved.kept
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_the_minutes_it_takes(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(verify, "judge", lambda *_, **__: pytest.fail("it has begun"))
+    assert main(["verify", "--output_dir", str(tmp_path / "file" / "x")]) == 2
+    assert "not a directory" in capsys.readouterr().err
+
+
 def test_bad_options_are_refused(tmp_path, capsys):
     assert main(["verify", "--beta", "0", "--output_dir", str(tmp_path / "x")]) == 2
     assert "--beta 0.0: must be more than 0" in capsys.readouterr().err
