@@ -62,7 +62,7 @@ class Flag:
 
 
 TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells give them
-HEARD = b"\nCtrl-C: stopping after this step, with a checkpoint; once more stops at once\n"
+HEARD, AGAIN = b"\nCtrl-C: stopping after this step, with a checkpoint", b"; once more stops at once"
 
 
 @contextmanager
@@ -85,7 +85,8 @@ def stop_on_signals(saves: bool) -> Iterator[Flag]:
         if world == 1:  # of several, the launcher passes on what the terminal has sent to all of them already
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if rank == 0:
-            os.write(2, HEARD)  # not through sys.stderr, in the middle of whose own write this may come
+            # Not through sys.stderr, in the middle of whose own write this may come.
+            os.write(2, HEARD + AGAIN * (world == 1) + b"\n")
 
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
     if saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what a shell runs in the background
