@@ -275,6 +275,7 @@ def train_ppo(
                     checkpoints.save(update + 1, beta, stop)
             if stop is not None:  # though a signal came too: the model is as good as done
                 stopped = stop
+                say(f"stopped after update {update + 1} of {cfg.updates}: {stop}")
                 break
             if leave:
                 raise terminated.exit(update + 1)

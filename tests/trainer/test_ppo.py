@@ -193,8 +193,10 @@ def test_an_update_stops_early_on_approx_kl(monkeypatch):
     assert stopped[-1]["approx_kl"] > 1e-9
 
 
-def test_training_stops_on_a_criterion():
-    assert "reached --stop_reward" in train(updates=9, stop_reward=-5.0).stopped
+def test_training_stops_on_a_criterion(capsys):
+    stopped = train(updates=9, stop_reward=-5.0).stopped
+    assert "reached --stop_reward" in stopped
+    assert f"stopped after update 1 of 9: {stopped}\n" in capsys.readouterr().err
     by_kl = train(updates=9, stop_kl=1e-9)
     assert "exceeded --stop_kl" in by_kl.stopped
     assert len(by_kl.metrics) == 2
