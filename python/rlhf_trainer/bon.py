@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
-from rlhf_trainer.config import option, require, say
+from rlhf_trainer.config import option, refuse_overwriting, require, say
 from rlhf_trainer.data import read_prompts
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.estimates import bootstrap
@@ -92,6 +92,8 @@ def best_of_n(
     generate.validate_numbers(cfg)
     if cfg.bootstrap < 1:
         raise UserError(f"--bootstrap {cfg.bootstrap}: must be at least 1")
+    refuse_overwriting("output", cfg.output, cfg.prompts)
+    refuse_overwriting("pairs", cfg.pairs, cfg.prompts, cfg.output)
     device = resolve_device(cfg.device)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)

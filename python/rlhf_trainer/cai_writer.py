@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer import generate
 from rlhf_trainer.cai_dialogue import Prompt, Request, read_dialogues
-from rlhf_trainer.config import option, require
+from rlhf_trainer.config import option, refuse_overwriting, require
 from rlhf_trainer.constitution import Constitution, Rule, Shot, load_constitution
 from rlhf_trainer.data import render_prompt
 from rlhf_trainer.errors import UserError
@@ -134,6 +134,7 @@ def validate(cfg: CAIConfig, *given: str) -> None:
     needed = ["prompts", *([] if cfg.server else ["model"])]
     require(cfg, *(name for name in needed if name not in given))
     generate.validate_numbers(cfg)
+    refuse_overwriting("output", cfg.output, cfg.prompts, cfg.constitution, getattr(cfg, "completions", None))
     for name, low in (("shots", 0), ("retries", 0), ("parallel", 1)):
         if getattr(cfg, name) < low:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {low}")

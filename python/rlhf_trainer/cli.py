@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlhf {stage}: error: {place}{(error.strerror or str(error)).lower()}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(f"rlhf {stage}: interrupted", file=sys.stderr, flush=True)
+        kept = "; --resume goes on from what is saved" if hasattr(module.Config, "resume") else ""
+        print(f"rlhf {stage}: interrupted{kept}", file=sys.stderr, flush=True)
         return 130
     return 0 if result.get("passed", True) else 1

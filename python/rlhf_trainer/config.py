@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -134,6 +135,12 @@ def require(cfg: Any, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) in (None, "", []):
             raise UserError(f"--{name} is needed (or `{name}:` in the YAML file)")
+
+
+def refuse_overwriting(option: str, path: str | Path | None, *read: str | Path | None) -> None:
+    """UserError if the file that `option` names is also one of those that are read, and would be lost."""
+    if path and os.path.realpath(path) in [os.path.realpath(each) for each in read if each]:
+        raise UserError(f"--{option} {path} is a file that is read; the result needs one of its own")
 
 
 def say(message: str) -> None:

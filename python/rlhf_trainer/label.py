@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from rlhf_trainer import label_page
-from rlhf_trainer.config import option, require, say
+from rlhf_trainer.config import option, refuse_overwriting, require, say
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.files import read_lines
 from rlhf_trainer.label_store import Store, parse_rank, read_tasks
@@ -207,8 +207,7 @@ def label_server(cfg: LabelConfig) -> Server:
         text = "\n".join(line for _, line in read_lines(cfg.instructions))
     data = Path(cfg.data)
     output = cfg.output or data.with_name(data.name.split(".")[0] + ".rankings.jsonl")
-    if Path(output).resolve() == data.resolve():
-        raise UserError(f"--output {output} is the file with the completions; the rankings need one of their own")
+    refuse_overwriting("output", output, data, cfg.instructions)
     if Path(output).suffix == ".gz":
         raise UserError(f"--output {output}: it grows by an answer at a time, uncompressed; name it .jsonl")
     store = Store(read_tasks(cfg.data), output, cfg.per_prompt)

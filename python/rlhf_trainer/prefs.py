@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf_trainer import prefs_instructions
 from rlhf_trainer.agreement import Agreement, agreement, table
-from rlhf_trainer.config import option, require, say
+from rlhf_trainer.config import option, refuse_overwriting, require, say
 from rlhf_trainer.data import Pair, check_pairs
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.files import write_jsonl
@@ -111,6 +111,8 @@ def prepare(cfg: PrefsConfig) -> PrefsResult:
     """Read everything, vote, check the pairs; nothing is written."""
     if cfg.format not in ("auto", *FORMATS):
         raise UserError(f"--format {cfg.format}: not one of auto, {', '.join(FORMATS)}")
+    if not cfg.check:
+        refuse_overwriting("output", cfg.output, *cfg.data)
     read = read_preferences(cfg.data, format=cfg.format, split=cfg.split, options=read_options(cfg), strict=cfg.strict)
     kept = [(_leave_out(record, cfg.without), where) for record, where in read.ranked]
     _check_names(cfg.without, read)

@@ -115,13 +115,35 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err == f"rlhf prefs: error: {file}: file exists\n"
 
 
-def test_ctrl_c_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("stage", "kept"), [("prefs", ""), ("generate", "; --resume goes on from what is saved")])
+def test_ctrl_c_ends_without_a_traceback(stage, kept, capsys, monkeypatch):
     def interrupted(cfg):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("rlhf_trainer.prefs"), "run", interrupted)
-    assert main(["prefs", "pairs.jsonl"]) == 130
-    assert capsys.readouterr().err == "rlhf prefs: interrupted\n"
+    monkeypatch.setattr(importlib.import_module(f"rlhf_trainer.{stage}"), "run", interrupted)
+    assert main([stage]) == 130
+    assert capsys.readouterr().err == f"rlhf {stage}: interrupted{kept}\n"
+
+
+def test_no_file_that_is_read_is_written_over(tmp_path, capsys):
+    """Labellers' work, say: `rlhf prefs rankings.jsonl --output rankings.jsonl`."""
+    file, link = tmp_path / "in.jsonl", tmp_path / "link.jsonl"
+    text = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "completions": ["b", "c"]}\n'
+    file.write_text(text)
+    link.symlink_to(file)
+    bon = ["bon", "--model", "m", "--reward", "r.py:f", "--prompts", str(file)]
+    for words in (
+        ["prefs", str(file), "--output", str(link)],
+        ["label", str(file), "--output", str(link)],
+        [*bon, "--output", str(link)],
+        [*bon, "--output", "best.jsonl", "--pairs", str(link)],
+        [*bon, "--output", "best.jsonl", "--pairs", "best.jsonl"],
+        ["cai", "revise", "--model", "m", "--prompts", str(file), "--output", str(link)],
+        ["cai", "label", "--judge", "j.py:f", "--completions", str(file), "--output", str(link)],
+    ):
+        assert main(words) == 2
+        assert "is a file that is read; the result needs one of its own" in capsys.readouterr().err
+    assert file.read_text() == text
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -340,7 +340,7 @@ def test_own_instructions_are_shown(serve, tmp_path):
     ("arguments", "error"),
     [
         ([], "--data is needed"),
-        (["{d}", "--output", "{d}"], "the rankings need one of their own"),
+        (["{d}", "--output", "{d}"], "is a file that is read; the result needs one of its own"),
         (["{d}", "--output", "r.jsonl.gz"], "it grows by an answer at a time, uncompressed; name it .jsonl"),
         (["{d}", "--criterion", "nice"], "--criterion nice: not one of"),
         (["{d}", "--instructions", "none.md"], "none.md: no such file"),
