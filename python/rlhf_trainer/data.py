@@ -83,10 +83,17 @@ def text_field(record: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a float holds; JSON has integers of any size."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def number_field(record: dict[str, Any], key: str, where: str, default: float, low: float, high: float) -> float:
     value = record.get(key, default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
+    if not is_finite(value) or not low <= value <= high:
         raise UserError(f"{where}: field {key!r} is {value!r}, expected a number in [{low:g}, {high:g}]")
     return float(value)
 

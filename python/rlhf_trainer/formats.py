@@ -17,6 +17,7 @@ from rlhf_trainer.data import (
     Pair,
     chat_turn,
     instruction_prompt,
+    is_finite,
     messages_of,
     number_field,
     text_field,
@@ -46,8 +47,8 @@ NAMES = {
     "labeller": ("labeller", "labeler", "annotator", "rater", "user", "user_id", "worker_id", "completed_by"),
     "completions": ("completions", "responses", "answers", "candidates"),
 }
-UP = {"up", "+1", "1", "true", "yes", "good", "like", "thumbs_up", "👍"}
-DOWN = {"down", "-1", "0", "false", "no", "bad", "dislike", "thumbs_down", "👎"}
+UP = {"up", "true", "yes", "good", "like", "thumbs_up", "👍"}
+DOWN = {"down", "false", "no", "bad", "dislike", "thumbs_down", "👎"}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant"}
 
 
@@ -128,6 +129,9 @@ def turn(prompt: Any, completion: Any, where: str, options: Options) -> tuple[st
             text_field({"prompt": prompt}, "prompt", where),
             text_field({"completion": completion}, "completion", where),
         )
+    for key, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, (str, list, dict)) and not (key == "prompt" and value is None):
+            raise UserError(f"{where}: the {key} is {type(value).__name__}, expected text or chat messages")
     if options.tokenizer is None:
         raise UserError(f"{where}: chat messages are written by a model's chat template; name the model with --model")
     answer = (
@@ -195,18 +199,15 @@ def _ranked(record: Record, where: str, line: int, options: Options) -> Iterable
 
 def score_value(value: Any, where: str) -> float:
     """A number, a truth value, or a thumb in words."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, bool) or is_finite(value):
         return float(value)
-    text = plain_name(value) if isinstance(value, str) else ""
-    if text in UP | DOWN:
-        return float(text in UP)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{where}: {value!r} is neither a number nor a thumb such as up, down, true, false")
-    return number
+    if isinstance(value, str):
+        number = _number_of_cell(value)
+        if is_finite(number):
+            return float(number)
+        if plain_name(value) in UP | DOWN:
+            return float(plain_name(value) in UP)
+    raise UserError(f"{where}: {value!r} is neither a number nor a thumb such as up, down, true, false")
 
 
 def _score(record: Record, where: str, line: int, options: Options) -> Iterable[Item]:

@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_trainer.data import Findings, Pair, text_field
+from rlhf_trainer.data import Findings, Pair, is_finite, text_field
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.files import read_jsonl
 
@@ -60,10 +60,6 @@ class Votes:
         return {name: self.agreed[name] / count for name, count in sorted(self.compared.items())}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
 def _ranking(value: Any, count: int, where: str) -> Ranking:
     if not isinstance(value, dict) or not isinstance(value.get("ranks"), list):
         raise UserError(f'{where}: a ranking must be {{"labeller": ..., "ranks": [...]}}')
@@ -71,7 +67,7 @@ def _ranking(value: Any, count: int, where: str) -> Ranking:
     if len(ranks) != count:
         raise UserError(f"{where}: {len(ranks)} ranks for {count} completions")
     for rank in ranks:
-        if rank != FAIL and not _is_number(rank):
+        if rank != FAIL and not is_finite(rank):
             raise UserError(f'{where}: rank {rank!r} is neither a number nor "F"')
     return Ranking(text_field(value, "labeller", where), tuple(ranks))
 
@@ -83,7 +79,7 @@ def _scores(value: Any, count: int, where: str) -> Ranking:
     if len(scores) != count:
         raise UserError(f"{where}: {len(scores)} scores for {count} completions")
     for score in scores:
-        if score is not None and not isinstance(score, bool) and not _is_number(score):
+        if score is not None and not isinstance(score, bool) and not is_finite(score):
             raise UserError(f"{where}: score {score!r} is not a number")
     return Ranking(
         text_field(value, "labeller", where), tuple(None if score is None else -float(score) for score in scores)

@@ -145,6 +145,9 @@ def _table(path: str) -> Iterator[tuple[int, Record]]:
     line = 1
     try:
         names = next(rows)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}:1: two columns are called {twice!r}")
         for row in rows:
             line, start = rows.line_num, line + 1
             if not row:

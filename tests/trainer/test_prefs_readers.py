@@ -22,6 +22,8 @@ USER, GOOD, BAD = (
 )
 RANKED = {"prompt": "p", "completions": ["a", "b"], "rankings": [{"labeller": "x", "ranks": [1, 2]}]}
 
+HUGE = "1" + "0" * 400  # an integer that no float holds
+
 
 def write(path, *records, array=False):
     text = json.dumps(records, indent=1) if array else "".join(json.dumps(record) + "\n" for record in records)
@@ -131,6 +133,14 @@ def test_table_errors_name_the_line_on_which_the_row_begins(tmp_path):
     path.write_text("just a line\n")
     with pytest.raises(UserError, match=r"t\.csv:1: neither JSON nor a table"):
         read(path)
+
+
+def test_negative_scores_in_a_table_are_numbers(tmp_path):
+    """-1 is less than 0, which it was read as in words; -0.5 was refused."""
+    path = tmp_path / "s.csv"
+    path.write_text("prompt,response,score\np,a,-1\np,b,0\np,c,-0.5\np,d,+1\n")
+    (record,) = [ranked for ranked, _ in read_preferences([str(path)]).ranked]
+    assert record.rankings[0].ranks == (1.0, 0.0, 0.5, -1.0)
 
 
 def test_thumbs_and_scores_a_row_each(tmp_path):
@@ -365,6 +375,14 @@ def test_a_name_goes_to_the_datasets_library(monkeypatch):
         ("{]", "f.json:1: not JSON"),
         ('{"chosen": "x", "rejected": "y"}', "f.json:1: no field 'prompt', and 'chosen' and 'rejected' share"),
         ('{"prompt": "p", "completion": "a", "label": "maybe"}', "f.json:1: 'maybe' is neither a number nor a thumb"),
+        (f'{{"prompt": "p", "completion": "a", "score": {HUGE}}}', "0 is neither a number nor a thumb"),
+        (
+            f'{{"prompt": "p", "completions": ["a", "b"], "rankings": [{{"labeller": "x", "ranks": [1, {HUGE}]}}]}}',
+            '0 is neither a number nor "F"',
+        ),
+        (f'{{"prompt": "p", "chosen": "a", "rejected": "b", "margin": {HUGE}}}', "expected a number in"),
+        ('{"prompt": 1, "chosen": "a", "rejected": "b"}', "the prompt is int, expected text or chat messages"),
+        ("prompt,chosen,rejected,chosen\na,b,c,d\n", "f.json:1: two columns are called 'chosen'"),
         ('{"prompt": "p", "completion": "a", "label": NaN}', "f.json:1: nan is neither"),
         ('{"prompt": "p", "completions": ["a", "b"], "scores": [1, "x"]}', "f.json:1: score 'x' is not a number"),
         ('{"prompt": "p", "completions": ["a", "b"], "scores": [1]}', "f.json:1: 1 scores for 2 completions"),
