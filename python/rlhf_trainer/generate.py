@@ -96,7 +96,7 @@ def finished(cfg: GenerateConfig, prompts: Sequence[Any], batch: int) -> int:
     path = Path(cfg.output)
     if path.suffix == ".gz":
         raise UserError(f"--output {path}: it grows by a batch at a time, uncompressed; name it .jsonl")
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:  # an earlier run ended before its first batch
         return 0
     if not cfg.resume:
         raise UserError(f"{path} exists; --resume goes on with it, or delete it")

@@ -101,6 +101,14 @@ def test_refused_before_anything_is_written(call, capsys, arguments, error):
     assert not path.exists()
 
 
+def test_a_run_that_ended_before_its_first_batch_is_begun_anew(call, tmp_path):
+    """With other options too: what was wrong may have been one of them."""
+    (tmp_path / "c.jsonl").write_text("")
+    code, path = call("c.jsonl", "--n", "2")
+    assert code == 0
+    assert path.read_text().count("\n") == len(PROMPTS)
+
+
 def test_a_compressed_output_is_refused(call, capsys):
     code, path = call("c.jsonl.gz")
     assert code == 2
