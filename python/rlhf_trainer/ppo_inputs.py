@@ -52,8 +52,6 @@ def load_inputs(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, remote)
     if prompts is None:
         prompts = read_prompts(cfg.prompts, tokenizer)
-    if not prompts:
-        raise UserError("no prompts were given; PPO needs at least one")
     if policy is None:
         policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg, device))
     for model in (policy, *([] if reference is None else [reference])):

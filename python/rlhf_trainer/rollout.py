@@ -47,7 +47,9 @@ class Rollout:
 def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """Ids of every prompt. UserError for a prompt that is empty, or leaves no room for the response."""
+    """Ids of every prompt. UserError for none at all, or one that is empty or leaves no room for the response."""
+    if not prompts:
+        raise UserError("no prompts were given; at least one is needed")
     limit = context_length(model)
     rows = []
     for number, prompt in enumerate(prompts, start=1):

@@ -124,6 +124,8 @@ def read_both(
         records, findings = read(cfg.data, tokenizer, cfg.strict)
     else:
         records, findings = list(given), Findings("data", cfg.strict)
+        if not records:
+            raise UserError("no training records were given; at least one is needed")
     if cfg.eval_data:
         heldout, heldout_findings = read(cfg.eval_data, tokenizer, cfg.strict)
         return records, heldout, findings, heldout_findings

@@ -69,6 +69,22 @@ def test_a_result_is_a_dataclass_that_describes_itself(name):
     assert {field.name for field in dataclasses.fields(result)} & {"output_dir", "output"}  # what it wrote
 
 
+def test_empty_lists_are_one_sentence(tmp_path):
+    folder, cpu = tiny_folder(tmp_path / "base"), {"device": "cpu"}
+    policy, tokenizer = load_causal(folder), load_tokenizer(folder)
+    for call in (
+        lambda: generate_completions(GenerateConfig(model=folder, **cpu), prompts=[]),
+        lambda: best_of_n(BonConfig(model=folder, **cpu), reward=lambda _, texts: [0.0] * len(texts), prompts=[]),
+        lambda: train_ppo(PPOConfig(model=folder, **cpu), reward=lambda _, texts: [0.0] * len(texts), prompts=[]),
+        lambda: evaluate(EvalConfig(**cpu), policies={"a": policy}, tokenizer=tokenizer, prompts=[]),
+        lambda: train_sft(SFTConfig(model=folder, **cpu), examples=[]),
+        lambda: train_reward(RewardConfig(model=folder, **cpu), pairs=[]),
+        lambda: train_dpo(DPOConfig(model=folder, **cpu), pairs=[]),
+    ):
+        with pytest.raises(UserError, match=r"no (prompts|training records) were given; at least one is needed"):
+            call()
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "layers", "heads", "max_length"])
 def test_a_model_without_size_is_refused(name):
     with pytest.raises(UserError, match=f"--{name} 0: must be at least 1"):
