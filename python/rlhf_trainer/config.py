@@ -94,7 +94,7 @@ def _yaml_arguments(path: str, known: list[str], several: Collection[str]) -> li
         return []
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected `key: value` lines")
-    written = [str(key.value) for key, _ in root.value]
+    written = [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
     repeated = next((name for name in written if written.count(name) > 1), None)
     if repeated is not None:  # YAML would silently take the last one
         raise UserError(f"{path}: {repeated} is there twice")

@@ -356,7 +356,6 @@ def classifier_outputs(
     """Raw outputs [M, num_labels] float32 on the CPU of a sequence classifier for prompt + completion.
 
     With `head` the model is any decoder, whose states it reads.
-
     Decoder backbones score at the last real token, EOS appended; others (BERT-like) pool in their own way. Of a text
     longer than the context the beginning is left out, as in training, and said to be.
     """
