@@ -137,6 +137,8 @@ class Checkpoints:
             refuse_leftovers(self.cfg)
             current().barrier()  # every rank has looked
             if current().main:
+                if read_metrics(self.cfg.output_dir):
+                    say(f"{self.cfg.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
             return 0, beta, []
         newest = current().first(self._newest() if current().main else None)

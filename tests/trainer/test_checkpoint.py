@@ -273,6 +273,12 @@ def test_an_earlier_run_is_not_overwritten_unasked(crash):
     assert [row["step"] for row in metrics(crash)] == [1, 2, 3, 4]
 
 
+def test_a_run_without_checkpoints_is_replaced_with_a_word(tmp_path, capsys):
+    for words in (0, 1):
+        run(tmp_path, updates=1, save_every=0)
+        assert capsys.readouterr().err.count("what an earlier run left there, metrics and model, is replaced") == words
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path):
     first = policy_bits(run(tmp_path))
     assert torch.equal(policy_bits(run(tmp_path, resume=True)), first)
