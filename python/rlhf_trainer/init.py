@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.config import option, require, save_config, say
@@ -60,11 +62,20 @@ def texts_of(path: str) -> Iterator[str]:
                 waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
+def refuse_another_model(folder: str) -> None:
+    """UserError if a model is there that `rlhf init` did not make: random weights are no reason to lose it."""
+    if not folder or not (Path(folder) / "config.json").exists():
+        return
+    options = Path(folder) / "config_resolved.yaml"
+    if not options.exists() or "arch" not in (yaml.safe_load(options.read_text(encoding="utf-8")) or {}):
+        raise UserError(f"--output_dir {folder} holds a model that rlhf init did not make; name another folder")
+
+
 def init_model(cfg: InitConfig, *, texts: list[str] | None = None) -> InitResult:
     """Train a tokenizer on cfg.text, or on `texts`, and make a random model; without cfg.output_dir nothing is written.
 
     Raises:
-        UserError: no text, a size that cannot be, an unknown architecture.
+        UserError: no text, a size that cannot be, an unknown architecture, a folder with a model of another stage.
     """
     require(cfg, *(["text"] if texts is None else []))
     if cfg.vocab_size < 259:
@@ -72,6 +83,7 @@ def init_model(cfg: InitConfig, *, texts: list[str] | None = None) -> InitResult
     for name in ("hidden_size", "layers", "heads", "max_length"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    refuse_another_model(cfg.output_dir)
     if texts is None:
         texts = [text for path in cfg.text for text in texts_of(path)]
     if not any(text.strip() for text in texts):

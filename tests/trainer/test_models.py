@@ -128,6 +128,20 @@ def test_init_writes_a_folder_that_transformers_loads(tmp_path, capsys):
     assert "no.txt" in capsys.readouterr().err
 
 
+def test_init_replaces_its_own_model_alone(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("a good day\n" * 20)
+    folder = tmp_path / "m"
+    arguments = ["init", "--text", str(tmp_path / "t.txt"), "--vocab_size", "260", "--hidden_size", "16", "--heads", "1"]
+    assert main([*arguments, "--output_dir", str(folder), "--layers", "1"]) == 0
+    assert main([*arguments, "--output_dir", str(folder), "--layers", "2"]) == 0
+    assert load_causal(folder).config.num_hidden_layers == 2
+    for other in (lambda f: f.write_text("model: runs/base\n"), lambda f: f.unlink()):  # of another stage; nobody's
+        other(folder / "config_resolved.yaml")
+        assert main([*arguments, "--output_dir", str(folder), "--layers", "1"]) == 2
+        assert "did not make" in capsys.readouterr().err
+        assert load_causal(folder).config.num_hidden_layers == 2
+
+
 def test_a_reward_model_is_no_policy_and_a_language_model_no_reward(tmp_path):
     folder = tiny_folder(tmp_path / "lm")
     cfg = RewardConfig(model=folder, heldout=0, device="cpu")
