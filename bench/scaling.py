@@ -1,17 +1,19 @@
-"""Memory and time of a PPO iteration from formulas: `docs/scaling.md` holds what it prints.
+"""Memory and time of a PPO iteration: `docs/scaling.md` holds what this prints.
 
-    python bench/scaling.py                 # the tables: three model sizes, one GPU to a cluster, on paper
-    python bench/scaling.py --measure       # the same formulas for this CPU, beside what `rlhf ppo` takes on it
+    python bench/scaling.py                                          # three model sizes, one GPU to a cluster, on paper
+    python bench/scaling.py --costs bench/results/op_costs_cpu.json  # from costs that bench/op_costs.py has measured
 
-Rates of a GPU are its data sheet's times the share that is assumed to be reached (`Machine`); nothing in the tables was
-measured on a GPU. `--measure` takes the rates from one GEMM and one read of a large array, then runs PPO.
+On paper a GPU's rates are its data sheet's times the share that is assumed to be reached (`Machine`).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 GiB = 2**30
 WORKSPACE = 64 * 2**20  # bytes: the linear family's
@@ -56,6 +58,20 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Seconds on one device at one job's sizes; "a sequence" is one prompt and its response."""
+
+    prefill: float  # one prompt through the model
+    step: float  # one token decoded and sampled, of all rows of the device together
+    forward: float  # a sequence through the layers, without gradients
+    train: float  # the same, and its backward
+    head: float  # a response's logprobs from its hidden states, without gradients
+    train_head: float  # the same, and their backward
+    optimizer: float  # one step
+    losses: float  # a sequence's share in advantages and losses
+
+
+@dataclass(frozen=True)
 class Job:
     model: Model
     devices: int
@@ -72,6 +88,11 @@ class Job:
     checkpointing: bool = True
     gather: bool = True  # FSDP 2: --gather_for_rollout
     reward: bool = True  # on these devices; else a function that asks elsewhere
+
+    @property
+    def rows(self) -> float:
+        """Sequences of one device."""
+        return self.batch / self.devices
 
     @property
     def trained(self) -> int:
@@ -102,7 +123,7 @@ def rounded(job: Job) -> float:
 def memory(job: Job) -> dict[str, float]:
     """Bytes on one device, by what holds them."""
     m, share = job.model, job.devices if job.sharded else 1
-    tokens, rows = job.prompt + job.response, job.batch / job.devices
+    tokens, rows = job.prompt + job.response, job.rows
     copies = 0 if job.lora else 1  # of the base, for each of reference and reward model
     rewards = copies * frozen(job) if job.reward else 0
     held = {
@@ -146,32 +167,43 @@ def head_gemms(job: Job) -> float:
     return 4 - (0.0 if chunk > width else chunk / rows)
 
 
-def forward_flops(job: Job, tokens: int, head_tokens: int) -> float:
-    """One sequence through the model, once: GEMMs, causal attention, and the head where a logprob is wanted."""
-    m = job.model
-    return 2 * m.body * tokens + 2 * m.layers * tokens**2 * m.width + 2 * m.head * head_tokens
+def forward_flops(m: Model, tokens: int) -> float:
+    """One sequence through the layers: GEMMs and causal attention."""
+    return 2 * m.body * tokens + 2 * m.layers * tokens**2 * m.width
 
 
-def seconds(job: Job, machine: Machine) -> dict[str, float]:
-    """Of one iteration, by phase; communication is not hidden behind computation."""
-    m, tokens, rows = job.model, job.prompt + job.response, job.batch / job.devices
+def on_paper(job: Job, machine: Machine) -> Costs:
+    """From operations and bytes at the machine's rates; advantages and losses are left out as small."""
+    m, tokens, rows = job.model, job.prompt + job.response, job.rows
     rate, weights = machine.flops * machine.reached, m.weights * (2 if job.mixed else 4)
     if job.sharded and not job.lora:
         weights = m.weights * 8  # read in float32, written and read in bf16: no copies are kept
     cache = rows * (job.prompt + job.response / 2) * m.layers * 2 * m.kv_width * 2
     step = max((weights + cache) / (machine.bandwidth * machine.streamed), rows * 2 * m.weights / rate)
-    rollout = rows * forward_flops(job, job.prompt, 1) / rate
-    rollout += job.response * (step + m.layers * machine.overhead)
-    scoring = rows * 2 * forward_flops(job, tokens, job.response) / rate
-    scoring += rows * forward_flops(job, tokens, 0) / rate if job.reward else 0
-    one = forward_flops(job, tokens, 0)
-    passes = (2 if job.lora else 3) + (1 if job.checkpointing else 0)  # a frozen weight needs no gradient
-    head = 2 * m.head * job.response * head_gemms(job)
-    update = job.epochs * rows * (one * passes + head) / rate
-    steps = job.epochs * job.minibatches
+    passes = 2 if job.lora else 3  # a frozen weight needs no gradient
+    gemm = 2 * m.head * job.response / rate
     states = job.trained * 4 / (job.devices if job.sharded else 1)
-    update += steps * 7 * states / machine.bandwidth  # Adam reads four and writes three numbers a parameter
-    wire = (job.devices - 1) / job.devices / machine.link
+    return Costs(
+        prefill=forward_flops(m, job.prompt) / rate + 2 * m.head / rate,
+        step=step + m.layers * machine.overhead,
+        forward=forward_flops(m, tokens) / rate,
+        train=passes * forward_flops(m, tokens) / rate,
+        head=gemm,
+        train_head=gemm * head_gemms(job),
+        optimizer=7 * states / machine.bandwidth,  # Adam reads four and writes three numbers a parameter
+        losses=0.0,
+    )
+
+
+def seconds(job: Job, costs: Costs, link: float) -> dict[str, float]:
+    """Of one iteration, by phase; communication, at `link` bytes/s, is not hidden behind computation."""
+    rows = job.rows
+    rollout = rows * costs.prefill + job.response * costs.step
+    scoring = rows * 2 * (costs.forward + costs.head) + (rows * costs.forward if job.reward else 0)
+    one = costs.train + (costs.forward if job.checkpointing else 0) + costs.train_head + costs.losses
+    steps = job.epochs * job.minibatches
+    update = job.epochs * rows * one + steps * costs.optimizer
+    wire = (job.devices - 1) / job.devices / link
     micros = max(1, round(rows / job.minibatches / job.micro))
     if job.sharded:
         gathered = stored(job) * wire
@@ -209,11 +241,24 @@ JOBS = [
 ]
 
 
+# A laptop's. What op_costs.py measures on a CPU, and runs.
+GPT2_TINY = Model("GPT-2-like, 4 layers of 256", 4, 256, 1024, 256, 50257, True, gated=False)
+GPT2_SMALL = Model("GPT-2's sizes, 124M", 12, 768, 3072, 768, 50257, True, gated=False)
+QWEN_HALF = Model("Qwen2.5's sizes, 0.5B", 24, 896, 4864, 128, 151936, True)
+_PLAIN: dict[str, Any] = {"minibatches": 1, "mixed": False, "frozen": 4, "checkpointing": False, "reward": False}
+SMALL_JOBS = [
+    ("every weight", Job(GPT2_TINY, 1, batch=32, micro=8, prompt=32, response=32, **_PLAIN), H100),
+    ("every weight", Job(GPT2_SMALL, 1, batch=16, micro=4, prompt=64, response=64, **_PLAIN), H100),
+    ("LoRA 16", Job(GPT2_SMALL, 1, lora=16, batch=16, micro=4, prompt=64, response=64, **_PLAIN), H100),
+    ("LoRA 16", Job(QWEN_HALF, 1, lora=16, batch=8, micro=4, prompt=64, response=64, **_PLAIN), H100),
+]
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def tables() -> None:
+def memory_table() -> None:
     names = [*memory(JOBS[0][1])]
     print(row(["model", "how", "H100s", *names, "peak, GiB", "fits 80 GB"]))
     print(row(["---"] * (len(names) + 5)))
@@ -222,81 +267,49 @@ def tables() -> None:
         fits = "yes" if peak(parts) < 0.92 * machine.memory else "no"  # the rest: CUDA context, fragmentation
         cells = [f"{parts[name] / GiB:.1f}" for name in names]
         print(row([job.model.name, how, str(job.devices), *cells, f"{peak(parts) / GiB:.1f}", fits]))
-    print()
-    names = [*seconds(JOBS[0][1], H100)]
-    print(row(["model", "how", "H100s", "batch", *names, "iteration, s", "response tokens/s"]))
+
+
+def seconds_table(jobs: Sequence[tuple[str, Job, Costs, float]], device: str = "H100s") -> None:
+    names = ["rollout", "scoring", "update", "exchange"]
+    print(row(["model", "how", device, "batch", *names, "iteration, s", "response tokens/s"]))
     print(row(["---"] * (len(names) + 6)))
-    for how, job, machine in JOBS:
-        parts = seconds(job, machine)
+    for how, job, costs, link in jobs:
+        parts = seconds(job, costs, link)
         total = sum(parts.values())
         cells = [f"{parts[name]:.1f}" for name in names]
         rate = f"{job.batch * job.response / total:.0f}"
         print(row([job.model.name, how, str(job.devices), str(job.batch), *cells, f"{total:.1f}", rate]))
 
 
-def rates() -> tuple[float, float]:
-    """(FLOP/s of a float32 GEMM, bytes/s of reading a large array) here: the best of five."""
-    import torch
-
-    a = torch.randn(2048, 2048)
-    x = torch.ones(1 << 26)
-
-    def best(function: object) -> float:
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            function()  # type: ignore[operator]
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    return 2 * 2048**3 / best(lambda: a @ a), x.numel() * 4 / best(x.sum)
-
-
-def measure() -> None:
-    import torch
-
-    from rlhf_trainer import PPOConfig, train_ppo
-    from rlhf_trainer.new_model import build_model, build_tokenizer
-
-    text = "a good bad day night red blue one two three yes no thanks sorry fool"
-    tokenizer = build_tokenizer([text] * 4, 300)
-    model = build_model("gpt2", tokenizer, hidden_size=256, layers=4, heads=4, max_length=64)
-    model.resize_token_embeddings(50257, mean_resizing=False)
-    shape = Model("GPT-2-like", 4, 256, 1024, 256, 50257, True, gated=False)
-    job = Job(
-        shape,
-        1,
-        batch=32,
-        micro=32,
-        prompt=32,
-        response=32,
-        minibatches=1,
-        mixed=False,
-        checkpointing=False,
-        reward=False,
-    )
-    flops, bandwidth = rates()
-    print(f"{torch.get_num_threads()} threads: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
-    machine = Machine("this CPU", 0, flops, bandwidth, 1.0, reached=1.0, streamed=1.0, overhead=0.0)
-    cfg = PPOConfig(
-        updates=4, batch_size=32, minibatches=1, max_new_tokens=32, missing_eos_penalty=1.0, lr=1e-6, device="cpu"
-    )
-    prompts = [" ".join(text.split()[i % 15] for i in range(start, start + 31)) for start in range(8)]
-    result = train_ppo(cfg, model=model, tokenizer=tokenizer, reward=lambda _, c: [0.0] * len(c), prompts=prompts)
-    predicted = seconds(job, machine)
-    print(row(["phase", "formula, s", "measured, s (last of 4)", "ratio"]))
-    print(row(["---"] * 4))
-    for phase in ("rollout", "scoring", "update"):
-        seen = result.metrics[-1][f"seconds/{phase}"]
-        print(row([phase, f"{predicted[phase]:.3f}", f"{seen:.3f}", f"{seen / predicted[phase]:.2f}"]))
-    lengths = {m["val/response_length"] for m in result.metrics}
-    print(f"mean response lengths {sorted(lengths)}; the formula takes {job.response}")
+def from_costs(record: dict[str, Any]) -> None:
+    """The jobs that were measured, and beside them the phases of `rlhf ppo` where it ran too."""
+    print(f"{record['environment']['device']}, {record['dtype']}\n")
+    jobs = {f"{job.model.name}, {how}": (how, job, machine.link) for how, job, machine in [*JOBS, *SMALL_JOBS]}
+    measured = {name: Costs(**found["costs"]) for name, found in record["jobs"].items()}
+    rows = [(jobs[name][0], jobs[name][1], costs, jobs[name][2]) for name, costs in measured.items()]
+    seconds_table(rows, "devices")
+    ran = {name: found["rlhf ppo"] for name, found in record["jobs"].items() if "rlhf ppo" in found}
+    if ran:
+        print("\n" + row(["job", "phase", "from op costs, s", "`rlhf ppo`, s", "ratio"]))
+        print(row(["---"] * 5))
+    for name, phases in ran.items():
+        _, job, link = jobs[name]
+        predicted = seconds(job, measured[name], link)
+        pairs = [(phase, predicted[phase], seen) for phase, seen in phases.items()]
+        for phase, ours, seen in [*pairs, ("iteration", sum(x[1] for x in pairs), sum(phases.values()))]:
+            print(row([name, phase, f"{ours:.2f}", f"{seen:.2f}", f"{seen / ours:.2f}"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="compare the formulas with this machine")
-    measure() if parser.parse_args().measure else tables()
+    parser.add_argument("--costs", type=Path, help="what op_costs.py wrote: seconds from measured costs")
+    options = parser.parse_args()
+    if options.costs:
+        from_costs(json.loads(options.costs.read_text()))
+    else:
+        memory_table()
+        print()
+        seconds_table([(how, job, on_paper(job, machine), machine.link) for how, job, machine in JOBS])
 
 
 if __name__ == "__main__":
