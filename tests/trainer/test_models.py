@@ -131,7 +131,8 @@ def test_init_writes_a_folder_that_transformers_loads(tmp_path, capsys):
 def test_init_replaces_its_own_model_alone(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("a good day\n" * 20)
     folder = tmp_path / "m"
-    arguments = ["init", "--text", str(tmp_path / "t.txt"), "--vocab_size", "260", "--hidden_size", "16", "--heads", "1"]
+    sizes = ["--vocab_size", "260", "--hidden_size", "16", "--heads", "1"]
+    arguments = ["init", "--text", str(tmp_path / "t.txt"), *sizes]
     assert main([*arguments, "--output_dir", str(folder), "--layers", "1"]) == 0
     assert main([*arguments, "--output_dir", str(folder), "--layers", "2"]) == 0
     assert load_causal(folder).config.num_hidden_layers == 2
