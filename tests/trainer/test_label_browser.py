@@ -1,4 +1,4 @@
-"""`rlhf label` in a headless Chromium: what only a browser shows. Needs Chromium and `pip install playwright`."""
+"""`rlhf label` in a headless Chromium: what only a browser shows. Skipped where there is none."""
 
 from __future__ import annotations
 
