@@ -37,7 +37,7 @@ from rlhf_trainer.pair_figures import (
     summary,
 )
 from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
-from rlhf_trainer.rows import Row, encode_row, left_pad
+from rlhf_trainer.rows import Row, encode_rows, left_pad
 from rlhf_trainer.runlog import read_metrics
 from rlhf_trainer.sft import encode_examples
 from rlhf_trainer.sharding import place_trained, with_weights
@@ -196,9 +196,8 @@ def encode_pairs(
 ) -> list[PairRows]:
     encoded = []
     for pair in pairs:
-        chosen, cut = encode_row(tokenizer, pair.prompt, pair.chosen, limit)
-        rejected, cut_too = encode_row(tokenizer, pair.prompt, pair.rejected, limit)
-        if cut or cut_too:
+        (chosen, rejected), cut = encode_rows(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
+        if cut:
             findings.note(f"longer than {limit} tokens, cut", pair.line)
         encoded.append(PairRows(pair, chosen, rejected))
     return encoded

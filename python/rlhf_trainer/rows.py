@@ -44,17 +44,25 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
-    """(row of at most `limit` tokens, whether something was cut).
+    """(row of at most `limit` tokens, whether something was cut); see `encode_rows`."""
+    (row,), cut = encode_rows(tokenizer, prompt, [completion], limit)
+    return row, cut
 
-    The prompt's beginning goes first (its BOS stays), as old turns matter least; then the end of the completion.
-    EOS always follows: training and scoring both end with it.
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], limit: int
+) -> tuple[list[Row], bool]:
+    """(a row of at most `limit` tokens for each completion, whether something was cut).
+
+    The prompt's beginning goes first (its BOS stays), as old turns matter least, and by what the longest completion
+    needs: all are compared after the same prompt. Then the end of a completion. EOS always follows: training and
+    scoring both end with it.
     """
-    head, tail = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
-    excess = len(head) + len(tail) - limit
-    if excess <= 0:
-        return Row(head + tail, len(head)), False
-    bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
-    head = bos + head[len(bos) + excess :]
-    if len(head) + len(tail) > limit:
-        tail = [*tail[: limit - len(head) - 1], tail[-1]]
-    return Row(head + tail, len(head)), True
+    head, tails = encode_prompt(tokenizer, prompt), [encode_completion(tokenizer, text) for text in completions]
+    excess = len(head) + max(map(len, tails)) - limit
+    if excess > 0:
+        bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
+        head = bos + head[len(bos) + excess :]
+        room = limit - len(head)
+        tails = [tail if len(tail) <= room else [*tail[: room - 1], tail[-1]] for tail in tails]
+    return [Row(head + tail, len(head)) for tail in tails], excess > 0

@@ -317,3 +317,22 @@ def test_bad_pairs_exit_2_with_nothing_written(folder, tmp_path, capsys, record,
     assert main(["reward", "--model", folder, "--data", str(path), "--output_dir", str(tmp_path / "out")]) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_too_long_keeps_one_prompt_for_both_answers(parts):
+    """What the longer answer needs is cut from the beginning, BOS kept; an answer beyond the limit loses its end."""
+    tokenizer, _ = parts
+    prompt, short, long = "one two three red blue good bad day", " yes", " no thanks fool"
+    findings = Findings("pairs", False)
+    (whole,) = reward.encode_pairs(tokenizer, [Pair(prompt, short, long)], 64, findings)
+    for limit in (len(whole.rejected.ids) - 2, len(whole.rejected.ids) - whole.rejected.prompt, 3):
+        for pair in (Pair(prompt, short, long), Pair(prompt, long, short)):
+            (item,) = reward.encode_pairs(tokenizer, [pair], limit, findings)
+            rows = (item.chosen, item.rejected)
+            assert max(len(row.ids) for row in rows) == limit
+            heads = [row.ids[: row.prompt] for row in rows]
+            assert heads[0] == heads[1]
+            bos = heads[0][:1] == [tokenizer.bos_token_id]
+            tail = heads[0][bos:]
+            assert tail == whole.chosen.ids[whole.chosen.prompt - len(tail) : whole.chosen.prompt]
+            assert all(row.ids[-1] == tokenizer.eos_token_id for row in rows)
