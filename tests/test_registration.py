@@ -19,24 +19,24 @@ from rlhf_kernels.ops import registration
 pytestmark = pytest.mark.skipif(dispatch.automatic("policy_loss", "cpu") is None, reason="no native module")
 
 
-class Watching(TorchDispatchMode):
+class _Notes:
+    """What a mode has seen."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def note(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-class WatchingFunctions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
+class Watching(_Notes, TorchDispatchMode):
+    __torch_dispatch__ = _Notes.note
 
-    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
+
+class WatchingFunctions(_Notes, TorchFunctionMode):
+    __torch_function__ = _Notes.note
 
 
 class Subclass(Tensor):

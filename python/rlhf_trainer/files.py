@@ -13,6 +13,8 @@ from typing import Any
 
 from rlhf_trainer.errors import UserError
 
+_DECODER = json.JSONDecoder()
+
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without the line end) of a UTF-8 file; a name in .gz is decompressed."""
@@ -39,22 +41,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from _json_array(path)
             return
         first = False
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
-            raise UserError(f"{path}:{number}: not JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{path}:{number}: not usable JSON: nested too deeply") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        record, end = _object(path, number, line, len(line) - len(line.lstrip()))
+        if line[end:].strip():
+            raise UserError(f"{path}:{number}: not JSON: there is more after the object, at column {end + 1}")
         yield number, record
 
 
 def _json_array(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of one JSON array, each with the line on which it begins."""
     text = "\n".join(line for _, line in read_lines(path))
-    decoder, place, line = json.JSONDecoder(), text.index("[") + 1, 1
-    counted = 0
+    place, line, counted = text.index("[") + 1, 1, 0
     while True:
         while place < len(text) and text[place] in " \t\r\n,":
             place += 1
@@ -64,16 +60,22 @@ def _json_array(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if text[place + 1 :].strip():
                 raise UserError(f"{path}:{line}: not JSON: there is more after the end of the array")
             return
-        try:
-            record, place = decoder.raw_decode(text, place)
-        except ValueError as error:
-            at = getattr(error, "lineno", line)
-            raise UserError(f"{path}:{at}: not JSON: {getattr(error, 'msg', error)}") from None
-        except RecursionError:
-            raise UserError(f"{path}:{line}: not usable JSON: nested too deeply") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{line}: expected a JSON object, got {type(record).__name__}")
+        record, place = _object(path, line, text, place)
         yield line, record
+
+
+def _object(path: str | Path, line: int, text: str, place: int) -> tuple[dict[str, Any], int]:
+    """The JSON object that begins at text[place], on that line of the file, and where it ends."""
+    try:
+        record, end = _DECODER.raw_decode(text, place)
+    except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
+        at = line + text.count("\n", place, getattr(error, "pos", place))
+        raise UserError(f"{path}:{at}: not JSON: {getattr(error, 'msg', error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}:{line}: not usable JSON: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{line}: expected a JSON object, got {type(record).__name__}")
+    return record, end
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
