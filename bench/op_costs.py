@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import words
 from harness import Contender, compare, environment
 from scaling import JOBS, SMALL_JOBS, Costs, Job, from_costs
 from torch import Tensor, nn
@@ -184,17 +185,8 @@ def measured(job: Job, device: torch.device, timer: Timer) -> Costs:
 
 def ppo(job: Job, device: torch.device, updates: int) -> dict[str, float]:
     """Seconds of each phase of the last of `updates` iterations of the trainer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from rlhf_trainer import PPOConfig, train_ppo
 
-    pad, eos = job.model.vocab - 2, job.model.vocab - 1
-    words = {f"w{i}": i for i in range(pad)} | {"<pad>": pad, "<eos>": eos}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    drawn = torch.randint(0, pad, (4 * job.batch, job.prompt), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         cfg = PPOConfig(
             output_dir=folder,
@@ -215,9 +207,9 @@ def ppo(job: Job, device: torch.device, updates: int) -> dict[str, float]:
         result = train_ppo(
             cfg,
             model=model_of(job, job.model.layers, job.prompt + job.response),
-            tokenizer=saved,
+            tokenizer=words.tokenizer(job.model.vocab),
             reward=lambda _, completions: [0.0] * len(completions),
-            prompts=[" ".join(f"w{i}" for i in row) for row in drawn.tolist()],
+            prompts=words.prompts(job.model.vocab, 4 * job.batch, job.prompt),
         )
     return {phase: result.metrics[-1][f"seconds/{phase}"] for phase in ("rollout", "scoring", "update")}
 

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import words
+
 VOCAB, LAYERS, WIDTH, HEADS = 50257, 4, 256, 4
 BATCH, PROMPT, RESPONSE, EPOCHS, MICRO = 32, 32, 32, 4, 8
 LR, KL_COEF, VF_COEF = 1e-5, 0.05, 0.1
@@ -39,22 +41,16 @@ def status(key: str) -> int:
 def prepare(folder: Path) -> None:
     """The same policy, reward model, tokenizer (a word a token) and prompts for both."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-    words = {f"w{i}": i for i in range(PAD)} | {"<pad>": PAD, "<eos>": EOS}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = words.tokenizer(VOCAB)
     ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
     options = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "vocab_size": VOCAB, "n_positions": 128, **ids}
     for name, kind in (("policy", GPT2LMHeadModel), ("reward", GPT2ForSequenceClassification)):
         torch.manual_seed(0)
         kind(GPT2Config(**options, **({"num_labels": 1} if name == "reward" else {}))).save_pretrained(folder / name)
-        saved.save_pretrained(folder / name)
-    drawn = torch.randint(0, PAD, (256, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts = [" ".join(f"w{i}" for i in row) for row in drawn]
-    (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+        tokenizer.save_pretrained(folder / name)
+    (folder / "prompts.json").write_text(json.dumps(words.prompts(VOCAB, 256, PROMPT)), encoding="utf-8")
 
 
 def ours(folder: Path, updates: int, rollout_batch: int) -> dict[str, Any]:
