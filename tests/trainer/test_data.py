@@ -297,3 +297,20 @@ def test_a_table_is_not_taken_for_lines_of_text(tmp_path, name):
     for read in (read_prompts, read_examples, read_pairs):
         with pytest.raises(UserError, match=f"{name}: a table; "):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}\n{"a": 2} {"a": 3}\n', ":2: not JSON: there is more after the object, at column 9"),
+        ('{"a": 1}\n {"a": }\n', ":2: not JSON: Expecting value"),
+        ('[{"a": 1},\n {"a":\n }]\n', ":3: not JSON: Expecting value"),
+        ("[\n\n 7]\n", ":3: expected a JSON object, got int"),
+    ],
+)
+def test_a_broken_object_is_named_by_its_line(tmp_path, text, message):
+    file = tmp_path / "x.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        list(read_jsonl(file))
+    assert message in str(raised.value)
