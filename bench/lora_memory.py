@@ -35,9 +35,9 @@ def status(key: str) -> int:
 def prepare(folder: Path, hidden_size: int, layers: int) -> int:
     """The base, a copy of it, and a reward adapter over it, merged too; returns the base's MiB."""
     from rlhf_trainer import reward
-    from rlhf_trainer.files import write_jsonl
-    from rlhf_trainer.models import save_folder
-    from rlhf_trainer.new_model import build_model, build_tokenizer
+    from rlhf_trainer.data.files import write_jsonl
+    from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+    from rlhf_trainer.models.loading import save_folder
 
     tokenizer = build_tokenizer([WORDS] * 4, 300)
     model = build_model("llama", tokenizer, hidden_size=hidden_size, layers=layers, heads=8, max_length=256)

@@ -25,7 +25,7 @@ from scaling import JOBS, SMALL_JOBS, Costs, Job, from_costs
 from torch import Tensor, nn
 
 import rlhf_kernels as rk
-from rlhf_trainer import precision
+from rlhf_trainer.models import precision
 
 FEW, MORE = 1, 3  # layers
 HEAD_SIZE = 64

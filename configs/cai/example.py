@@ -13,10 +13,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from rlhf_trainer.cai_dialogue import critique_request, make_prompt, revision_request
 from rlhf_trainer.cli import main as rlhf
-from rlhf_trainer.constitution import load_constitution
-from rlhf_trainer.files import write_jsonl
+from rlhf_trainer.constitutional.constitution import load_constitution
+from rlhf_trainer.constitutional.dialogue import critique_request, make_prompt, revision_request
+from rlhf_trainer.data.files import write_jsonl
 
 HERE = Path(__file__).resolve().parent
 RUDE, PLAIN, THANKFUL = " sorry you fool no", " yes", " thanks yes"

@@ -9,42 +9,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_trainer.base.errors import InvariantError, UserError
     from rlhf_trainer.bon import BonConfig, BonResult, best_of_n
-    from rlhf_trainer.cai_label import CAILabelConfig, CAILabelResult, label_answers
-    from rlhf_trainer.cai_revise import CAIReviseConfig, CAIReviseResult, revise_answers
-    from rlhf_trainer.constitution import Constitution, Rule, load_constitution
-    from rlhf_trainer.data import Example, Pair
+    from rlhf_trainer.constitutional.constitution import Constitution, load_constitution
+    from rlhf_trainer.constitutional.label import CAILabelConfig, CAILabelResult, label_answers
+    from rlhf_trainer.constitutional.revise import CAIReviseConfig, CAIReviseResult, revise_answers
+    from rlhf_trainer.data.files import write_jsonl
+    from rlhf_trainer.data.records import Example, Pair
     from rlhf_trainer.dpo import DPOConfig, DPOResult, train_dpo
-    from rlhf_trainer.errors import InvariantError, UserError
     from rlhf_trainer.eval import EvalConfig, EvalResult, evaluate
     from rlhf_trainer.generate import GenerateConfig, GenerateResult, generate_completions
     from rlhf_trainer.init import InitConfig, InitResult, init_model
-    from rlhf_trainer.judges import load_judge
+    from rlhf_trainer.judging.judges import load_judge
+    from rlhf_trainer.judging.rewards import load_reward
+    from rlhf_trainer.judging.shots import Rule
     from rlhf_trainer.label import LabelConfig, label_server
-    from rlhf_trainer.ppo import PPOConfig, PPOResult, train_ppo
+    from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
+    from rlhf_trainer.onpolicy.config import PPOConfig
+    from rlhf_trainer.ppo import PPOResult, train_ppo
     from rlhf_trainer.prefs import PrefsConfig, PrefsResult, make_pairs
     from rlhf_trainer.reward import RewardConfig, RewardResult, train_reward
-    from rlhf_trainer.rewards import load_reward
     from rlhf_trainer.sft import SFTConfig, SFTResult, train_sft
+    from rlhf_trainer.training.runlog import read_metrics
 
 MODULES = {
+    "base.errors": ("InvariantError", "UserError"),
     "bon": ("BonConfig", "BonResult", "best_of_n"),
-    "cai_label": ("CAILabelConfig", "CAILabelResult", "label_answers"),
-    "cai_revise": ("CAIReviseConfig", "CAIReviseResult", "revise_answers"),
-    "constitution": ("Constitution", "Rule", "load_constitution"),
-    "data": ("Example", "Pair"),
+    "constitutional.constitution": ("Constitution", "load_constitution"),
+    "constitutional.label": ("CAILabelConfig", "CAILabelResult", "label_answers"),
+    "constitutional.revise": ("CAIReviseConfig", "CAIReviseResult", "revise_answers"),
+    "data.files": ("write_jsonl",),
+    "data.records": ("Example", "Pair"),
     "dpo": ("DPOConfig", "DPOResult", "train_dpo"),
-    "errors": ("InvariantError", "UserError"),
     "eval": ("EvalConfig", "EvalResult", "evaluate"),
     "generate": ("GenerateConfig", "GenerateResult", "generate_completions"),
     "init": ("InitConfig", "InitResult", "init_model"),
-    "judges": ("load_judge",),
+    "judging.judges": ("load_judge",),
+    "judging.rewards": ("load_reward",),
+    "judging.shots": ("Rule",),
     "label": ("LabelConfig", "label_server"),
-    "ppo": ("PPOConfig", "PPOResult", "train_ppo"),
+    "models.loading": ("load_causal", "load_tokenizer", "save_folder"),
+    "onpolicy.config": ("PPOConfig",),
+    "ppo": ("PPOResult", "train_ppo"),
     "prefs": ("PrefsConfig", "PrefsResult", "make_pairs"),
     "reward": ("RewardConfig", "RewardResult", "train_reward"),
-    "rewards": ("load_reward",),
     "sft": ("SFTConfig", "SFTResult", "train_sft"),
+    "training.runlog": ("read_metrics",),
 }
 MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
 __all__ = [
@@ -83,15 +93,20 @@ __all__ = [
     "init_model",
     "label_answers",
     "label_server",
+    "load_causal",
     "load_constitution",
     "load_judge",
     "load_reward",
+    "load_tokenizer",
     "make_pairs",
+    "read_metrics",
     "revise_answers",
+    "save_folder",
     "train_dpo",
     "train_ppo",
     "train_reward",
     "train_sft",
+    "write_jsonl",
 ]
 
 

@@ -16,16 +16,19 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trainer import generate
-from rlhf_trainer.config import option, refuse_overwriting, require, say
-from rlhf_trainer.data import read_prompts
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.estimates import bootstrap
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
-from rlhf_trainer.report import COLOURS, embed, html_table, show_estimate, show_number, write_page
-from rlhf_trainer.rewards import RewardFunction, load_reward, scores_of
-from rlhf_trainer.rollout import encode_prompts, stop_token_id
+from rlhf_trainer.base.config import option, refuse_overwriting, require
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.distributed import resolve_device
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.reports.estimates import bootstrap
+from rlhf_trainer.reports.page import COLOURS, embed, html_table, show_estimate, show_number, write_page
+from rlhf_trainer.sampling.batches import collect, finished, sample_batches
+from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
+from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
 
 SUMMARY = """Sample N completions of every prompt, score them with a reward, keep the best: data for `rlhf sft`.
 
@@ -38,7 +41,7 @@ EXAMPLE = (
 
 
 @dataclass
-class BonConfig(generate.Config):
+class BonConfig(SamplingConfig):
     output: str = option("", "JSON-lines file for the best completion of every prompt; the other files lie beside it")
     n: int = option(16, "completions per prompt")
     reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
@@ -89,7 +92,7 @@ def best_of_n(
     """
     needed = {"model": model, "reward": reward, "prompts": prompts}
     require(cfg, *(name for name, given in needed.items() if given is None))
-    generate.validate_numbers(cfg)
+    validate_numbers(cfg)
     if cfg.bootstrap < 1:
         raise UserError(f"--bootstrap {cfg.bootstrap}: must be at least 1")
     refuse_overwriting("output", cfg.output, cfg.prompts)
@@ -100,7 +103,7 @@ def best_of_n(
     prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
     raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".samples.jsonl")))
     batch = max(1, cfg.batch_size // cfg.n)
-    start = generate.finished(raw, prompts, batch) if cfg.output else 0
+    start = finished(raw, prompts, batch) if cfg.output else 0
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = model.to(device).eval()
@@ -116,10 +119,8 @@ def best_of_n(
             pad_token=cfg.pad_token,
             trust_remote_code=cfg.trust_remote_code,
         )
-    batches = generate.sample_batches(raw, model, tokenizer, prompts, start, batch)
-    samples = generate.collect(
-        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg
-    )
+    batches = sample_batches(raw, model, tokenizer, prompts, start, batch)
+    samples = collect(raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg)
     best = [chosen(record) for record in samples]
     figures = statistics(cfg, samples)
     if cfg.output:

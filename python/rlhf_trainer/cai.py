@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_trainer import cai_label, cai_revise, constitution
-from rlhf_trainer.errors import UserError
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.constitutional import constitution
+from rlhf_trainer.constitutional import label as cai_label
+from rlhf_trainer.constitutional import revise as cai_revise
 
 SUMMARY = """Constitutional AI (Bai et al. 2022): written rules take the place of human labellers.
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from rlhf_trainer.errors import UserError
+from rlhf_trainer.base.errors import UserError
 
 # Stage -> (module, what it does). A stage's module has Config, run(cfg), SUMMARY and EXAMPLE; it may have POSITIONAL,
 # the option that leading arguments without dashes belong to, and COMMANDS, further modules like it by a first word.
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from transformers.utils import logging
 
-    from rlhf_trainer.config import parse_config
-    from rlhf_trainer.distributed import launched
+    from rlhf_trainer.base.config import parse_config
+    from rlhf_trainer.base.distributed import launched
 
     if launched()[1] > 1 and stage not in SHARED:
         message = f"rlhf {stage}: error: it runs in one process; of several, each would write the same files"

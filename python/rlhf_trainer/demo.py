@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rlhf_trainer import demo_world as world
 from rlhf_trainer import eval as evaluation
-from rlhf_trainer.config import option, save_config
-from rlhf_trainer.data import read_prompts
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rankings import pairs_from_rankings, read_rankings
-from rlhf_trainer.report import Check, Curve, metric_curve, print_report, write_report
-from rlhf_trainer.rollout import generate
-from rlhf_trainer.runlog import read_metrics
-from rlhf_trainer.threads import one_thread
+from rlhf_trainer.base.config import option, save_config
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.rankings import pairs_from_rankings, read_rankings
+from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.reports.page import Check, Curve, metric_curve, print_report, write_report
+from rlhf_trainer.sampling.rollout import generate
+from rlhf_trainer.training.runlog import read_metrics
+from rlhf_trainer.worlds import demo as world
+from rlhf_trainer.worlds.threads import one_thread
 
 SUMMARY = "The whole chain on a tiny model in a generated world: offline, on a CPU, in minutes, with a report."
 EXAMPLE = "rlhf demo --output_dir runs/demo --seed 1"
@@ -86,7 +86,7 @@ def run(cfg: Config) -> dict[str, Any]:
             "ppo",
             model=f"{folder}/sft",
             reward=f"{folder}/reward",
-            gold_reward="rlhf_trainer.demo_world:harmless",
+            gold_reward="rlhf_trainer.worlds.demo:harmless",
             prompts=f"{folder}/prompts.jsonl",
             output_dir=f"{folder}/ppo",
             updates=cfg.ppo_updates,
@@ -196,9 +196,9 @@ def evaluate(cfg: Config, folder: Path, heldout: list[str]) -> tuple[dict[str, A
         after=[f"{folder}/ppo"],
         prompts=f"{folder}/heldout_prompts.jsonl",
         output_dir=f"{folder}/eval",
-        toxicity="rlhf_trainer.demo_world:toxicity",
+        toxicity="rlhf_trainer.worlds.demo:toxicity",
         reward=f"{folder}/reward",
-        measures=["on topic=rlhf_trainer.demo_world:on_topic"],
+        measures=["on topic=rlhf_trainer.worlds.demo:on_topic"],
         max_prompts=len(heldout),
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=TEMPERATURE,

@@ -16,22 +16,30 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_kernels import dpo_loss
-from rlhf_trainer import adapters, precision, quantised
-from rlhf_trainer.checkpoint import refuse_leftovers, weights_digest
-from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import Pair, read_pairs
-from rlhf_trainer.distributed import current, on_all_ranks
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.finish import finish
-from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, resolve_device
-from rlhf_trainer.pair_figures import heldout_metrics, heldout_table, judge, length_baseline, summary
-from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
-from rlhf_trainer.reward import PairRows, encode_pairs
-from rlhf_trainer.rows import Row
-from rlhf_trainer.runlog import read_metrics
-from rlhf_trainer.sft import completion_losses, counted_tokens
-from rlhf_trainer.sharding import place, place_trained
-from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
+from rlhf_trainer.base.config import option, require
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.records import Pair, read_pairs
+from rlhf_trainer.data.rows import PairRows, Row, counted_tokens, encode_pairs
+from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
+from rlhf_trainer.models.logprobs import completion_losses
+from rlhf_trainer.models.sharding import place, place_trained
+from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.training.checkpoint import refuse_leftovers, weights_digest
+from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, judge, length_baseline, summary
+from rlhf_trainer.training.runlog import read_metrics
+from rlhf_trainer.training.supervised import (
+    FitConfig,
+    Task,
+    fit,
+    length_limit,
+    read_both,
+    say_findings,
+    validate_options,
+)
 
 SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen start, or --ref_model, is the reference.
 

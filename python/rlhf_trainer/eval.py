@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trainer.config import option, require, save_config
-from rlhf_trainer.data import read_shown_prompts
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.estimates import (
+from rlhf_trainer.base.conditions import check_gates, parse_gates, short
+from rlhf_trainer.base.config import option, require, save_config
+from rlhf_trainer.base.distributed import resolve_device
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import read_shown_prompts
+from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
+from rlhf_trainer.judging.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
+from rlhf_trainer.judging.win_rates import judged, wins
+from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer
+from rlhf_trainer.models.scoring import classifier_outputs
+from rlhf_trainer.reports.estimates import (
     Values,
     bootstrap,
     bootstrap_sums,
@@ -25,23 +34,10 @@ from rlhf_trainer.estimates import (
     perplexity,
     perplexity_change,
 )
-from rlhf_trainer.eval_gates import check_gates, parse_gates, short
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.judges import KINDS, QUESTION, Judge, load_judge
-from rlhf_trainer.models import (
-    classifier_outputs,
-    load_causal,
-    load_reward_model,
-    load_tokenizer,
-    resolve_device,
-    score_head,
-)
-from rlhf_trainer.ppo import token_outputs
-from rlhf_trainer.report import print_report, write_report
-from rlhf_trainer.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
-from rlhf_trainer.rollout import encode_prompts, generate
-from rlhf_trainer.runlog import RunLog
-from rlhf_trainer.win_rates import judged, wins
+from rlhf_trainer.reports.page import print_report, write_report
+from rlhf_trainer.sampling.responses import token_outputs
+from rlhf_trainer.sampling.rollout import encode_prompts, generate
+from rlhf_trainer.training.runlog import RunLog
 
 SUMMARY = "Compare policies on the same prompts: measures with bootstrap intervals, completions, an HTML report."
 EXAMPLE = (

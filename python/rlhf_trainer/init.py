@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trainer.config import option, require, save_config, say
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import is_jsonl, read_jsonl, read_lines
-from rlhf_trainer.models import save_folder
-from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.base.config import option, require, save_config
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import is_jsonl, read_jsonl, read_lines
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+from rlhf_trainer.models.loading import save_folder
 
 SUMMARY = (
     "Train a byte-level BPE tokenizer on text and write a small, randomly initialised model as a Hugging Face folder."

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from rlhf_trainer import label_page
-from rlhf_trainer.config import option, refuse_overwriting, require, say
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import read_lines
-from rlhf_trainer.label_store import Store, parse_rank, read_tasks
-from rlhf_trainer.prefs_instructions import CRITERIA, instructions
+from rlhf_trainer.base.config import option, refuse_overwriting, require
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import read_lines
+from rlhf_trainer.labelling import page as label_page
+from rlhf_trainer.labelling.instructions import CRITERIA, instructions
+from rlhf_trainer.labelling.store import Store, parse_rank, read_tasks
 
 SUMMARY = """Serve a page on this machine where people rank the completions of a file, with the instructions in view.
 

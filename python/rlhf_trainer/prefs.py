@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_trainer import prefs_instructions
-from rlhf_trainer.agreement import Agreement, agreement, table
-from rlhf_trainer.config import option, refuse_overwriting, require, say
-from rlhf_trainer.data import Pair, check_pairs
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.formats import MARKERS, Options
-from rlhf_trainer.models import load_tokenizer
-from rlhf_trainer.rankings import Ranked, Votes, voted_pairs
-from rlhf_trainer.readers import FORMATS, Preferences, read_preferences
+from rlhf_trainer.base.config import option, refuse_overwriting, require
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.agreement import Agreement, agreement, table
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.formats import MARKERS, Options
+from rlhf_trainer.data.rankings import Ranked, Votes, voted_pairs
+from rlhf_trainer.data.readers import FORMATS, Preferences, read_preferences
+from rlhf_trainer.data.records import Pair, check_pairs
+from rlhf_trainer.labelling import instructions as prefs_instructions
+from rlhf_trainer.models.loading import load_tokenizer
 
 _KINDS = "\n".join(f"  {known.name:12} {known.what}" for known in FORMATS.values())
 SUMMARY = f"""Turn rankings by several labellers, scores, thumbs or pairs into one file of preference pairs.

@@ -11,23 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trainer import adapters, precision, quantised
-from rlhf_trainer.config import option, require, say
-from rlhf_trainer.data import Findings, Pair, read_examples, read_pairs
-from rlhf_trainer.distributed import current, on_all_ranks
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.finish import finish
-from rlhf_trainer.models import (
-    NORMALISATION,
-    last_token_scores,
-    load_reward_model,
-    load_tokenizer,
-    quiet,
-    resolve_device,
-    score_head,
-    score_sequences,
-)
-from rlhf_trainer.pair_figures import (
+from rlhf_trainer.base.config import option, require
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.records import Pair, read_examples, read_pairs
+from rlhf_trainer.data.rows import PairRows, Row, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, quiet
+from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
+from rlhf_trainer.models.sharding import place_trained, with_weights
+from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.pair_metrics import (
     calibration_figure,
     heldout_metrics,
     heldout_table,
@@ -36,12 +33,16 @@ from rlhf_trainer.pair_figures import (
     losses_of,
     summary,
 )
-from rlhf_trainer.report import curves_figure, embed, metric_curve, write_page
-from rlhf_trainer.rows import Row, encode_rows, left_pad
-from rlhf_trainer.runlog import read_metrics
-from rlhf_trainer.sft import encode_examples
-from rlhf_trainer.sharding import place_trained, with_weights
-from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
+from rlhf_trainer.training.runlog import read_metrics
+from rlhf_trainer.training.supervised import (
+    FitConfig,
+    Task,
+    fit,
+    length_limit,
+    read_both,
+    say_findings,
+    validate_options,
+)
 
 SUMMARY = "Train a reward model on preference pairs, starting from a language model (usually the SFT model)."
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"
@@ -62,13 +63,6 @@ class RewardConfig(FitConfig):
 
 
 Config = RewardConfig
-
-
-@dataclass(frozen=True)
-class PairRows:
-    pair: Pair
-    chosen: Row
-    rejected: Row
 
 
 @dataclass
@@ -189,18 +183,6 @@ def all_scores(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_s
             scores[part] = found
     ranks.sum_(scores)
     return scores
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, findings: Findings
-) -> list[PairRows]:
-    encoded = []
-    for pair in pairs:
-        (chosen, rejected), cut = encode_rows(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
-        if cut:
-            findings.note(f"longer than {limit} tokens, cut", pair.line)
-        encoded.append(PairRows(pair, chosen, rejected))
-    return encoded
 
 
 def reference_rows(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_kernels import linear_logprobs
-from rlhf_trainer import adapters, quantised
-from rlhf_trainer.config import require
-from rlhf_trainer.data import Example, Findings, read_examples
-from rlhf_trainer.distributed import current, on_all_ranks
-from rlhf_trainer.finish import finish
-from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import load_causal, load_tokenizer, resolve_device
-from rlhf_trainer.rows import Row, encode_row, left_pad
-from rlhf_trainer.seq2seq import is_encoder_decoder
-from rlhf_trainer.sharding import place_trained, with_weights
-from rlhf_trainer.supervised import FitConfig, Task, fit, length_limit, read_both, say_findings, validate_options
+from rlhf_trainer.base.config import require
+from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.data.records import Example, read_examples
+from rlhf_trainer.data.rows import Row, counted_tokens, encode_examples
+from rlhf_trainer.models import adapters, quantised
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.models.logprobs import completion_losses
+from rlhf_trainer.models.sharding import place_trained
+from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.supervised import (
+    FitConfig,
+    Task,
+    fit,
+    length_limit,
+    read_both,
+    say_findings,
+    validate_options,
+)
 
 SUMMARY = "Fine-tune a causal language model on prompts and completions; the loss counts completions only."
 EXAMPLE = "rlhf sft --model runs/base --data examples.jsonl --output_dir runs/sft --epochs 2 --lr 1e-4"
@@ -45,42 +50,6 @@ class SFTResult:
     output_dir: str  # "": nothing was written
 
 
-@with_weights
-def completion_losses(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
-    """[M] float32: -log p of each row's completion tokens, EOS included, summed; prompt and padding do not count.
-
-    A completion that nothing precedes (empty prompt, no BOS) counts from its second token.
-    """
-    device = next(model.parameters()).device
-    lay_out = _prompts_then_completions if is_encoder_decoder(model) else _texts
-    ids, mask, start, counted = lay_out(rows, pad_id)
-    inputs = head_inputs(model, ids.to(device), mask.to(device), start)
-    return -linear_logprobs(**inputs, mask=counted.to(device)).sum(-1)
-
-
-def _texts(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor, int, Tensor]:
-    """ids, mask [M, L], start, and which of the tokens from there on count [M, L - start], for a causal model."""
-    ids, mask = left_pad([row.ids for row in rows], pad_id)
-    counted = torch.zeros_like(mask)
-    for i, row in enumerate(rows):
-        counted[i, ids.shape[1] - len(row.ids) + max(row.prompt, 1) :] = True
-    return ids, mask, 1, counted[:, 1:]
-
-
-def _prompts_then_completions(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor, int, Tensor]:
-    """The same for an encoder-decoder model: prompts padded on the left, completions on the right."""
-    prompts, prompt_mask = left_pad([row.ids[: row.prompt] for row in rows], pad_id)
-    turned, mask = left_pad([row.ids[row.prompt :][::-1] for row in rows], pad_id)
-    mask = mask.flip(1)
-    counted = mask.clone()
-    counted[:, 0] = torch.tensor([row.prompt > 0 for row in rows])
-    return torch.cat([prompts, turned.flip(1)], 1), torch.cat([prompt_mask, mask], 1), prompts.shape[1], counted
-
-
-def counted_tokens(row: Row) -> int:
-    return len(row.ids) - max(row.prompt, 1)
-
-
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int) -> float:
     """Nats per completion token over all rows."""
@@ -91,18 +60,6 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_si
         total += weight * completion_losses(model, batch, pad_id).sum().item()
     current().sum_(total)
     return total.item() / sum(map(counted_tokens, rows))
-
-
-def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: Findings
-) -> list[Row]:
-    rows = []
-    for example in examples:
-        row, cut = encode_row(tokenizer, example.prompt, example.completion, limit)
-        if cut:
-            findings.note(f"longer than {limit} tokens, cut", example.line)
-        rows.append(replace(row, line=example.line))
-    return rows
 
 
 @on_all_ranks

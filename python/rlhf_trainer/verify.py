@@ -17,13 +17,15 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from rlhf_trainer import verify_reward, verify_rows
-from rlhf_trainer.config import option, say
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import PROMPTS, ExactWorld, oracle
+from rlhf_trainer.base.config import option
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.ppo import train_ppo
-from rlhf_trainer.threads import one_thread
-from rlhf_trainer.verify_rows import QUICK, QUICK_GAP, Line, fitted, ppo_config
+from rlhf_trainer.verification import cases as verify_rows
+from rlhf_trainer.verification import reward_model as verify_reward
+from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, Line, fitted, ppo_config
+from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, oracle
+from rlhf_trainer.worlds.threads import one_thread
 
 matplotlib.use("Agg")  # a server has no display
 

@@ -36,8 +36,8 @@ from rlhf_trainer import (
     train_reward,
     train_sft,
 )
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "red") for b in ("day", "good")]
 FIT = {"batch_size": 4, "lr": 3e-3, "heldout": 0, "device": "cpu"}

@@ -11,10 +11,10 @@ import pytest
 from tiny import tiny_folder
 
 from rlhf_trainer import BonConfig, best_of_n, bon, generate
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import read_examples, read_pairs
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.data.records import read_examples, read_pairs
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = ["one two", "red", "blue night", "a good day", "bad"]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rlhf_trainer import CAILabelConfig, DPOConfig, label_answers, train_dpo
-from rlhf_trainer.constitution import load_constitution
-from rlhf_trainer.data import Pair, read_examples, read_pairs, read_prompts
-from rlhf_trainer.judges import load_judge
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rollout import generate
+from rlhf_trainer.constitutional.constitution import load_constitution
+from rlhf_trainer.data.records import Pair, read_examples, read_pairs, read_prompts
+from rlhf_trainer.judging.judges import load_judge
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.sampling.rollout import generate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "cai"
 

@@ -8,17 +8,19 @@ import pytest
 from serving import said, serving
 from tiny import WORDS, tiny_folder
 
-from rlhf_trainer import CAILabelConfig, cai_label, label_answers
-from rlhf_trainer.cai_dialogue import make_prompt
-from rlhf_trainer.cai_label import compare, labelled, statistics, warnings
+from rlhf_trainer import CAILabelConfig, label_answers
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.constitution import Constitution, Rule
-from rlhf_trainer.data import read_pairs
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.judges import ModelJudge, both_orders
-from rlhf_trainer.new_model import build_model, build_tokenizer
-from rlhf_trainer.server import Server
+from rlhf_trainer.constitutional import label as cai_label
+from rlhf_trainer.constitutional.constitution import Constitution
+from rlhf_trainer.constitutional.dialogue import make_prompt
+from rlhf_trainer.constitutional.label import compare, labelled, statistics, warnings
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import read_pairs
+from rlhf_trainer.judging.client import Server
+from rlhf_trainer.judging.judges import ModelJudge, both_orders
+from rlhf_trainer.judging.shots import Rule
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 
 PROMPTS = ["one day", "two good", "red night", "blue bad", "three yes"]
 TURNS = (

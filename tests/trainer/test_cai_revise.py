@@ -10,14 +10,15 @@ from serving import said, serving
 from tiny import WORDS, tiny_folder
 
 from rlhf_trainer import CAIReviseConfig, generate, revise_answers
-from rlhf_trainer.cai_dialogue import critique_request, make_prompt, revision_request
-from rlhf_trainer.cai_writer import cut
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.constitution import Constitution, Rule, Shot
-from rlhf_trainer.data import read_examples
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.constitutional.constitution import Constitution
+from rlhf_trainer.constitutional.dialogue import critique_request, make_prompt, revision_request
+from rlhf_trainer.constitutional.writer import cut
+from rlhf_trainer.data.records import read_examples
+from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = ["one day", "two good", "red night", "blue bad", "three yes"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

@@ -15,11 +15,11 @@ import torch
 from processes import PATIENCE, Forked, command
 
 from rlhf_trainer import train_ppo
-from rlhf_trainer.checkpoint import damage
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
-from rlhf_trainer.models import save_folder
-from rlhf_trainer.ppo import PPOConfig
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models.loading import save_folder
+from rlhf_trainer.onpolicy.config import PPOConfig
+from rlhf_trainer.training.checkpoint import damage
+from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_tokenizer, oracle
 
 TOKENIZER = make_tokenizer()
 UPDATES = 12

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from rlhf_trainer.base.config import option, parse_config, parser_for, require, save_config
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import STAGES, main, usage
-from rlhf_trainer.config import option, parse_config, parser_for, require, save_config
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.ppo import PPOConfig
+from rlhf_trainer.onpolicy.config import PPOConfig
 
 
 @dataclass

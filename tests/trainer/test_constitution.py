@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.constitution import DEFAULT, Constitution, Rule, load_constitution
-from rlhf_trainer.errors import UserError
+from rlhf_trainer.constitutional.constitution import DEFAULT, Constitution, load_constitution
+from rlhf_trainer.judging.shots import Rule
 
 RULE = "  - name: {name}\n    critique: c\n    revision: r\n    question: q\n"
 ONE = "rules:\n" + RULE.format(name="kind")

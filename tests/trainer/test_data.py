@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from rlhf_trainer.data import Example, Pair, read_examples, read_pairs, read_prompts, split_heldout
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import read_jsonl, write_jsonl
-from rlhf_trainer.new_model import build_tokenizer
-from rlhf_trainer.rows import encode_prompt
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import read_jsonl, write_jsonl
+from rlhf_trainer.data.records import Example, Pair, read_examples, read_pairs, read_prompts, split_heldout
+from rlhf_trainer.data.rows import encode_prompt
+from rlhf_trainer.models.from_scratch import build_tokenizer
 
 
 def lines(path, *records):

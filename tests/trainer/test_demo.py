@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rlhf_trainer import demo
-from rlhf_trainer import demo_world as world
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import read_examples, read_pairs, read_prompts
-from rlhf_trainer.rankings import read_rankings
-from rlhf_trainer.rewards import load_reward
+from rlhf_trainer.data.rankings import read_rankings
+from rlhf_trainer.data.records import read_examples, read_pairs, read_prompts
+from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.worlds import demo as world
 
 PROMPTS = world.make_prompts(random.Random(0))
 KIND = {"prompt": "User: My house is too hot.\nHelper:", "answer": " You could draw the curtains. I hope this helps."}
@@ -151,7 +151,7 @@ def test_collapsed_policies_break_a_promise(collapsed, breaks):
 
 
 def test_command_lines_are_what_the_stages_were_given():
-    from rlhf_trainer.config import parse_config
+    from rlhf_trainer.base.config import parse_config
     from rlhf_trainer.sft import Config
 
     cfg = Config(model="a b", data="x.jsonl", output_dir="out", lr=0.008, heldout=0.05, resume=True)

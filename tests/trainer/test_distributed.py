@@ -12,14 +12,14 @@ import torch
 from processes import Forked
 from safetensors.torch import load_file
 
-from rlhf_trainer import distributed
-from rlhf_trainer.checks import check_shares
+from rlhf_trainer.base import distributed
+from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.distributed import Ranks
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import PROMPTS, make_model, make_seq2seq, make_tokenizer
-from rlhf_trainer.models import save_folder
-from rlhf_trainer.ppo import PPOConfig
+from rlhf_trainer.models.loading import save_folder
+from rlhf_trainer.onpolicy.checks import check_shares
+from rlhf_trainer.onpolicy.config import PPOConfig
+from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_seq2seq, make_tokenizer
 
 TIMES = ("seconds/", "eps", "tokens_per_second")
 

@@ -18,8 +18,8 @@ from tiny import WORDS
 
 from rlhf_trainer import Pair, RewardConfig, train_reward
 from rlhf_trainer.cli import STAGES, main
-from rlhf_trainer.models import load_causal, load_tokenizer, save_folder
-from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w+) +(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

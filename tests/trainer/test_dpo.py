@@ -15,14 +15,13 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import DPOConfig, dpo, train_dpo
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.new_model import build_model
-from rlhf_trainer.reward import PairRows
-from rlhf_trainer.rows import encode_row
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.rows import PairRows, encode_row
+from rlhf_trainer.models.from_scratch import build_model
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no day"} for p in PROMPTS]

@@ -10,14 +10,14 @@ import torch
 from tiny import WORDS, tiny_folder
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf_trainer import estimates
 from rlhf_trainer import eval as evaluation
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import read_jsonl, write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rewards import load_reward
-from rlhf_trainer.rows import encode_completion, encode_prompt
+from rlhf_trainer.data.files import read_jsonl, write_jsonl
+from rlhf_trainer.data.rows import encode_completion, encode_prompt
+from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.reports import estimates
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 MEASURE = """

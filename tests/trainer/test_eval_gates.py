@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tiny import tiny_folder
 
-from rlhf_trainer import eval_gates, win_rates
+from rlhf_trainer.base import conditions as eval_gates
+from rlhf_trainer.base.conditions import Gate, parse_gates
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.eval_gates import Gate, parse_gates
+from rlhf_trainer.judging import win_rates
 
 MEASURES = ["KL (nats)", "toxicity", "distinct-2", "win rate by reward"]
 JUDGES = """

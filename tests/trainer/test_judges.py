@@ -10,13 +10,13 @@ import torch
 from serving import said, serving
 from tiny import tiny_folder
 
-from rlhf_trainer.constitution import load_constitution
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.new_model import build_model, build_tokenizer
-from rlhf_trainer.rows import encode_completion, encode_prompt
-from rlhf_trainer.server import Server
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.constitutional.constitution import load_constitution
+from rlhf_trainer.data.rows import encode_completion, encode_prompt
+from rlhf_trainer.judging.client import Server
+from rlhf_trainer.judging.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 ASKED = (["one day", "two"], ["good", "yes thanks"], ["bad fool night", "no"])
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

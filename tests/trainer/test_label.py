@@ -16,14 +16,14 @@ from urllib.parse import urlencode
 
 import pytest
 
-from rlhf_trainer import label_page
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.errors import UserError
 from rlhf_trainer.label import Config, label_server
-from rlhf_trainer.label_store import Store, Task, read_tasks
+from rlhf_trainer.labelling import page as label_page
+from rlhf_trainer.labelling.instructions import CRITERIA
+from rlhf_trainer.labelling.store import Store, Task, read_tasks
 from rlhf_trainer.prefs import Config as PrefsConfig
 from rlhf_trainer.prefs import prepare
-from rlhf_trainer.prefs_instructions import CRITERIA
 
 RECORDS = [
     {"prompt": "first <b>prompt</b>", "completions": ["alpha", "beta & \u00fc", "gamma\n</p><script>x</script>"]},

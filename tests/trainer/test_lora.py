@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trainer import PPOConfig, adapters, dpo, reward, sft, train_ppo
-from rlhf_trainer.adapters import MAIN, REFERENCE, Adapter, active
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rewards import load_reward
-from rlhf_trainer.rows import encode_prompt
-from rlhf_trainer.value_head import load_value_head
+from rlhf_trainer import PPOConfig, dpo, reward, sft, train_ppo
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.rows import encode_prompt
+from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.models import adapters
+from rlhf_trainer.models.adapters import MAIN, REFERENCE, Adapter, active
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.onpolicy.value_head import load_value_head
 
 WORDS = ("one", "two", "red", "blue")
 EXAMPLES = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in WORDS for b in ("day", "good")]

@@ -9,14 +9,16 @@ import torch
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer import DPOConfig, PPOConfig, RewardConfig, load_reward, models, train_dpo, train_ppo, train_reward
+from rlhf_trainer import DPOConfig, PPOConfig, RewardConfig, load_reward, train_dpo, train_ppo, train_reward
+from rlhf_trainer.base.distributed import resolve_device
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.forward import decoder_inputs
-from rlhf_trainer.models import check_vocabulary, load_causal, load_tokenizer, resolve_device, same_weights, save_folder
-from rlhf_trainer.new_model import ARCHITECTURES, build_model
-from rlhf_trainer.rows import encode_completion, encode_prompt, left_pad
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.rows import encode_completion, encode_prompt, left_pad
+from rlhf_trainer.models import loading as models
+from rlhf_trainer.models.forward import decoder_inputs
+from rlhf_trainer.models.from_scratch import ARCHITECTURES, build_model
+from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer, same_weights, save_folder
 
 
 def save_tokenizer_with(folder, **special):

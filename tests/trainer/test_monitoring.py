@@ -14,14 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_folder
 
 from rlhf_trainer import ppo as ppo_module
-from rlhf_trainer import sft, supervised, trackers, verify_reward
-from rlhf_trainer.alerts import Alerts
-from rlhf_trainer.checkpoint import Flag
+from rlhf_trainer import sft
+from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.distributed import Ranks
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import read_jsonl, write_jsonl
-from rlhf_trainer.runlog import RunLog, read_metrics
+from rlhf_trainer.data.files import read_jsonl, write_jsonl
+from rlhf_trainer.training import supervised, trackers
+from rlhf_trainer.training.alerts import Alerts
+from rlhf_trainer.training.checkpoint import Flag
+from rlhf_trainer.training.runlog import RunLog, read_metrics
+from rlhf_trainer.verification import reward_model as verify_reward
 
 REWARD = "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
 ROWS = [{"prompt": "a|b", "completion": "line\nline", "score": 0.5}]

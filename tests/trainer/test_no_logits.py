@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlhf_trainer import PPOConfig, dpo, ppo, sft
-from rlhf_trainer.data import Pair
-from rlhf_trainer.judges import ModelJudge
-from rlhf_trainer.new_model import build_tokenizer
-from rlhf_trainer.reward import PairRows
-from rlhf_trainer.rollout import Rollout
-from rlhf_trainer.rows import Row
-from rlhf_trainer.seq2seq import settle_attention
-from rlhf_trainer.value_head import ValueHead
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.rows import PairRows, Row
+from rlhf_trainer.judging.judges import ModelJudge
+from rlhf_trainer.models import logprobs
+from rlhf_trainer.models.from_scratch import build_tokenizer
+from rlhf_trainer.models.seq2seq import settle_attention
+from rlhf_trainer.onpolicy.value_head import ValueHead
+from rlhf_trainer.sampling.rollout import Rollout
 
 V, D, B, P, R = 5000, 16, 32, 4, 32
 LLAMA = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
@@ -83,7 +83,7 @@ def test_ppo_assesses_and_updates_without_logits(name):
 def test_supervised_losses_without_logits(name):
     model = made(name)
     with Largest() as largest:
-        sft.completion_losses(model, rows_of_text(B), 0).sum().backward()
+        logprobs.completion_losses(model, rows_of_text(B), 0).sum().backward()
         sft.mean_loss(model, rows_of_text(B), 0, B)
     assert V * D <= largest.elements < B * R * V / 4
     assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())

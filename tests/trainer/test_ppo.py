@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer import PPOConfig, ppo, ppo_inputs, ppo_metrics, train_ppo
+from rlhf_trainer import PPOConfig, ppo, train_ppo
+from rlhf_trainer.base.errors import InvariantError, UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.errors import InvariantError, UserError
-from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
-from rlhf_trainer.models import save_folder
-from rlhf_trainer.rollout import generate
-from rlhf_trainer.value_head import VALUE_HEAD, ValueHead
-from rlhf_trainer.watch import Watch, repetition
+from rlhf_trainer.models.loading import save_folder
+from rlhf_trainer.onpolicy import inputs as ppo_inputs
+from rlhf_trainer.onpolicy import metrics as ppo_metrics
+from rlhf_trainer.onpolicy.value_head import VALUE_HEAD, ValueHead
+from rlhf_trainer.onpolicy.watch import Watch, repetition
+from rlhf_trainer.sampling.rollout import generate
+from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_tokenizer, oracle
 
 TOKENIZER = make_tokenizer()
 TIMES = ("eps", "tokens_per_second", "seconds/rollout", "seconds/scoring", "seconds/update")

@@ -10,8 +10,8 @@ import torch
 
 from rlhf_trainer import PPOConfig, ppo, train_ppo
 from rlhf_trainer.cli import main
-from rlhf_trainer.exact_world import PROMPTS, make_model, make_tokenizer, oracle
-from rlhf_trainer.value_head import VALUE_HEAD
+from rlhf_trainer.onpolicy.value_head import VALUE_HEAD
+from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_tokenizer, oracle
 
 TOKENIZER = make_tokenizer()
 TIMES = ("eps", "tokens_per_second", "seconds/rollout", "seconds/scoring", "seconds/update")

@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_trainer import PPOConfig, dpo, precision, reward, sft, train_ppo
-from rlhf_trainer.adapters import MAIN
-from rlhf_trainer.data import Example, Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rows import encode_row
+from rlhf_trainer import PPOConfig, dpo, reward, sft, train_ppo
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import Example, Pair
+from rlhf_trainer.data.rows import encode_row
+from rlhf_trainer.models import logprobs, precision
+from rlhf_trainer.models.adapters import MAIN
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = ["a good day", "one two three", "no thanks", "night"]
 
@@ -62,7 +63,7 @@ def test_checkpointing_gives_the_same_loss_and_gradient(folders, name):
             precision.enable_checkpointing(model)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
-            loss = sft.completion_losses(model, rows, tokenizer.pad_token_id).sum()
+            loss = logprobs.completion_losses(model, rows, tokenizer.pad_token_id).sum()
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), sum(saved)))
     (loss, gradient, saved), (loss_again, gradient_again, saved_less) = found

@@ -9,9 +9,9 @@ from itertools import permutations
 
 import pytest
 
-from rlhf_trainer.agreement import agreement, krippendorff_alpha, positions, table
+from rlhf_trainer.data.agreement import agreement, krippendorff_alpha, positions, table
+from rlhf_trainer.data.rankings import Ranked, Ranking
 from rlhf_trainer.prefs import agreement_lines
-from rlhf_trainer.rankings import Ranked, Ranking
 
 
 def records(prompts, **labellers):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prefs_readers import BAD, GOOD, PROMPTED, RANKED, USER, argilla_answers, chat_options, studio
 
-from rlhf_trainer.agreement import agreement, table
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.rankings import FAIL, Ranked, Ranking, pairs_from_rankings
-from rlhf_trainer.readers import read_preferences
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.agreement import agreement, table
+from rlhf_trainer.data.rankings import FAIL, Ranked, Ranking, pairs_from_rankings
+from rlhf_trainer.data.readers import read_preferences
 
 RANKS = st.one_of(st.integers(1, 4), st.just(FAIL), st.none())
 OPTIONS = st.fixed_dictionaries(

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from rlhf_trainer.data import Findings, Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.rankings import Ranked, Ranking, merge, pairs_from_rankings, read_rankings
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.rankings import Ranked, Ranking, merge, pairs_from_rankings, read_rankings
+from rlhf_trainer.data.records import Findings, Pair
 
 
 def ranked(*rankings, completions="abc"):

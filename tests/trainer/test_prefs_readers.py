@@ -9,12 +9,12 @@ import re
 import datasets
 import pytest
 
-from rlhf_trainer.data import Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.formats import Options
-from rlhf_trainer.new_model import build_tokenizer
-from rlhf_trainer.rankings import Ranked, Ranking
-from rlhf_trainer.readers import read_preferences
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.formats import Options
+from rlhf_trainer.data.rankings import Ranked, Ranking
+from rlhf_trainer.data.readers import read_preferences
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.models.from_scratch import build_tokenizer
 
 PROMPTED = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 USER, GOOD, BAD = (

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair, read_pairs
-from rlhf_trainer.prefs_instructions import CRITERIA, instructions
+from rlhf_trainer.data.records import Pair, read_pairs
+from rlhf_trainer.labelling.instructions import CRITERIA, instructions
 
 
 def rankings(path, prompts=6):

@@ -19,7 +19,6 @@ from rlhf_trainer import (
     RewardConfig,
     SFTConfig,
     UserError,
-    adapters,
     load_reward,
     train_dpo,
     train_ppo,
@@ -27,6 +26,7 @@ from rlhf_trainer import (
     train_sft,
 )
 from rlhf_trainer.cli import main
+from rlhf_trainer.models import adapters
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "red", "blue") for b in ("day", "good")]
 LORA = {"lora_r": 4, "lora_targets": ["all-linear"], "load_in_4bit": True, "device": "cpu", "lr": 1e-2}

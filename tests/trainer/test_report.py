@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from rlhf_trainer import report
-from rlhf_trainer.report import Check, Curve
+from rlhf_trainer.reports import page as report
+from rlhf_trainer.reports.page import Check, Curve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FIELDS = ("find", "measure", "policy", "order")

@@ -12,17 +12,19 @@ import torch
 from tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_trainer import RewardConfig, dpo, pair_figures, reward, supervised, train_reward
+from rlhf_trainer import RewardConfig, dpo, reward, train_reward
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Findings, Pair, read_pairs
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer
-from rlhf_trainer.pair_figures import judge, losses_of
-from rlhf_trainer.reward import PairRows
-from rlhf_trainer.rewards import load_reward
-from rlhf_trainer.rows import encode_row
-from rlhf_trainer.runlog import read_metrics
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.records import Findings, Pair, read_pairs
+from rlhf_trainer.data.rows import PairRows, encode_pairs, encode_row
+from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.models.scoring import load_normalisation
+from rlhf_trainer.training import pair_metrics as pair_figures
+from rlhf_trainer.training import supervised
+from rlhf_trainer.training.pair_metrics import judge, losses_of
+from rlhf_trainer.training.runlog import read_metrics
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 PAIRS = [{"prompt": p, "chosen": " thanks yes", "rejected": " fool no"} for p in PROMPTS]
@@ -124,7 +126,7 @@ def test_all_pairs_of_a_prompt_are_learned_from_in_one_step(folder, parts, monke
     monkeypatch.setattr(supervised, "_optimizer_step", lambda *a: steps.append(a[3]) or real_step(*a))
     monkeypatch.setattr(reward, "score_rows", lambda *a: forwards.append(a[1]) or real_scores(*a))
     cfg = reward.Config(model=folder, batch_size=7, epochs=3)
-    rows = reward.encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    rows = encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
     reward.fit_pairs(cfg, reward.load_for_training(cfg, tokenizer), rows, [], tokenizer.pad_token_id)
     for batch, scored in zip(steps, forwards, strict=True):
         prompts = [item.pair.prompt for item in batch if item.pair.prompt]
@@ -151,7 +153,7 @@ def test_an_answer_of_several_pairs_goes_through_once_with_the_same_gradient(par
         Pair("one", " yes", " fool", margin=0.3),
         Pair("one", " no", " fool", label=0.5),
     ]
-    items = reward.encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    items = encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
     model.zero_grad()
     reward.pair_losses(model, items, tokenizer.pad_token_id, 0.0).sum().backward()
     together = model.score.weight.grad.clone()
@@ -324,10 +326,10 @@ def test_a_pair_too_long_keeps_one_prompt_for_both_answers(parts):
     tokenizer, _ = parts
     prompt, short, long = "one two three red blue good bad day", " yes", " no thanks fool"
     findings = Findings("pairs", False)
-    (whole,) = reward.encode_pairs(tokenizer, [Pair(prompt, short, long)], 64, findings)
+    (whole,) = encode_pairs(tokenizer, [Pair(prompt, short, long)], 64, findings)
     for limit in (len(whole.rejected.ids) - 2, len(whole.rejected.ids) - whole.rejected.prompt, 3):
         for pair in (Pair(prompt, short, long), Pair(prompt, long, short)):
-            (item,) = reward.encode_pairs(tokenizer, [pair], limit, findings)
+            (item,) = encode_pairs(tokenizer, [pair], limit, findings)
             rows = (item.chosen, item.rejected)
             assert max(len(row.ids) for row in rows) == limit
             heads = [row.ids[: row.prompt] for row in rows]

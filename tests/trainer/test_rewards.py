@@ -15,11 +15,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf_trainer import rewards
-from rlhf_trainer.config import say_once
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.models import NORMALISATION, load_reward_model, load_tokenizer, quiet, save_folder, score_sequences
-from rlhf_trainer.rewards import load_reward, scores_of
+from rlhf_trainer.base.console import say_once
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.judging import rewards
+from rlhf_trainer.judging.rewards import load_reward, scores_of
+from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, quiet, save_folder
+from rlhf_trainer.models.scoring import NORMALISATION, score_sequences
 
 
 def reward_folder(tmp_path, labels=1):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import tiny_folder
 
-from rlhf_trainer import rollout as rollout_module
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import make_model, make_tokenizer
-from rlhf_trainer.models import load_causal, load_tokenizer
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.ppo import token_outputs
-from rlhf_trainer.rollout import encode_prompts, generate, stop_token_id
+from rlhf_trainer.sampling import rollout as rollout_module
+from rlhf_trainer.sampling.rollout import encode_prompts, generate, stop_token_id
+from rlhf_trainer.worlds.exact import make_model, make_tokenizer
 
 PROMPTS = ["a", "dcba", "bc", "abc"]
 

@@ -10,10 +10,12 @@ import torch
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from rlhf_trainer import PPOConfig, UserError, adapters, rollout_vllm, train_ppo
-from rlhf_trainer.checks import validate_options
-from rlhf_trainer.models import load_causal, load_tokenizer, save_folder
-from rlhf_trainer.rollout_vllm import VllmEngine, load_engine, merged_weights, to_rollout
+from rlhf_trainer import PPOConfig, UserError, train_ppo
+from rlhf_trainer.models import adapters
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
+from rlhf_trainer.onpolicy.checks import validate_options
+from rlhf_trainer.sampling import vllm as rollout_vllm
+from rlhf_trainer.sampling.vllm import VllmEngine, load_engine, merged_weights, to_rollout
 
 PROMPTS = ["one", "two red blue day", "good night"]
 OPTIONS = {"updates": 2, "batch_size": 6, "epochs": 1, "max_new_tokens": 5, "lr": 1e-2, "device": "cpu"}

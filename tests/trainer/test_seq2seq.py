@@ -22,17 +22,19 @@ from transformers import (
 )
 
 from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_reward
-from rlhf_trainer import rollout as rollout_module
+from rlhf_trainer.base.config import parse_config
 from rlhf_trainer.cli import main
-from rlhf_trainer.config import parse_config
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.forward import head_inputs
-from rlhf_trainer.models import load_causal, load_normalisation, load_tokenizer, quiet, save_folder
-from rlhf_trainer.new_model import build_tokenizer
-from rlhf_trainer.rewards import load_reward
-from rlhf_trainer.rollout import generate
-from rlhf_trainer.rows import encode_prompt, encode_row, left_pad
-from rlhf_trainer.seq2seq import close_prompts, inputs
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.rows import encode_prompt, encode_row, left_pad
+from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.models import logprobs
+from rlhf_trainer.models.forward import head_inputs
+from rlhf_trainer.models.from_scratch import build_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, quiet, save_folder
+from rlhf_trainer.models.scoring import load_normalisation
+from rlhf_trainer.models.seq2seq import close_prompts, inputs
+from rlhf_trainer.sampling import rollout as rollout_module
+from rlhf_trainer.sampling.rollout import generate
 
 PROMPTS = ["a good day", "one two three red blue yes", "no thanks", "night"]
 T5 = {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_model": 32}
@@ -124,7 +126,7 @@ def test_the_cache_gives_the_training_forwards_distribution(parts, monkeypatch):
 def test_sft_loss_is_that_of_the_models_own_labels(parts):
     model, tokenizer = parts
     rows = [encode_row(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
-    losses = sft.completion_losses(model, rows, tokenizer.pad_token_id)
+    losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
     for row, loss in zip(rows, losses, strict=True):
         prompt, answer = row.ids[: row.prompt], torch.tensor([row.ids[row.prompt :]])
         closed = torch.tensor([[*prompt, tokenizer.eos_token_id]])

@@ -14,12 +14,14 @@ import torch
 from tiny import tiny_folder
 
 from rlhf_trainer import sft
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.files import write_jsonl
-from rlhf_trainer.models import load_causal, load_tokenizer
-from rlhf_trainer.rollout import generate
-from rlhf_trainer.rows import Row, encode_row
+from rlhf_trainer.data import rows
+from rlhf_trainer.data.files import write_jsonl
+from rlhf_trainer.data.rows import Row, encode_row
+from rlhf_trainer.models import logprobs
+from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.sampling.rollout import generate
 
 EXAMPLES = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in ("one", "two", "red") for b in ("day", "good")]
 
@@ -52,7 +54,7 @@ def row(tokenizer, prompt, completion):
 def test_loss_is_the_log_probability_of_completion_and_eos(parts):
     tokenizer, model = parts
     rows = [row(tokenizer, "one two three", " yes"), row(tokenizer, "a", " good day thanks")]
-    losses = sft.completion_losses(model, rows, tokenizer.pad_token_id)
+    losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
     for item, loss in zip(rows, losses, strict=True):
         logits = model(input_ids=torch.tensor([item.ids])).logits[0].double()
         each = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(item.ids[1:])[:, None])[:, 0]
@@ -68,7 +70,7 @@ def test_prompt_and_padding_tokens_are_no_targets(parts):
     try:
         output.data.zero_()  # every token has probability 1/V: a target more or less would show
         rows = [row(tokenizer, "one", " yes"), row(tokenizer, "one two three good bad day", " yes")]
-        losses = sft.completion_losses(model, rows, tokenizer.pad_token_id)
+        losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
         expected = len(rows[0].ids[rows[0].prompt :]) * math.log(len(tokenizer))
         torch.testing.assert_close(losses, torch.full((2,), expected))
     finally:
@@ -79,8 +81,8 @@ def test_prompt_and_padding_tokens_are_no_targets(parts):
 def test_neither_pad_count_nor_pad_id_changes_the_loss(parts, pad):
     tokenizer, model = parts
     short, long = row(tokenizer, "a", " day"), row(tokenizer, "one two three good bad", " thanks thanks sorry")
-    alone = sft.completion_losses(model, [short], tokenizer.pad_token_id)
-    padded = sft.completion_losses(model, [short, long], pad)[:1]
+    alone = logprobs.completion_losses(model, [short], tokenizer.pad_token_id)
+    padded = logprobs.completion_losses(model, [short, long], pad)[:1]
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -88,19 +90,21 @@ def test_no_gradient_from_what_does_not_count(parts):
     tokenizer, model = parts
     item = row(tokenizer, "one two", " yes")
     embeddings = torch.autograd.grad(
-        sft.completion_losses(model, [item, row(tokenizer, "one two three good bad day", " no")], 77)[0],
+        logprobs.completion_losses(model, [item, row(tokenizer, "one two three good bad day", " no")], 77)[0],
         model.get_input_embeddings().weight,
     )[0]
     # tied embeddings: the pad id 77 gets only the softmax's share, which a run without padding gives as well
-    unpadded = torch.autograd.grad(sft.completion_losses(model, [item], 77)[0], model.get_input_embeddings().weight)[0]
+    unpadded = torch.autograd.grad(
+        logprobs.completion_losses(model, [item], 77)[0], model.get_input_embeddings().weight
+    )[0]
     torch.testing.assert_close(embeddings, unpadded, rtol=1e-4, atol=1e-6)
 
 
 def test_completion_without_anything_before_it_counts_from_its_second_token(parts):
     tokenizer, model = parts
     ids = row(tokenizer, "", " yes no").ids[1:]
-    losses = sft.completion_losses(model, [Row(ids, 0), Row([5, *ids], 1)], 0)
-    assert sft.counted_tokens(Row(ids, 0)) == len(ids) - 1
+    losses = logprobs.completion_losses(model, [Row(ids, 0), Row([5, *ids], 1)], 0)
+    assert rows.counted_tokens(Row(ids, 0)) == len(ids) - 1
     assert torch.isfinite(losses).all()
 
 
@@ -163,7 +167,7 @@ def test_resumed_run_ends_with_the_bits_of_one_never_stopped(folder, data, tmp_p
 
 
 def test_sigterm_saves_at_the_next_step_and_exits_143(folder, data, tmp_path, monkeypatch):
-    real = sft.completion_losses
+    real = logprobs.completion_losses
 
     def terminated(model, rows, pad_id):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -191,7 +195,7 @@ def test_heldout_file_and_schedule(folder, data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(folder, data, tmp_path, monkeypatch):
-    real = sft.completion_losses
+    real = logprobs.completion_losses
 
     def poisoned(model, rows, pad_id):
         losses = real(model, rows, pad_id)

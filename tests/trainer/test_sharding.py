@@ -11,12 +11,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import tiny_folder
 
-from rlhf_trainer import PPOConfig, checkpoint, distributed, sharding
-from rlhf_trainer.adapters import MAIN, add_adapter, parameters_of
-from rlhf_trainer.checkpoint import Checkpoints, weights_digest
-from rlhf_trainer.distributed import Ranks
-from rlhf_trainer.models import load_causal, load_tokenizer, save_folder
-from rlhf_trainer.sharding import is_sharded, is_spread, place, whole
+from rlhf_trainer import PPOConfig
+from rlhf_trainer.base import distributed
+from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.models import sharding
+from rlhf_trainer.models.adapters import MAIN, add_adapter, parameters_of
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
+from rlhf_trainer.models.sharding import is_sharded, is_spread, place, whole
+from rlhf_trainer.training import checkpoint
+from rlhf_trainer.training.checkpoint import Checkpoints, weights_digest
 
 CPU = torch.device("cpu")
 

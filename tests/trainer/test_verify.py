@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from rlhf_kernels import per_token_kl
-from rlhf_trainer import dpo, ppo, verify, verify_rows
+from rlhf_trainer import dpo, ppo, verify
 from rlhf_trainer.cli import main
-from rlhf_trainer.exact_world import (
-    PROMPTS,
-    ExactWorld,
-    make_model,
-    oracle,
-)
-from rlhf_trainer.rollout import Rollout, generate
+from rlhf_trainer.sampling.rollout import Rollout, generate
+from rlhf_trainer.verification import cases as verify_rows
+from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, make_model, oracle
 
 SHORT_DPO = 0.75  # a quarter of the pairs close 0.84 of the gap, without the reference 0.61
 SHORTER = {

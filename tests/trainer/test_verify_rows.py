@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_trainer import ppo, verify, verify_reward, verify_rows
+from rlhf_trainer import ppo, verify
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data import Pair
-from rlhf_trainer.errors import UserError
-from rlhf_trainer.exact_world import PROMPTS, ExactWorld, make_seq2seq, make_tokenizer
-from rlhf_trainer.rollout import generate
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.sampling.rollout import generate
+from rlhf_trainer.verification import cases as verify_rows
+from rlhf_trainer.verification import reward_model as verify_reward
+from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, make_seq2seq, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 SHORT_SEQ2SEQ = 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_trainer.models import save_folder
-from rlhf_trainer.new_model import build_model, build_tokenizer
+from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
+from rlhf_trainer.models.loading import save_folder
 
 WORDS = "a good bad day night red blue one two three yes no thanks sorry fool"
 SIZES = {"hidden_size": 32, "layers": 2, "heads": 2, "max_length": 64}

@@ -1,0 +1,20 @@
+"""Lines for the user."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+from rlhf_trainer.base.distributed import launched
+
+
+def say(message: str) -> None:
+    """A line for the user; of several ranks the first one speaks."""
+    if launched()[0] == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """`say` what need not be said again in this process."""
+    say(message)

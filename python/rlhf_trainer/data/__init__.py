@@ -1,0 +1,1 @@
+"""Reading data: files, records, rows of tokens, rankings."""

@@ -1,0 +1,105 @@
+"""Text to rows of token ids: prompts, completions, both within a length; rows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_trainer.data.records import Example, Findings, Pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of prompt + completion + EOS; the first `prompt` of them are the prompt. `line`: of the data file."""
+
+    ids: list[int]
+    prompt: int
+    line: int = 0
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt as the tokenizer begins a text (BOS, if it uses one), never with a closing EOS."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
+    """Ids of a completion, followed by EOS."""
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
+    length = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, length - len(row) :] = torch.tensor(row)
+            mask[i, length - len(row) :] = True
+    return ids, mask
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
+    """(row of at most `limit` tokens, whether something was cut); see `encode_rows`."""
+    (row,), cut = encode_rows(tokenizer, prompt, [completion], limit)
+    return row, cut
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], limit: int
+) -> tuple[list[Row], bool]:
+    """(a row of at most `limit` tokens for each completion, whether something was cut).
+
+    The prompt's beginning goes first (its BOS stays), as old turns matter least, and by what the longest completion
+    needs: all are compared after the same prompt. Then the end of a completion. EOS always follows: training and
+    scoring both end with it.
+    """
+    head, tails = encode_prompt(tokenizer, prompt), [encode_completion(tokenizer, text) for text in completions]
+    excess = len(head) + max(map(len, tails)) - limit
+    if excess > 0:
+        bos = head[:1] if head[:1] == [tokenizer.bos_token_id] else []
+        head = bos + head[len(bos) + excess :]
+        room = limit - len(head)
+        tails = [tail if len(tail) <= room else [*tail[: room - 1], tail[-1]] for tail in tails]
+    return [Row(head + tail, len(head)) for tail in tails], excess > 0
+
+
+def counted_tokens(row: Row) -> int:
+    return len(row.ids) - max(row.prompt, 1)
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: Findings
+) -> list[Row]:
+    rows = []
+    for example in examples:
+        row, cut = encode_row(tokenizer, example.prompt, example.completion, limit)
+        if cut:
+            findings.note(f"longer than {limit} tokens, cut", example.line)
+        rows.append(replace(row, line=example.line))
+    return rows
+
+
+@dataclass(frozen=True)
+class PairRows:
+    pair: Pair
+    chosen: Row
+    rejected: Row
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, findings: Findings
+) -> list[PairRows]:
+    encoded = []
+    for pair in pairs:
+        (chosen, rejected), cut = encode_rows(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
+        if cut:
+            findings.note(f"longer than {limit} tokens, cut", pair.line)
+        encoded.append(PairRows(pair, chosen, rejected))
+    return encoded

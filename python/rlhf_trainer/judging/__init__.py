@@ -1,0 +1,1 @@
+"""Who judges completions: rewards, judges that compare two answers, win rates."""

@@ -1,0 +1,171 @@
+"""Rewards as one callable `(prompts, completions) -> scores`: a reward model, a classifier's class logit, or Python."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models.adapters import REWARD, Adapter, active, attach_reward, score_head, shares_base
+from rlhf_trainer.models.loading import fit_vocabulary, load_reward_model, load_tokenizer
+from rlhf_trainer.models.precision import autocast, halve
+from rlhf_trainer.models.scoring import load_normalisation, score_sequences
+from rlhf_trainer.models.seq2seq import is_encoder_decoder
+from rlhf_trainer.models.sharding import place, whole
+
+if TYPE_CHECKING:
+    from rlhf_trainer.sampling.rollout import Rollout
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def load_reward(
+    source: str,
+    *,
+    label: str | None = None,
+    completion_only: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+    base: PreTrainedModel | None = None,
+    dtype: str = "float32",
+) -> RewardFunction:
+    """The reward that `source` names.
+
+    Args:
+        source: "file.py:function" or "package.module:function", or a folder with a sequence classifier: a reward model
+            from `rlhf reward` (its scores normalised as its folder says) or any classifier.
+        label: for a classifier of several classes, the class whose *logit* is the reward, by name or number.
+        completion_only: show a classifier the completion without its prompt.
+        base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy
+            (decoders only).
+        dtype: bfloat16: a model's linear layers in bf16, its head in float32.
+
+    Raises:
+        UserError: no such folder, file, function or class.
+    """
+    if is_function(source):
+        return load_function(source)
+    mean, std = load_normalisation(source)
+    model: PreTrainedModel | Adapter
+    head: nn.Linear | None = None
+    if base is not None and not is_encoder_decoder(base) and shares_base(base, source):
+        head = attach_reward(base, source).to(device)
+        model, index = Adapter(base, REWARD), output_index(head.out_features, label, source)
+        tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
+    else:
+        model = load_reward_model(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, pad_token, trust_remote_code, generates=score_head(model) is not None)
+        index = label_index(model.config, label, source)
+        model = fit_vocabulary(model, tokenizer if score_head(model) is not None else None)
+        model.eval().requires_grad_(False)
+        own = score_head(model)
+        for part in model.children():  # before the device takes them
+            if part is not own:
+                halve(part, dtype, trained=True)
+        place(model, device)
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        shown = [""] * len(prompts) if completion_only else prompts
+        with active(model) as scorer, whole(scorer), autocast(dtype, device):
+            raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
+        return ((raw - mean) / std).tolist()
+
+    return reward
+
+
+def label_index(config: Any, label: str | None, source: str, option: str = "--reward_label") -> int:
+    """Which output of a classifier `label` names; a model with one output needs none."""
+    if label is None:
+        if config.num_labels == 1:
+            return 0
+        raise UserError(f"{source} has the classes {list(config.id2label.values())}; say which with {option}")
+    names = {str(name): int(number) for number, name in config.id2label.items()}
+    if label in names:
+        return names[label]
+    if label.isdigit() and int(label) < config.num_labels:
+        return int(label)
+    raise UserError(f"{source} has no class {label!r}; it has {list(names)}")
+
+
+def output_index(outputs: int, label: str | None, source: str) -> int:
+    """Which of a head's outputs `label` numbers; a head alone has no names for them."""
+    number = label or ("0" if outputs == 1 else "")
+    if not number.isdigit() or int(number) >= outputs:
+        raise UserError(f"{source} has {outputs} classes without names; say which by number with --reward_label")
+    return int(number)
+
+
+def is_function(source: str) -> bool:
+    """Whether `source` names a function, and no folder or hub name."""
+    return ":" in source and not Path(source).is_dir()
+
+
+def load_function(source: str) -> RewardFunction:
+    """The function that "file.py:function" or "package.module:function" names."""
+    place, _, name = source.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if spec is None or spec.loader is None or not Path(place).is_file():
+                raise UserError(f"{place}: no such Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"{source}: cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{source}: {place} has no function {name!r}")
+    return function
+
+
+def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, what: str = "reward") -> torch.Tensor:
+    """The scores [B] of a rollout; each rank calls the function for its block of the rows, whole groups of them."""
+    ranks, count = current(), len(rollout.prompts)
+    block = ranks.block(count, group_size)
+    mine = scores_of(reward, rollout.prompts[block], rollout.completions[block], what, block.start)
+    return ranks.assemble(block, mine, count)
+
+
+def scores_of(
+    reward: RewardFunction, prompts: list[str], completions: list[str], what: str = "reward", first: int = 0
+) -> torch.Tensor:
+    """Call a reward function; UserError if it raises, returns the wrong count, or something that is not finite.
+
+    `first`: the number of the first completion, for the message.
+    """
+    try:
+        returned = reward(prompts, completions)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the {what} function raised {type(error).__name__}: {error}") from error
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):
+        raise UserError(f"the {what} function returned {type(returned).__name__}, expected a list of numbers") from None
+    if len(scores) != len(prompts):
+        raise UserError(f"the {what} function returned {len(scores)} scores for {len(prompts)} completions")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the {what} function returned {score} for completion {first + index}: "
+                f"prompt {prompts[index][:60]!r}, completion {completions[index][:60]!r}"
+            )
+    return torch.tensor(scores, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""The parts of `rlhf label` and of instructions for labellers."""

@@ -1,0 +1,1 @@
+"""Loading models, adapters and precision; forward passes without logits."""

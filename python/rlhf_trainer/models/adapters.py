@@ -1,0 +1,284 @@
+"""LoRA: adapters on a frozen base, in peft's own folder layout; several adapters share one base in memory.
+
+The base stays an ordinary transformers model whose linear layers are peft's; one adapter at a time is switched on, or
+none. Switching never changes which parameters are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models import adapters
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# peft's name for the only one, and ours for its neighbours
+MAIN, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
+PREFIX = "base_model.model."  # of every name in peft's files
+HEADS = ("score", "classification_head")  # a reward model's head by architecture, kept beside its adapter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of a model that carries several; `name` None: the base without any. A model only while `active`."""
+
+    model: PreTrainedModel
+    name: str | None
+
+
+@contextmanager
+def active(model: PreTrainedModel | Adapter) -> Iterator[PreTrainedModel]:
+    """The model with the adapter switched on, then its main adapter again; a plain model as it is."""
+    if not isinstance(model, Adapter):
+        yield model
+        return
+    _switch(model.model, model.name)
+    try:
+        yield model.model
+    finally:
+        _switch(model.model, MAIN)
+
+
+def _switch(model: nn.Module, name: str | None) -> None:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+    for parameter, flag in flags:  # peft freezes what it switches off
+        parameter.requires_grad_(flag)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter."""
+    named = model.named_parameters()
+    return {key: parameter for key, parameter in named if f".{name}." in key and ".lora_" in key}
+
+
+# Making adapters
+
+
+def validate_options(cfg: Any) -> None:
+    """UserError for LoRA options that cannot work."""
+    for name, low in (("lora_r", 0), ("lora_alpha", 1)):
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
+    if not 0 <= getattr(cfg, "lora_dropout", 0.0) < 1:
+        raise UserError(f"--lora_dropout {cfg.lora_dropout}: must be at least 0 and less than 1")
+
+
+def add_adapter(model: PreTrainedModel, cfg: Any, task: str | None = None) -> PreTrainedModel:
+    """Freeze `model` and put a new trained adapter on it as cfg.lora_* say; 0 rank changes nothing.
+
+    A new adapter adds exactly 0. UserError where the model carries one already, or peft knows no targets for it.
+    """
+    if not cfg.lora_r:
+        return model
+    if has_adapter(model):
+        raise UserError(f"--lora_r {cfg.lora_r}: the model is an adapter already; without --lora_r it is trained on")
+    if cfg.output_dir and os.path.abspath(cfg.output_dir) == base_name(model):
+        raise UserError(
+            f"--output_dir {cfg.output_dir}: the adapter needs its base, which lies there; name another one"
+        )
+    targets = cfg.lora_targets or None
+    lora = LoraConfig(
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=getattr(cfg, "lora_dropout", 0.0),  # PPO has none: its ratios compare two forward passes
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        exclude_modules=rf"{HEADS[1]}\..*" if hasattr(model, HEADS[1]) else None,  # peft knows the other by itself
+        task_type=task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"),
+        base_model_name_or_path=base_name(model),
+    )
+    _inject(model, lora, MAIN, trained=True)
+    return model
+
+
+def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) -> None:
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()} if has_adapter(model) else {}
+    if model.config.model_type == "gpt2":
+        lora.fan_in_fan_out = True  # its Conv1D; peft corrects it too, with a warning
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several on one base are meant
+            inject_adapter_in_model(lora, model, name)
+    except ValueError as error:  # no targets known, or none of them found
+        reason = " ".join(str(error).split())
+        raise UserError(f"--lora_targets: {reason[:300]}; `all-linear` takes every linear layer") from None
+    own = parameters_of(model, name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(trained if key in own else flags.get(key, False))
+    _switch(model, MAIN)
+
+
+def copy_adapter(model: PreTrainedModel, source: str, target: str, trained: bool = False) -> Adapter:
+    """A copy of an adapter beside it, on the same base."""
+    _inject(model, copy.deepcopy(model.peft_config[source]), target, trained)
+    fill(model, target, tensors_of(model, source), source)
+    return Adapter(model, target)
+
+
+def tensors_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """The weights of one adapter under peft's names, which do not say whose they are."""
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def fill(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: str) -> None:
+    """Give an adapter these weights; UserError naming `source` where they are not its own."""
+    expected = tensors_of(model, name)
+    wrong = sorted(expected.keys() ^ tensors.keys()) or [
+        key for key in expected if expected[key].shape != tensors[key].shape
+    ]
+    if wrong:
+        raise UserError(f"{source}: the adapter does not fit its base: {', '.join(wrong[:3])}")
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+
+
+def adds_nothing(model: nn.Module, name: str) -> bool:
+    """Whether the adapter leaves the base's outputs as they are: every B is 0."""
+    return not any(bool(p.any()) for key, p in parameters_of(model, name).items() if ".lora_B." in key)
+
+
+def same_adapters(model: nn.Module, first: str, second: str) -> bool:
+    """Whether two adapters of a model are equal, bit by bit."""
+    a = {key.replace(f".{first}.", "."): p for key, p in parameters_of(model, first).items()}
+    b = {key.replace(f".{second}.", "."): p for key, p in parameters_of(model, second).items()}
+    return a.keys() == b.keys() and all(torch.equal(a[key].to(b[key].dtype), b[key]) for key in a)
+
+
+# Folders
+
+
+def config_of(path: str | Path) -> LoraConfig | None:
+    """The config of an adapter folder, None for any other; UserError if it is no LoRA adapter, or names no base."""
+    if not (Path(path) / CONFIG).is_file():
+        return None
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}/{CONFIG}: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA is supported")
+    if not config.base_model_name_or_path:
+        raise UserError(f"{path}/{CONFIG} names no base model; write its folder to base_model_name_or_path")
+    if set(config.modules_to_save or []) - set(HEADS):
+        raise UserError(f"{path}: besides LoRA it replaces {sorted(config.modules_to_save)}; merge it with peft first")
+    return config
+
+
+def base_of(path: str | Path, config: LoraConfig) -> str:
+    """The base that an adapter folder names; UserError if that was a folder and is gone."""
+    base = str(config.base_model_name_or_path)
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise UserError(f"{path}: its base model {base} is gone; write the new place to base_model_name_or_path")
+    if (Path(base) / CONFIG).is_file():
+        raise UserError(f"{path}: its base {base} is an adapter itself; merge that one first")
+    return base
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Where the model came from, folders as absolute paths; empty if it was made in memory."""
+    name = str(model.config.name_or_path or "")
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def shares_base(model: PreTrainedModel, path: str | Path) -> bool:
+    """Whether `path` is an adapter folder over the base that `model` carries adapters on."""
+    config = config_of(path) if has_adapter(model) else None
+    if config is None:
+        return False
+    return is_base(model, base_of(path, config))
+
+
+def is_base(model: PreTrainedModel, path: str | Path) -> bool:
+    """Whether the model was loaded from this place."""
+    return (os.path.abspath(path) if os.path.isdir(path) else str(path)) == base_name(model)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(adapter, head) tensors of an adapter folder; the head is empty where there is none."""
+    try:
+        tensors = load_peft_weights(str(path), device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot read the adapter: {' '.join(str(error).split())[:300]}") from None
+    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    head = {key.partition(".")[2]: tensor for key, tensor in named.items() if key.partition(".")[0] in HEADS}
+    return {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in HEADS}, head
+
+
+def attach(model: PreTrainedModel, path: str | Path, name: str = MAIN, trained: bool = True) -> dict[str, Tensor]:
+    """Put the folder's adapter on `model`, its base; returns the head that lies with it."""
+    config = config_of(path)
+    assert config is not None, path
+    config.modules_to_save = None
+    tensors, head = read_weights(path)
+    _inject(model, config, name, trained)
+    fill(model, name, tensors, str(path))
+    return head
+
+
+def attach_reward(model: PreTrainedModel, path: str | Path) -> nn.Linear:
+    """Put a reward model's adapter on the base that `model` already carries, and return its head."""
+    head = attach(model, path, REWARD, trained=False)
+    if "weight" not in head:
+        raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
+    linear = nn.Linear(head["weight"].shape[1], head["weight"].shape[0], bias="bias" in head)
+    linear.load_state_dict(head)
+    return linear.requires_grad_(False)
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The main adapter and the head of a reward model, under the names of peft's files."""
+    tensors = tensors_of(model, MAIN)
+    for name in HEADS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in getattr(model, name).state_dict().items()}
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the `saved_tensors`, on the CPU, as peft does; nothing of the base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
+    for name in HEADS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            lora.modules_to_save = [name]
+    lora.inference_mode = True
+    lora.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Add the main adapter, if there is one, into the base's weights, in place; an ordinary model is left."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True, adapter_names=[MAIN])
+            model.set_submodule(name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def score_head(model: nn.Module) -> nn.Module | None:
+    """The head that reads a decoder's state at the last token; None of a classifier that pools in its own way."""
+    return next((getattr(model, name) for name in adapters.HEADS if hasattr(model, name)), None)

@@ -1,0 +1,284 @@
+"""Models and tokenizers as ordinary Hugging Face folders: load, save; scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models import adapters, quantised
+from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.seq2seq import settle_attention
+from rlhf_trainer.models.sharding import gathered, is_sharded
+
+# Loading and saving
+
+
+def _folder(path: str | Path, what: str) -> str:
+    hub_name = str(path).count("/") <= 1 and not str(path).startswith((".", "/"))
+    if os.path.isdir(path) or (hub_name and not os.path.exists(path)):
+        return str(path)
+    raise UserError(f"{path}: no such {what} folder")
+
+
+def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(_folder(path, what), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # RuntimeError: shapes that do not fit
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot load a {what} from it: {reason[:300]}") from None
+
+
+def load_tokenizer(
+    path: str | Path, pad_token: str | None = None, trust_remote_code: bool = False, generates: bool = True
+) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, left-padding. UserError unless it has a pad token other than EOS (see `pad_token`).
+
+    `generates=False` (a BERT-like classifier's) is taken as it is.
+    """
+    tokenizer = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code)
+    if not generates:
+        return tokenizer
+    if pad_token is not None:
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so that no answer could ever end")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no pad token; pass --pad_token '<pad>' to add one")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"{path}: the tokenizer pads with its EOS token {tokenizer.eos_token!r}, which would hide where answers "
+            f"end; pass --pad_token '<pad>' to add one"
+        )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _without_dropout(config: Any) -> Any:
+    """Every dropout probability set to 0: PPO's ratios compare two forward passes of the same weights."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    return config
+
+
+def load_causal(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The folder's causal or encoder-decoder LM without dropout; its embedding grows if the tokenizer gained tokens.
+
+    An adapter folder gives the base that it names with the adapter on it, which alone is trained. `options` go to
+    from_pretrained, as `quantised.load_options` makes them.
+    """
+    adapter = adapters.config_of(path)
+    if adapter is not None:
+        model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, **options)
+        if adapters.attach(model, path):
+            raise UserError(f"{path}: the adapter of a reward model; a language model is needed")
+        return model
+    config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise UserError(f"{path}: a reward model or another classifier; a language model is needed")
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = _load(
+        loader,
+        path,
+        "language model",
+        config=_without_dropout(config),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    return fit_vocabulary(settle_attention(quantised.settle(model)), tokenizer)
+
+
+def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+    """UserError if the model at `path` takes `tokenizer`'s ids for other tokens; new tokens on one side are none.
+
+    A folder without a tokenizer is not judged.
+    """
+    try:
+        own = AutoTokenizer.from_pretrained(_folder(path, "model"), trust_remote_code=trust_remote_code).get_vocab()
+    except (OSError, ValueError, KeyError):
+        return
+    ours = tokenizer.get_vocab()
+    if not (own.items() <= ours.items() or ours.items() <= own.items()):
+        raise UserError(f"{path}: its vocabulary is another than the policy's, whose tokens it would misread")
+
+
+@torch.no_grad()
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """New tokens get the mean row, not a random one: an adapter's base grows the same way each time it is loaded."""
+    if tokenizer is not None:
+        before = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > before:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                for parameter in [] if layer is None else layer.parameters():
+                    parameter[before:] = parameter[:before].mean(0)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_reward_model(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
+    adapter = adapters.config_of(path)
+    if adapter is not None:
+        return _load_reward_adapter(
+            path, adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, num_labels, **options
+        )
+    config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
+    if num_labels is not None:
+        config.num_labels = num_labels
+    model, loading = _load(
+        AutoModelForSequenceClassification,
+        path,
+        "sequence classifier",
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if num_labels is None and loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"{path}: no trained classifier ({missing} would be random); `rlhf reward` trains one")
+    return fit_vocabulary(quantised.settle(model), tokenizer)
+
+
+def _load_reward_adapter(
+    path: str | Path,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    num_labels: int | None,
+    **options: Any,
+) -> PreTrainedModel:
+    _, head = adapters.read_weights(path)
+    weight = head.get("weight", head.get("out_proj.weight"))
+    if weight is None and num_labels is None:
+        raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
+    labels = len(weight) if weight is not None else num_labels
+    with quiet():
+        model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels, **options)
+    adapters.attach(model, path)
+    own = score_head(model)
+    if own is not None:
+        own.requires_grad_(True)
+        if head:
+            own.load_state_dict(head)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of transformers, such as of a missing head where one is expected to be missing."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def save_folder(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: dict[str, dict[str, Tensor]] | None = None,
+    records: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Write a Hugging Face folder (plus safetensors and JSON files by name), whole or not at all.
+
+    Of a model with an adapter only the adapter is written.
+
+    It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
+    checkpoints in it stay. Of several ranks the first one writes.
+    """
+    own = None
+    if adapters.has_adapter(model):
+        own = gathered(adapters.saved_tensors(model))
+    elif is_sharded(model):
+        own = gathered(model.state_dict(keep_vars=True))
+    tensors = {name: gathered(state) for name, state in (tensors or {}).items()}
+    if not current().main:
+        return Path(folder)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if adapters.has_adapter(model):
+            adapters.save_adapter(model, temporary, own or {})
+        else:
+            model.save_pretrained(temporary, state_dict=own)
+        tokenizer.save_pretrained(temporary)
+        for name, state in tensors.items():
+            save_file(state, temporary / name)
+        for name, record in (records or {}).items():
+            (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, folder / file.name)
+            if not adapters.has_adapter(model):  # an earlier run's would come first in loading
+                for name in (adapters.CONFIG, adapters.WEIGHTS):
+                    (folder / name).unlink(missing_ok=True)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    """Whether two models have the same parameters, bit by bit, rounded where b is kept in fewer."""
+    first, second = dict(a.named_parameters()), dict(b.named_parameters())
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].to(second[name]), second[name]) for name in first
+    )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model's positions reach, None if it does not say."""
+    if getattr(model.config, "relative_attention_num_buckets", None):
+        return None  # T5: its n_positions is what it was trained on, and no limit
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(model.config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# Scores

@@ -1,0 +1,125 @@
+"""--dtype bfloat16 and --gradient_checkpointing: what they change in a model, and around its forward passes.
+
+bfloat16 is mixed precision: matrix products in bf16 (torch.autocast), what is trained in float32, with it Adam's state,
+norms, embeddings and losses. Weights of frozen linear layers are kept in bf16: autocast would round them so anyway, and
+no bit of a result changes. What bf16 does not hold of them waits in CPU memory where somebody will ask for it: --merge
+adds to the base as it was, and a model passed as an object is given back as it came.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.errors import UserError
+
+DTYPE = "float32, or bfloat16: mixed precision, what is trained stays in float32"
+CHECKPOINTING = "compute a layer's activations again in the backward pass: less memory, a third more time, same result"
+DTYPES = ("float32", "bfloat16")
+EXACT = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
+
+
+def validate_options(cfg: Any) -> None:
+    """UserError for a dtype that is none of ours."""
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"--dtype {cfg.dtype}: it takes {', '.join(DTYPES)}")
+
+
+def fast_on_cpu() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this CPU; where it does not, torch does so by itself, slowly."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_where_slow(dtype: str, device: torch.device) -> None:
+    if dtype == "bfloat16" and device.type == "cpu" and not fast_on_cpu():
+        say("--dtype bfloat16: this CPU has no fast bf16 products, they take up to 100 times as long; use float32 here")
+
+
+def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
+    """Around forward passes, never around a backward or an optimizer's step: it caches rounded weights."""
+    # FSDP frees a layer's weights after its use; the rounded copies in autocast's cache would stay.
+    options = {"enabled": dtype == "bfloat16", "cache_enabled": not current().sharded}
+    return torch.autocast(torch.device(device).type, torch.bfloat16, **options)
+
+
+def full(device: torch.device) -> torch.autocast:
+    """No autocast: around a small head whose numbers need more than bf16's 8 bits."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def halve(model: nn.Module, dtype: str, trained: bool = False, keep: bool = False) -> None:
+    """With dtype bfloat16: the model's frozen linear weights (all, if `trained`) in bf16, but not an embedding's.
+
+    `keep` what is rounded away, for `restore`.
+    """
+    if dtype != "bfloat16":
+        return
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            for parameter in module.parameters(recurse=False):
+                frozen = trained or not parameter.requires_grad
+                if frozen and parameter.dtype == torch.float32 and id(parameter) not in shared:
+                    vars(parameter).pop(EXACT, None)  # of a stage that an error ended: older than these values
+                    exact, parameter.data = parameter.data, parameter.data.bfloat16()
+                    if keep and not torch.equal(parameter.data.float(), exact):
+                        setattr(parameter, EXACT, exact.cpu())
+
+
+def restore(model: nn.Module, dtype: str) -> None:
+    """float32 again, for whoever uses the model after training: the values that `halve` kept where it did.
+
+    On the CPU, if the device's memory does not hold them.
+    """
+    if dtype != "bfloat16":
+        return
+    try:
+        _restore(model)
+    except torch.OutOfMemoryError:
+        say("the model in float32 does not fit the device beside what is there; it is on the CPU now")
+        _restore(model.to("cpu"))
+
+
+def _restore(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        exact = vars(parameter).pop(EXACT, None)
+        # Not if the weights have been loaded anew since.
+        if exact is not None and torch.equal(parameter.data, exact.bfloat16().to(parameter.device)):
+            parameter.data = exact.to(parameter.device)
+    nn.Module.float(model)  # transformers' own refuses a quantised model, whose 4-bit weights this leaves alone
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Layers keep no activations in training mode, or inside `recomputing`. UserError where the model cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers and peft on each other's names
+            enable({"use_reentrant": False})
+    except ValueError:
+        raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not support it") from None
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Checkpointing in evaluation mode: only the layers' own flag changes, dropout inside them stays off."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode

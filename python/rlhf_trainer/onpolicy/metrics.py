@@ -1,0 +1,92 @@
+"""The metrics of a PPO update under TRL's names, sample completions; adaptive KL and the criteria to stop on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_trainer.training.alerts import Alert
+
+if TYPE_CHECKING:
+    from rlhf_trainer.onpolicy.config import PPOConfig
+    from rlhf_trainer.onpolicy.terms import Batch
+
+
+PHASES = ("rollout", "scoring", "update")
+
+
+def summarize(
+    batch: Batch, minibatches: list[dict[str, float]], beta: float, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """The metrics of one update, under the names of TRL's PPO trainer."""
+    mask = batch.rollout.response_mask
+    kl = batch.kl.sum(-1).mean().item()
+    scores = batch.scores.mean().item()
+    average = {name: sum(s[name] for s in minibatches) / len(minibatches) for name in minibatches[0]}
+    ratios = torch.tensor([s["ratio"] for s in minibatches])
+    metrics = {
+        "objective/kl": kl,
+        "objective/entropy": -batch.logprobs.sum(-1).mean().item(),
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": scores - beta * kl,
+        "objective/scores": scores,
+        "objective/kl_coef": beta,
+        "policy/approxkl_avg": average["approx_kl"],
+        "policy/clipfrac_avg": average["clipfrac"],
+        "policy/entropy_avg": average["entropy"],
+        "loss/policy_avg": average["policy_loss"],
+        "val/ratio": average["ratio"],
+        "val/ratio_var": ratios.var(correction=0).item(),
+        "val/num_eos_tokens": float((batch.rollout.responses[mask] == tokenizer.eos_token_id).sum()),
+        "val/missing_eos": 1 - batch.rollout.ended.float().mean().item(),
+        "val/response_length": mask.sum(-1).float().mean().item(),
+        "grad_norm": average["grad_norm"],
+    }
+    if "value_loss" in average:  # there is a value head
+        errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
+        spread = targets.var(correction=0).item()
+        metrics["loss/value_avg"] = average["value_loss"]
+        metrics["val/clipfrac_avg"] = average["value_clipfrac"]
+        metrics["val/var_explained"] = 1 - errors.var(correction=0).item() / spread if spread > 0 else 0.0
+    return metrics
+
+
+def phase_times(history: list[dict[str, float]]) -> str:
+    """Seconds of each phase over a run, and its share of them."""
+    seconds = {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in history) for phase in PHASES}
+    total = sum(seconds.values())
+    shares = (f"{phase} {value:.1f} s ({value / total:.0%})" for phase, value in seconds.items() if total)
+    return f"{len(history)} updates: " + ", ".join(shares)
+
+
+def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:
+    """beta after a rollout: fixed, or moved towards cfg.kl_target (Ziegler et al. 2019)."""
+    if cfg.kl_target is None:
+        return beta
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
+    return beta * (1 + error * cfg.batch_size / cfg.kl_horizon)
+
+
+def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
+    """The first completions of a rollout with their scores and KL."""
+    kl = batch.kl.sum(-1).tolist()
+    rows = zip(batch.rollout.prompts, batch.rollout.completions, batch.scores.tolist(), kl, strict=True)
+    return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
+
+
+def stop_reason(metrics: dict[str, float], cfg: PPOConfig, alarms: Sequence[Alert] = ()) -> str | None:
+    """Why to stop after this update, None to go on. alarms: the update's alerts."""
+    if cfg.stop_on_alert and alarms:
+        return f"alert: {alarms[0].metric}: {alarms[0].reason}"
+    score, kl = metrics["objective/scores"], metrics["objective/kl"]
+    if cfg.stop_reward is not None and score >= cfg.stop_reward:
+        return f"mean score {score:.3f} reached --stop_reward {cfg.stop_reward}"
+    gold = metrics.get("objective/gold_scores")
+    if cfg.stop_gold is not None and gold is not None and gold >= cfg.stop_gold:
+        return f"mean gold reward {gold:.3f} reached --stop_gold {cfg.stop_gold}"
+    if cfg.stop_kl is not None and kl > cfg.stop_kl:
+        return f"KL {kl:.2f} nats exceeded --stop_kl {cfg.stop_kl}"
+    return None

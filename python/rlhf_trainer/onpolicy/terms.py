@@ -1,0 +1,50 @@
+"""What one forward pass over a rollout yields, and the terms of PPO that are made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import group_advantages, per_token_kl
+from rlhf_trainer.sampling.rollout import Rollout
+
+if TYPE_CHECKING:
+    from rlhf_trainer.onpolicy.config import PPOConfig
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The penalty at each token [B, R], nats: k1 of KL(policy || reference)."""
+    return per_token_kl(logprobs, ref_logprobs, estimator="k1")
+
+
+def final_scores(scores: Tensor, ended: Tensor, cfg: PPOConfig) -> Tensor:
+    """Scores [B] after the penalty for responses that never ended."""
+    if cfg.missing_eos_penalty is None:
+        return scores
+    unended = scores - cfg.missing_eos_penalty if cfg.missing_eos == "subtract" else -cfg.missing_eos_penalty
+    return torch.where(ended, scores, unended)
+
+
+def group_baseline(rewards: Tensor, mask: Tensor, cfg: PPOConfig) -> Tensor:
+    """Advantages [B, R] from rewards [B, R]: one number a response, its reward and KL against those of its group.
+
+    The KL is in the sum that grpo divides by the group's deviation, so that beta weighs it against the score as ever.
+    """
+    kind: Any = cfg.advantage
+    return group_advantages(rewards.sum(-1), cfg.group_size, kind=kind).unsqueeze(-1) * mask
+
+
+@dataclass
+class Batch:
+    """A rollout with everything the update needs; tensors [B, R], scores [B]."""
+
+    rollout: Rollout
+    scores: Tensor
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor

@@ -1,0 +1,79 @@
+"""The value function of PPO: a linear head on the policy's states, or on those of an adapter of its own on its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models import precision
+from rlhf_trainer.models.adapters import MAIN, VALUE, Adapter, active, copy_adapter, fill, has_adapter, tensors_of
+from rlhf_trainer.models.forward import backbone_states, head_inputs
+
+if TYPE_CHECKING:
+    from rlhf_trainer.onpolicy.config import PPOConfig
+
+VALUE_HEAD = "value_head.safetensors"
+ADAPTER = "adapter."  # of the names of the adapter's tensors in that file
+
+
+class ValueHead(nn.Module):
+    """One number per hidden state: the value of the state before the token that comes next.
+
+    own_adapter: the states are those of the base with the adapter VALUE, which the policy carries.
+    """
+
+    def __init__(self, hidden_size: int, own_adapter: bool = False) -> None:
+        super().__init__()
+        self.own_adapter = own_adapter
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> values [...], float32, reward units."""
+        with precision.full(hidden.device):
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
+
+    def values(self, policy: PreTrainedModel, hidden: Tensor, ids: Tensor, mask: Tensor, start: int) -> Tensor:
+        """[b, R] values of the states before the tokens ids[:, start:]; hidden [b, R, D] are the policy's own there.
+
+        With an adapter of its own this is a second forward pass.
+        """
+        if self.own_adapter:
+            with active(Adapter(policy, VALUE)) as model:
+                hidden = head_inputs(model, ids, mask, start)["hidden"]
+        return self(backbone_states(policy, hidden))
+
+    def tensors(self, policy: PreTrainedModel) -> dict[str, Tensor]:
+        """What is kept in VALUE_HEAD."""
+        own = tensors_of(policy, VALUE) if self.own_adapter else {}
+        return self.state_dict() | {ADAPTER + name: tensor for name, tensor in own.items()}
+
+
+def load_value_head(cfg: PPOConfig, policy: PreTrainedModel, device: torch.device) -> ValueHead:
+    """The value head in cfg.model's folder, or a new one if it has none that reads the same kind of states.
+
+    With cfg.value_adapter the policy gets the value's adapter: the folder's, or a copy of the policy's own.
+
+    Raises:
+        UserError: an adapter is asked for, and the policy carries none; or the folder's does not fit.
+    """
+    if cfg.value_adapter and not has_adapter(policy):
+        raise UserError("--value_adapter needs a policy that is an adapter itself: --lora_r, or an adapter's folder")
+    head = ValueHead(policy.config.get_text_config().hidden_size, cfg.value_adapter)
+    file = Path(cfg.model) / VALUE_HEAD
+    tensors = load_file(file) if cfg.model and file.is_file() else {}
+    own = {name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)}
+    if cfg.value_adapter:
+        copy_adapter(policy, MAIN, VALUE, trained=True)
+    if tensors and bool(own) == cfg.value_adapter:
+        head.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)})
+        if own:
+            fill(policy, VALUE, own, str(file))
+    return head.to(device)

@@ -1,0 +1,35 @@
+"""The options of every command that samples completions of prompts into a file: generate, bon and cai."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_trainer.base.config import option
+from rlhf_trainer.base.errors import UserError
+
+
+@dataclass
+class SamplingConfig:
+    model: str = option("", "folder or hub name of the model that answers")
+    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    output: str = option("", "JSON-lines file to write; the options are kept beside it, in .config.yaml")
+    n: int = option(4, "completions per prompt")
+    max_prompts: int | None = option(None, "how many prompts of the file are used, from its beginning; default all")
+    max_new_tokens: int = option(128, "longest completion in tokens")
+    temperature: float = option(1.0, "sampling temperature; there is no top-k and no top-p")
+    stop_token: str | None = option(None, "a token that ends a completion as EOS does, such as a newline")
+    batch_size: int = option(32, "completions sampled at once")
+    seed: int = option(0, "seed of the sampling")
+    resume: bool = option(False, "go on where an interrupted run with the same options stopped")
+    device: str = option("auto", "auto, cpu or cuda")
+    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+
+def validate_numbers(cfg: SamplingConfig) -> None:
+    """UserError for a count below 1 or a temperature of 0 or less."""
+    for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if cfg.max_prompts is not None else [])):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if not cfg.temperature > 0:
+        raise UserError(f"--temperature {cfg.temperature}: must be more than 0")

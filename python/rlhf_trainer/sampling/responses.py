@@ -1,0 +1,54 @@
+"""What a policy says of its own responses: logprob, entropy and value of each token, in one forward pass."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from rlhf_kernels import linear_logprobs
+from rlhf_trainer.models.forward import head_inputs
+from rlhf_trainer.models.sharding import with_weights
+from rlhf_trainer.sampling.rollout import Rollout
+
+
+class ValueHead(Protocol):
+    """What gives a value to the state before each token; PPO's is `onpolicy.value_head.ValueHead`."""
+
+    def values(self, policy: PreTrainedModel, hidden: Tensor, ids: Tensor, mask: Tensor, start: int) -> Tensor:
+        """[b, R] values of the states before the tokens ids[:, start:]; hidden [b, R, D] are the policy's own there."""
+        ...
+
+
+@with_weights
+def token_outputs(
+    policy: PreTrainedModel,
+    value_head: ValueHead | None,
+    rollout: Rollout,
+    rows: Tensor,
+    temperature: float,
+    *,
+    entropy_bonus: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs, entropies and values [b, R] of the responses in `rows`, 0 at padding.
+
+    The logprob and the value of a token read the hidden state before it; logits are never in memory. Padding is cut to
+    what these rows need, and only counted positions reach the lm_head: the same rows always go through the same shapes,
+    hence the same bits. Entropies have a gradient only for an entropy bonus: a frozen head then does with a GEMM less.
+    """
+    start, length = rollout.prompt_length, rollout.response_mask.shape[1]
+    width = int(rollout.response_mask[rows].sum(-1).max())
+    skip = start - int(rollout.mask[rows, :start].sum(-1).max())
+    ids, mask = rollout.ids[rows, skip : start + width], rollout.mask[rows, skip : start + width]
+    start -= skip
+    counted = mask[:, start:]
+    inputs = head_inputs(policy, ids, mask, start)
+    with_entropy = True if entropy_bonus else "detached"
+    logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=with_entropy)
+    values = torch.zeros_like(logprobs)
+    if value_head is not None:
+        values = torch.where(counted, value_head.values(policy, inputs["hidden"], ids, mask, start), 0.0)
+    return tuple(pad(x, (0, length - width)) for x in (logprobs, entropy, values))

@@ -1,0 +1,235 @@
+"""Rollouts: sample a response for every prompt with the policy's own distribution, and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_kernels import sample_tokens
+from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.rows import encode_prompt, left_pad
+from rlhf_trainer.models import seq2seq
+from rlhf_trainer.models.forward import position_ids
+from rlhf_trainer.models.loading import context_length
+from rlhf_trainer.models.sharding import Turns, whole
+
+
+@dataclass
+class Rollout:
+    """B prompts, left-padded to P tokens, and their responses, right-padded to R tokens."""
+
+    ids: Tensor  # [B, P + R] int64
+    mask: Tensor  # [B, P + R] bool, true at real tokens
+    prompt_length: int  # P
+    ended: Tensor  # [B] bool, true where EOS or a stop token was sampled
+    prompts: list[str]
+    completions: list[str]  # text of the responses, without EOS and stop token
+
+    @property
+    def responses(self) -> Tensor:
+        """[B, R] ids of the sampled tokens."""
+        return self.ids[:, self.prompt_length :]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, true at sampled tokens, EOS included. By length: PAD may be any id."""
+        return self.mask[:, self.prompt_length :]
+
+
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Ids of every prompt. UserError for none at all, or one that is empty or leaves no room for the response."""
+    if not prompts:
+        raise UserError("no prompts were given; at least one is needed")
+    limit = context_length(model)
+    rows = []
+    for number, prompt in enumerate(prompts, start=1):
+        row = encode_prompt(tokenizer, prompt)
+        if not prompt.strip() or not row:
+            raise UserError(f"prompt {number} of {len(prompts)} is empty; every prompt needs at least one character")
+        longest = max(len(row) + 1, max_new_tokens) if seq2seq.is_encoder_decoder(model) else len(row) + max_new_tokens
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"prompt {number} of {len(prompts)} has {len(row)} tokens; with --max_new_tokens {max_new_tokens} "
+                f"that is longer than the model's context of {limit}: {prompt[:60]!r}"
+            )
+        rows.append(row)
+    return rows
+
+
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [B, V] from softmax(logits / temperature), by uniform [B], and its logprob.
+
+    No top-k, no top-p. The logprob tells of logits that are no distribution: NaN. Training takes none from here: its
+    old logprobs come from its own forward pass, so that the first ratio is 1 to the bit.
+    """
+    return sample_tokens(logits, temperature=temperature, uniform=uniform)
+
+
+class Steps:
+    """The next token's logits of a causal LM, one step at a time, with a KV cache."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
+        self.model, self.cache = model, None
+        self.accepted = inspect.signature(model.forward).parameters
+
+    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, L] so far -> logits [B, V] of the token that comes next."""
+        inputs = ids if self.cache is None else ids[:, -1:]
+        options = {"position_ids": position_ids(mask)[:, -inputs.shape[1] :], "logits_to_keep": 1}
+        output = self.model(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            past_key_values=self.cache,
+            use_cache=True,
+            **{key: value for key, value in options.items() if key in self.accepted},
+        )
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)  # an index_select of every layer's state, whatever its kind
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    stop_token: str | None = None,
+    batch_size: int | None = None,
+    group_size: int = 1,
+    gather: bool = True,
+) -> Rollout:
+    """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
+
+    With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
+    The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row. Of several
+    ranks each samples its block of the rows, no group of `group_size` of them torn, and gets the rows of all;
+    without `gather` a policy that is sharded over them is gathered layer by layer, not as a whole.
+    """
+    device = next(model.parameters()).device
+    shape = (max_new_tokens, len(prompts))
+    uniform = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
+    longest, pad_id = max(map(len, encoded)), tokenizer.pad_token_id
+    ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    block = current().block(len(prompts), group_size)
+    one = ids[:1, :1], torch.ones(1, 1, dtype=torch.bool, device=device)
+    turns = Turns(model, lambda: Steps(model, *one).next_logits(*one), gather)
+    with whole(model, gather):
+        for part in batches_by_length(encoded[block], batch_size):
+            rows = [block.start + row for row in part]
+            padded, real = left_pad([encoded[row] for row in rows], pad_id)
+            place = slice(longest - padded.shape[1], None)
+            ids[rows, place], mask[rows, place], ended[rows] = respond(
+                model,
+                padded.to(device),
+                real.to(device),
+                uniform[:, rows],
+                ends=torch.tensor(stops, device=device),
+                pad_id=pad_id,
+                temperature=temperature,
+                prompts=[prompts[row] for row in rows],
+                turns=turns,
+            )
+        turns.finish()
+    ids, mask, ended = (current().assemble(block, x[block], len(prompts)) for x in (ids, mask, ended))
+    length = longest + int(mask[:, longest:].sum(-1).max())
+    ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
+    return Rollout(ids, mask, longest, ended, list(prompts), decode(tokenizer, ids, mask, longest, stops))
+
+
+def check_logprobs(logprobs: Tensor, prompts: Sequence[str], running: Tensor) -> None:
+    """UserError where the logprob of a running row's token is NaN."""
+    bad = logprobs.isnan()
+    if bool(bad.any()):
+        prompt = prompts[int(running[bad][0])]
+        raise UserError(f"the policy's logits are not finite after prompt {prompt[:60]!r}: its weights diverged")
+
+
+def batches_by_length(encoded: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+    """The rows' numbers in batches of at most `size`, sorted by length where there are several."""
+    order = list(range(len(encoded)))
+    if size is None or size >= len(order):
+        return [order]
+    order.sort(key=lambda row: len(encoded[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def respond(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    uniform: Tensor,
+    *,
+    ends: Tensor,
+    pad_id: int,
+    temperature: float,
+    prompts: Sequence[str],
+    turns: Turns,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded prompts ids, mask [B, P], uniform [T, B] -> ids, mask [B, P + T], ended [B].
+
+    Rows that have ended leave the running batch once they are half of it: each copy of the cache halves it.
+    """
+    (count, width), longest = ids.shape, len(uniform)
+    steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
+    ids, mask = pad(ids, (0, longest), value=pad_id), pad(mask, (0, longest))
+    ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
+    running = torch.arange(count, device=ids.device)
+    for step, end in enumerate(range(width, width + longest)):
+        logits = turns.take(partial(steps.next_logits, ids[running, :end], mask[running, :end]))
+        token, logprob = sample(logits, temperature, uniform[step, running])
+        check_logprobs(logprob, prompts, running)
+        going = ~ended[running]
+        ids[running, end] = torch.where(going, token, pad_id)
+        mask[running, end] = going
+        going = going & ~torch.isin(token, ends)
+        ended[running] = ~going
+        left = going.nonzero().squeeze(-1)
+        if not len(left):
+            break
+        if len(left) <= len(running) // 2:
+            steps.keep(left)
+            running = running[left]
+    return ids, mask, ended
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a stop token; UserError unless the text is exactly one token."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(f"--stop_token {text!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
+    return ids[0]
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, prompt_length: int, stops: list[int]
+) -> list[str]:
+    """The text of every response, without the token that ended it."""
+    texts = []
+    for row, real in zip(ids[:, prompt_length:].tolist(), mask[:, prompt_length:].tolist(), strict=True):
+        tokens = [token for token, counted in zip(row, real, strict=True) if counted]
+        if tokens and tokens[-1] in stops:
+            tokens.pop()
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts

@@ -1,0 +1,363 @@
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_trainer.base.console import say
+from rlhf_trainer.base.distributed import current, launched
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models.sharding import full, gathered, is_spread, spread_like
+from rlhf_trainer.training.runlog import read_metrics
+
+NAME = re.compile(r"^step-\d{8}$")
+# Options that may change between a run and its resumption: none of them changes the numbers.
+FREE = {
+    "alert",
+    "gather_for_rollout",
+    "gradient_checkpointing",
+    "resume",
+    "overwrite",
+    "save_every",
+    "keep_checkpoints",
+    "output_dir",
+    "report_to",
+    "stop_on_alert",
+    "device",
+}
+
+
+class Flag:
+    """True once a signal has come. saves: whether the run has a folder, and so a checkpoint to go on from."""
+
+    def __init__(self, saves: bool) -> None:
+        self.saves, self.code = saves, 0
+
+    def __bool__(self) -> bool:
+        return self.code != 0
+
+    def exit(self, step: int) -> SystemExit:
+        """What the loop raises after `step`; it may be another rank's signal."""
+        if self.saves:
+            say(f"stopped after step {step}; --resume goes on from its checkpoint")
+        return SystemExit(self.code or TERMINATED)
+
+
+TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells give them
+HEARD, AGAIN = b"\nCtrl-C: stopping after this step, with a checkpoint", b"; once more stops at once"
+
+
+@contextmanager
+def stop_on_signals(saves: bool) -> Iterator[Flag]:
+    """Within the block SIGTERM, and Ctrl-C if the run `saves`, only raises the flag.
+
+    The loop saves at its next boundary and exits with the flag's code. A second Ctrl-C interrupts at once.
+    """
+    flag = Flag(saves)
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # signals reach the main thread alone
+        return
+
+    def terminate(*_: Any) -> None:
+        flag.code = TERMINATED
+
+    def interrupt(*_: Any) -> None:
+        flag.code = INTERRUPTED
+        rank, world = launched()
+        if world == 1:  # of several, the launcher passes on what the terminal has sent to all of them already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if rank == 0:
+            # Not through sys.stderr, in the middle of whose own write this may come.
+            os.write(2, HEARD + AGAIN * (world == 1) + b"\n")
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
+    if saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what a shell runs in the background
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in output_dir/checkpoints/step-XXXXXXXX.
+
+    Args:
+        cfg: the stage's config, with output_dir ("": no checkpoints), resume, overwrite and keep_checkpoints.
+        modules: what is trained, by name. optimizer, scheduler: torch's. generator: the one that all sampling uses.
+        data: what the run reads, by name; a run resumed on other data is an error.
+        reference: a frozen model whose identity belongs to the run, or None.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        generator: torch.Generator,
+        data: dict[str, Any],
+        reference: nn.Module | None = None,
+    ) -> None:
+        self.cfg, self.modules, self.optimizer, self.scheduler = cfg, modules, optimizer, scheduler
+        self.generator = generator
+        self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
+        self.folder = Path(cfg.output_dir) / "checkpoints"
+        self.identity = {"config": _config_values(cfg)}
+        if cfg.output_dir:
+            self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
+            self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
+            frozen = [m for m in modules.values() if not all(p.requires_grad for p in m.parameters())]
+            self.identity |= {"frozen weights": [weights_digest(m, frozen=True) for m in frozen]}
+
+    def resume(self, beta: float) -> tuple[int, float, list[dict[str, float]]]:
+        """(steps done, beta, metrics so far): from the newest valid checkpoint if cfg.resume, else (0, beta, [])."""
+        if not self.cfg.output_dir:
+            return 0, beta, []
+        if not self.cfg.resume:
+            refuse_leftovers(self.cfg)
+            current().barrier()  # every rank has looked
+            if current().main:
+                if read_metrics(self.cfg.output_dir):
+                    say(f"{self.cfg.output_dir}: what an earlier run left there, metrics and model, is replaced")
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return 0, beta, []
+        newest = current().first(self._newest() if current().main else None)
+        if newest is not None:
+            return self._restore(newest)
+        say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
+        return 0, beta, []
+
+    def _newest(self) -> Path | None:
+        for path in reversed(self.list()):
+            reason = damage(path)
+            if reason is None:
+                return path
+            say(f"{path}: skipped, {reason}")
+        return None
+
+    def list(self) -> list[Path]:
+        """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
+        return _checkpoints_in(self.folder)
+
+    def save(self, step: int, beta: float, stopped: str | None = None) -> Path:
+        """Write a checkpoint, then delete the oldest beyond keep_checkpoints. stopped: why the run ends at this step.
+
+        Every rank calls it: what is spread over them is gathered, and the first one writes.
+        """
+        ranks, final = current(), self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".step-{step:08d}.tmp"
+        generators = ranks.every(_rng())
+        state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
+        state["stopped"] = None if stopped is None else [stopped, _alerting(self.cfg)]
+        try:
+            if ranks.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            for name, tensors in self._files(generators):
+                if ranks.main:
+                    save_file(tensors, temporary / f"{name}.safetensors")
+            if ranks.main:
+                state |= {"rng": [{name: rng[name] for name in ("python", "numpy")} for rng in generators]}
+                (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                _seal(temporary, final)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
+        if ranks.main:
+            for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
+                shutil.rmtree(old)
+        ranks.barrier()
+        return final
+
+    def _files(self, generators: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each safetensors file of a checkpoint, one at a time in memory."""
+        for name, module in self.modules.items():
+            yield name, gathered(trained_part(module))
+        yield "optimizer", gathered(self._optimizer_tensors())
+        states = {f"{name}.{rank}": x for rank, rng in enumerate(generators) for name, x in rng["torch"].items()}
+        yield "rng", states | {"generator": self.generator.get_state().cpu()}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                tensors[f"{index}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def _restore(self, path: Path) -> tuple[int, float, list[dict[str, float]]]:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self._compare(state["identity"], path)
+        for name, module in self.modules.items():
+            load_parameters(module, load_file(path / f"{name}.safetensors"))
+        restored: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for key, tensor in load_file(path / "optimizer.safetensors").items():
+            index, _, name = key.partition(".")
+            restored.setdefault(int(index), {})[name] = spread_like(tensor, parameters[int(index)])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": restored, "param_groups": groups})
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        tensors = load_file(path / "rng.safetensors")
+        self.generator.set_state(tensors["generator"])
+        ranks, others = current(), len(state["rng"])
+        rank = ranks.rank if ranks.rank < others else 0
+        own = {name.partition(".")[0]: x for name, x in tensors.items() if name.partition(".")[2] == str(rank)}
+        _set_rng(state["rng"][rank] | {"torch": own})
+        if ranks.world != others:
+            say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
+        step = state["step"]
+        history = [metrics for metrics in read_metrics(self.cfg.output_dir) if metrics["step"] <= step]
+        say(f"resumed from {path} after step {step}")
+        if state.get("stopped") and state["stopped"][1] == _alerting(self.cfg):
+            self.stopped = state["stopped"][0]
+            say(f"the run had stopped there: {self.stopped}")
+        return step, state["beta"], history
+
+    def _compare(self, saved: dict[str, Any], path: Path) -> None:
+        for key, value in self.identity["config"].items():
+            if saved["config"].get(key) != value:
+                raise UserError(
+                    f"{path}: was made with {key}={saved['config'].get(key)!r}, not {value!r}; cannot resume"
+                )
+        for key in self.identity.keys() - {"config"}:
+            if saved.get(key) != self.identity[key]:
+                raise UserError(f"{path}: the {key} changed since this checkpoint was made; cannot resume")
+
+
+def refuse_leftovers(cfg: Any) -> None:
+    """UserError if a new run would discard the checkpoints of an earlier one without being told to."""
+    folder = Path(cfg.output_dir) / "checkpoints"
+    if not cfg.resume and not cfg.overwrite and _checkpoints_in(folder):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run; --resume goes on from them, --overwrite "
+            "discards them, or choose another --output_dir"
+        )
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if NAME.match(p.name) and p.is_dir() and not p.is_symlink())
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, None if every file has the SHA-256 that meta.json says."""
+    try:
+        digests = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
+        for name, digest in digests.items():
+            if _digest((path / name).read_bytes()) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete ({error})"
+    return None
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, themselves, not copies; of tied ones the first name only."""
+    kept, seen = {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        place = id(tensor) if is_spread(tensor) else tensor.data_ptr()
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            kept[name] = tensor
+    return kept
+
+
+def trained_part(module: nn.Module) -> dict[str, Tensor]:
+    """`weights_of` without what is frozen, or belongs to it (a quantised weight's scales): that is the base's."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    found = weights_of(module)
+    scales = {name for name in found if ".weight." in name and f"{name.partition('.weight.')[0]}.weight" in frozen}
+    return {name: tensor for name, tensor in found.items() if name not in frozen | scales}
+
+
+def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(spread_like(tensor, own[name]))
+
+
+def weights_digest(module: nn.Module, frozen: bool = False) -> str:
+    """SHA-256 over names and values of all weights, or of those that are not trained; one at a time is copied."""
+    digest = hashlib.sha256()
+    trained = trained_part(module).keys() if frozen else ()
+    for name, tensor in weights_of(module).items():
+        if name in trained:
+            continue
+        digest.update(name.encode())
+        digest.update(full(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _config_values(cfg: Any) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE}
+
+
+def _alerting(cfg: Any) -> list[Any]:
+    """The options that stop a run and may change between it and its resumption, which then goes on."""
+    return [list(cfg.alert), cfg.stop_on_alert]
+
+
+def _rng() -> dict[str, Any]:
+    """The states of this process's global generators: dropout draws from them, and a reward function may."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torchs = {"torch": torch.get_rng_state()} | {f"cuda{index}": state for index, state in enumerate(cuda)}
+    return {"torch": torchs, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"]["torch"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{index}" in state["torch"]:  # the checkpoint may come from a machine with fewer GPUs
+            torch.cuda.set_rng_state(state["torch"][f"cuda{index}"], index)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+
+
+def _seal(temporary: Path, final: Path) -> None:
+    """Add the sums of the files, bring everything to the disk, and give the folder its name."""
+    digests = {p.name: _digest(p.read_bytes()) for p in sorted(temporary.iterdir())}
+    (temporary / "meta.json").write_text(json.dumps({"sha256": digests}, indent=2), encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _fsync(final.parent)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
