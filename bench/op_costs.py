@@ -66,7 +66,7 @@ def prepared(job: Job, layers: int, device: torch.device) -> nn.Module:
         model = get_peft_model(
             model, LoraConfig(r=job.lora, target_modules="all-linear", fan_in_fan_out=not job.model.gated)
         )
-    precision.halve(model, "bfloat16" if job.mixed else "float32")
+    precision.to_bf16(model, "bfloat16" if job.mixed else "float32")
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,95 @@ def test_the_trainer_uses_public_names_only() -> None:
         ]
         breaches += [f"{path.name}: {name}" for name in used if name not in PUBLIC]
     assert not breaches
+
+
+# The trainer's floors, lowest first. A module imports from its own wing and from those below.
+WINGS = ("base", "reports", "data", "models", "sampling", "judging", "labelling", "worlds", "training", "onpolicy")
+WINGS += ("constitutional",)
+COMMANDS = {"init", "generate", "label", "prefs", "sft", "reward", "dpo", "bon", "ppo", "cai", "eval"}
+FLOORS = [*({wing} for wing in WINGS), COMMANDS, {"verification"}, {"verify"}, {"demo"}, {"cli"}, {"__main__"}]
+MOST_MODULES = 14  # a wing; the top level, one file a command, is none
+PACKAGE = "rlhf_trainer"
+
+
+def _floor(module: str) -> int:
+    room = module.split(".")[1]
+    return next(floor for floor, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def _trainer_imports(source: Path) -> dict[str, set[str]]:
+    """Module -> the trainer's modules that it imports, lazily and for type checkers alone too; without the package."""
+    paths = {path: path.relative_to(source).with_suffix("") for path in sorted((source / PACKAGE).rglob("*.py"))}
+    names = {path: ".".join(relative.parts).removesuffix(".__init__") for path, relative in paths.items()}
+    modules = set(names.values())
+    found: dict[str, set[str]] = {}
+    for path, module in names.items():
+        if module == PACKAGE:  # it names its modules and imports none
+            continue
+        imported = (name for name in _imports(path) if name.split(".")[0] == PACKAGE)
+        targets = {name if name in modules else name.rpartition(".")[0] for name in imported}
+        assert targets <= modules, f"{module}: {sorted(targets - modules)}"
+        assert PACKAGE not in targets, f"{module} takes a name from the package, whose own modules stand above it"
+        found[module] = targets - {module}
+    return found
+
+
+def _upward(imports: dict[str, set[str]]) -> list[str]:
+    """Imports that go up, or from one command to another (demo apart, which stands above them)."""
+    return [
+        f"{module} -> {target}"
+        for module, targets in imports.items()
+        for target in targets
+        if _floor(target) > _floor(module) or (_floor(target) == _floor(module) and module.split(".")[1] in COMMANDS)
+    ]
+
+
+def _circles(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, directly or through others."""
+    try:
+        list(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_the_trainers_imports_go_down_and_in_no_circle() -> None:
+    imports = _trainer_imports(ROOT / "python")
+    assert len(imports) > 70
+    assert not _upward(imports)
+    assert not _circles(imports)
+
+
+def test_no_wing_of_the_trainer_is_crowded() -> None:
+    for wing in (ROOT / "python" / PACKAGE).iterdir():
+        if wing.is_dir() and wing.name != "__pycache__":
+            assert {wing.name} in FLOORS, f"{wing.name} has no floor"
+            modules = [path.name for path in wing.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) <= MOST_MODULES, f"{wing.name} has {len(modules)} modules: {modules}"
+
+
+@pytest.mark.parametrize(
+    ("files", "upward", "circle"),
+    [
+        ({"data/a.py": "from rlhf_trainer.base.b import f", "base/b.py": ""}, 0, False),
+        ({"data/a.py": "", "base/b.py": "def f():\n    from rlhf_trainer.data import a"}, 1, False),
+        ({"data/a.py": "", "base/b.py": "if TYPE_CHECKING:\n    from rlhf_trainer.data.a import A"}, 1, False),
+        ({"sft.py": "from rlhf_trainer.dpo import f", "dpo.py": ""}, 1, False),
+        ({"data/a.py": "from rlhf_trainer.data.b import f", "data/b.py": "from rlhf_trainer.data import a"}, 0, True),
+        ({"demo.py": "from rlhf_trainer.sft import run", "sft.py": ""}, 0, False),
+    ],
+    ids=["down", "up, lazily", "up, for types", "between commands", "circle", "demo"],
+)
+def test_a_wrong_import_of_the_trainer_is_found(
+    files: dict[str, str], upward: int, circle: bool, tmp_path: Path
+) -> None:
+    for name, text in {"__init__.py": "", "data/__init__.py": "", "base/__init__.py": "", **files}.items():
+        path = tmp_path / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    imports = _trainer_imports(tmp_path)
+    assert len(_upward(imports)) == upward
+    assert bool(_circles(imports)) == circle
 
 
 def test_the_kernels_do_not_know_the_trainer() -> None:

@@ -53,7 +53,7 @@ def _pure_wheel(done: subprocess.CompletedProcess[str], out: Path, reason: str) 
     names = archive.namelist()
     assert "rlhf_kernels/__init__.py" in names
     assert "rlhf_trainer/cli.py" in names
-    assert "rlhf_trainer/constitution.yaml" in names
+    assert "rlhf_trainer/constitutional/constitution.yaml" in names
     assert not [name for name in names if name.endswith(".so")]
     return archive
 

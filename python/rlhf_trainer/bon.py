@@ -26,7 +26,7 @@ from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.reports.estimates import bootstrap
 from rlhf_trainer.reports.page import COLOURS, embed, html_table, show_estimate, show_number, write_page
-from rlhf_trainer.sampling.batches import collect, finished, sample_batches
+from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
 from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
 from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
 
@@ -103,7 +103,7 @@ def best_of_n(
     prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
     raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".samples.jsonl")))
     batch = max(1, cfg.batch_size // cfg.n)
-    start = finished(raw, prompts, batch) if cfg.output else 0
+    start = resume_position(raw, prompts, batch) if cfg.output else 0
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = model.to(device).eval()
@@ -120,7 +120,9 @@ def best_of_n(
             trust_remote_code=cfg.trust_remote_code,
         )
     batches = sample_batches(raw, model, tokenizer, prompts, start, batch)
-    samples = collect(raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg)
+    samples = append_batches(
+        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg
+    )
     best = [chosen(record) for record in samples]
     figures = statistics(cfg, samples)
     if cfg.output:

@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from rlhf_trainer.base.config import parse_config
-    from rlhf_trainer.base.distributed import launched
+    from rlhf_trainer.base.distributed import rank_and_world_size
 
-    if launched()[1] > 1 and stage not in SHARED:
+    if rank_and_world_size()[1] > 1 and stage not in SHARED:
         message = f"rlhf {stage}: error: it runs in one process; of several, each would write the same files"
         print(message, file=sys.stderr)
         return 2

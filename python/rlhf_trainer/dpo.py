@@ -18,26 +18,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from rlhf_kernels import dpo_loss
 from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_pairs
-from rlhf_trainer.data.rows import PairRows, Row, counted_tokens, encode_pairs
+from rlhf_trainer.data.rows import PairRows, TokenizedExample, counted_tokens, encode_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
-from rlhf_trainer.models.sharding import place, place_trained
+from rlhf_trainer.models.sharding import prepare_model, prepare_trained_model
 from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.training.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.training.finish import finish
-from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, judge, length_baseline, summary
+from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, length_baseline, pair_metrics, summary
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
-    FitConfig,
-    Task,
-    fit,
+    SupervisedConfig,
+    TrainingObjective,
     length_limit,
-    read_both,
+    load_train_and_heldout,
     say_findings,
+    train_loop,
     validate_options,
 )
 
@@ -45,11 +45,11 @@ SUMMARY = """Train a policy on preference pairs with DPO or IPO; its frozen star
 
 Data as `rlhf reward` reads it. The reference's logprobs are computed once, before training, and kept in output_dir."""
 EXAMPLE = "rlhf dpo --model runs/sft --data pairs.jsonl --output_dir runs/dpo --beta 0.1 --lr 5e-6"
-KEPT = "reference_logprobs.safetensors"
+REFERENCE_CACHE = "reference_logprobs.safetensors"
 
 
 @dataclass
-class DPOConfig(FitConfig):
+class DPOConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label"; HH-RLHF transcripts; chats."""
 
     heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
@@ -65,7 +65,7 @@ Config = DPOConfig
 
 
 @dataclass(frozen=True)
-class Item:
+class PairWithReference:
     """A pair in tokens, and the reference's logprob of its two answers."""
 
     rows: PairRows
@@ -96,20 +96,20 @@ def check_options(cfg: DPOConfig) -> None:
         raise UserError("--label_smoothing is for --loss_type sigmoid; ipo has none")
 
 
-def answer_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, per_token: bool) -> Tensor:
+def answer_logprobs(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id: int, per_token: bool) -> Tensor:
     """[M] float32, nats: logprob of each row's answer, EOS included; with `per_token` its mean over the tokens."""
     logprobs = -completion_losses(model, rows, pad_id)
     return logprobs / logprobs.new_tensor([counted_tokens(row) for row in rows]) if per_token else logprobs
 
 
 @torch.no_grad()
-def all_logprobs(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, cfg: DPOConfig) -> Tensor:
+def all_logprobs(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id: int, cfg: DPOConfig) -> Tensor:
     """`answer_logprobs` of any number of rows, on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    ranks, logprobs = current(), torch.zeros(len(rows))
+    ranks, logprobs = distributed_context(), torch.zeros(len(rows))
     size = 2 * (cfg.micro_batch_size or cfg.batch_size)  # a pair is two rows
     device = next(model.parameters()).device
-    for (start,), weight in ranks.deal(range(0, len(order), size), 1):
+    for (start,), weight in ranks.shard_microbatches(range(0, len(order), size), 1):
         part = order[start : start + size]
         with precision.autocast(cfg.dtype, device):
             found = answer_logprobs(model, [rows[i] for i in part], pad_id, cfg.per_token)
@@ -140,7 +140,7 @@ def pair_losses(policy: Tensor, reference: Tensor, labels: Sequence[float], cfg:
     return torch.stack([torch.as_tensor(means[label]) for label in labels])
 
 
-class Trained:
+class PairLoss:
     """The losses of a policy, and what the pairs of the step under way looked like."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int, cfg: DPOConfig) -> None:
@@ -148,7 +148,7 @@ class Trained:
         self.seen: list[Tensor] = []  # [4, M] of each micro-batch: logprob and reward of chosen and rejected
         self.labels: list[float] = []
 
-    def losses(self, items: list[Item]) -> Tensor:
+    def losses(self, items: list[PairWithReference]) -> Tensor:
         rows = [item.rows.chosen for item in items] + [item.rows.rejected for item in items]
         policy = answer_logprobs(self.model, rows, self.pad_id, self.cfg.per_token).view(2, len(items))
         reference = policy.new_tensor([[i.ref_chosen for i in items], [i.ref_rejected for i in items]])
@@ -159,7 +159,7 @@ class Trained:
 
     def observe(self) -> dict[str, float]:
         """TRL's names; a pair without a winner (label 0.5) does not count in the accuracy."""
-        everyone = current().every((torch.cat([torch.empty(4, 0), *self.seen], 1), self.labels))
+        everyone = distributed_context().all_gather_object((torch.cat([torch.empty(4, 0), *self.seen], 1), self.labels))
         logps_chosen, logps_rejected, chosen, rejected = torch.cat([seen for seen, _ in everyone], 1)
         labels = torch.tensor([label for _, labels in everyone for label in labels])
         self.discard()
@@ -180,20 +180,25 @@ class Trained:
 
 def reference_logprobs(
     cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int
-) -> list[Item]:
+) -> list[PairWithReference]:
     """Every pair with its reference logprobs: from the file that an earlier start left in output_dir, or computed.
 
     Raises:
         UserError: a run is resumed with another reference or other data than it was begun with.
     """
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
-    ranks, logprobs = current(), None
+    ranks, logprobs = distributed_context(), None
     if cfg.output_dir:
         refuse_leftovers(cfg)
-        path = Path(cfg.output_dir) / KEPT
-        described = [weights_digest(reference), cfg.dtype, cfg.per_token, [[row.ids, row.prompt] for row in rows]]
+        path = Path(cfg.output_dir) / REFERENCE_CACHE
+        described = [
+            weights_digest(reference),
+            cfg.dtype,
+            cfg.per_token,
+            [[row.ids, row.prompt_length] for row in rows],
+        ]
         identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-        logprobs = ranks.first(_kept(path, identity, cfg.resume) if ranks.main else None)
+        logprobs = ranks.broadcast_object(_kept(path, identity, cfg.resume) if ranks.main else None)
     if logprobs is None:
         training = reference.training
         logprobs = all_logprobs(reference.eval(), rows, pad_id, cfg)
@@ -206,7 +211,7 @@ def reference_logprobs(
             save_file({"logprobs": logprobs}, temporary, metadata={"identity": identity})
             temporary.replace(path)
     both = logprobs.view(-1, 2).tolist()
-    return [Item(pair, *values) for pair, values in zip(pairs, both, strict=True)]
+    return [PairWithReference(pair, *values) for pair, values in zip(pairs, both, strict=True)]
 
 
 def _kept(path: Path, identity: str, resume: bool) -> Tensor | None:
@@ -223,10 +228,14 @@ def _kept(path: Path, identity: str, resume: bool) -> Tensor | None:
 
 
 def fit_pairs(
-    cfg: DPOConfig, model: PreTrainedModel, items: Sequence[Item], kept: Sequence[Item], pad_id: int
+    cfg: DPOConfig,
+    model: PreTrainedModel,
+    items: Sequence[PairWithReference],
+    kept: Sequence[PairWithReference],
+    pad_id: int,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Train `model` in place on `items`; returns the last metrics and the figures on `kept`, the held-out ones."""
-    trained = Trained(model, pad_id, cfg)
+    trained = PairLoss(model, pad_id, cfg)
 
     def figures() -> dict[str, Any]:
         sides = [item.rows.chosen for item in kept] + [item.rows.rejected for item in kept]
@@ -234,14 +243,14 @@ def fit_pairs(
         fixed = torch.tensor([[item.ref_chosen for item in kept], [item.ref_rejected for item in kept]])
         rewards = cfg.beta * (policy - fixed)
         own = [item.rows.pair for item in kept]
-        found = judge(*rewards, own)
+        found = pair_metrics(*rewards, own)
         found["loss"] = pair_losses(policy, fixed, [pair.label for pair in own], cfg).mean().item()
         return found
 
     def evaluate() -> dict[str, float]:
         return heldout_metrics(figures(), "loss", "accuracy", "margin") if kept else {}
 
-    task = Task(
+    task = TrainingObjective(
         losses=trained.losses,
         units=lambda item: 1,
         length=lambda item: max(len(item.rows.chosen.ids), len(item.rows.rejected.ids)),
@@ -251,7 +260,7 @@ def fit_pairs(
         observe=trained.observe,
         discard=trained.discard,
     )
-    metrics = fit(cfg, "dpo", model, items, task)
+    metrics = train_loop(cfg, "dpo", model, items, task)
     return metrics, figures() if kept else {}
 
 
@@ -281,23 +290,23 @@ def train_dpo(
     set_seed(cfg.seed)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
+    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    policy = place_trained(cfg, adapters.add_adapter(policy, cfg), device, given=model is not None).train()
+    policy = prepare_trained_model(cfg, adapters.add_adapter(policy, cfg), device, given=model is not None).train()
     quantised.check_adapter(cfg, policy)
     if ref_model is None and cfg.ref_model is not None:
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
-        precision.halve(ref_model, cfg.dtype, trained=True)
+        precision.to_bf16(ref_model, cfg.dtype, include_trainable=True)
     limit = length_limit(cfg, policy)
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     for pair in training:
         if pair.margin:
-            findings.mention("margin, which DPO does not use", pair.line)
+            findings.count("margin, which DPO does not use", pair.line)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
-    reference = policy if ref_model is None else place(ref_model, device)
+    reference = policy if ref_model is None else prepare_model(ref_model, device)
     items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], tokenizer.pad_token_id)
     del reference, ref_model  # one that was loaded here takes no memory in training
     metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], tokenizer.pad_token_id)
@@ -305,7 +314,7 @@ def train_dpo(
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
     finish(cfg, policy, tokenizer, records={"dpo.json": result})
-    if cfg.output_dir and current().main:
+    if cfg.output_dir and distributed_context().main:
         write_curves(cfg, result)
     return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)
 

@@ -13,7 +13,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
-from rlhf_trainer.sampling.batches import collect, finished, sample_batches
+from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
 from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
 from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
 
@@ -63,7 +63,7 @@ def generate_completions(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
     batch = max(1, cfg.batch_size // cfg.n)  # prompts whose completions are sampled together
-    start = finished(cfg, prompts, batch) if cfg.output else 0
+    start = resume_position(cfg, prompts, batch) if cfg.output else 0
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = model.to(resolve_device(cfg.device)).eval()
@@ -73,7 +73,7 @@ def generate_completions(
         stop_token_id(tokenizer, cfg.stop_token)
     begun = time.monotonic()
     batches = sample_batches(cfg, model, tokenizer, prompts, start, batch)
-    records = collect(cfg, batches, start, len(prompts), "generate")
+    records = append_batches(cfg, batches, start, len(prompts), "generate")
     seconds = time.monotonic() - begun
     count, total = len(records), len(records) * cfg.n
     distinct = sum(len(set(record["completions"])) for record in records)

@@ -48,7 +48,7 @@ class LabelConfig:
 Config = LabelConfig
 
 
-class Server(ThreadingHTTPServer):
+class LabelServer(ThreadingHTTPServer):
     """The page's server with what its handlers share."""
 
     daemon_threads = True
@@ -68,7 +68,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: LabelServer
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a silent connection is kept
 
@@ -191,7 +191,7 @@ def _name(form: dict[str, str]) -> str:
     return name if len(name) <= 64 and name.isprintable() else ""
 
 
-def label_server(cfg: LabelConfig) -> Server:
+def label_server(cfg: LabelConfig) -> LabelServer:
     """A server that is bound but not yet serving: `serve_forever()` does, `shutdown()` from another thread ends that.
 
     As a context manager it closes the port and the file of rankings.
@@ -213,7 +213,7 @@ def label_server(cfg: LabelConfig) -> Server:
         raise UserError(f"--output {output}: it grows by an answer at a time, uncompressed; name it .jsonl")
     store = Store(read_tasks(cfg.data), output, cfg.per_prompt)
     try:
-        return Server((cfg.host, cfg.port), store, text)
+        return LabelServer((cfg.host, cfg.port), store, text)
     except (OSError, OverflowError) as error:
         store.close()  # an overflow comes before the server would
         reason = getattr(error, "strerror", None) or str(error)

@@ -21,19 +21,19 @@ from rlhf_kernels import (
 )
 from rlhf_trainer.base.config import save_config
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, shared_scores
 from rlhf_trainer.models import precision
-from rlhf_trainer.models.adapters import Adapter, active
-from rlhf_trainer.models.sharding import full, home, place, place_trained
+from rlhf_trainer.models.adapters import Adapter, use_adapter
+from rlhf_trainer.models.sharding import load_device, prepare_model, prepare_trained_model, unsharded_tensor
 from rlhf_trainer.onpolicy.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
 from rlhf_trainer.onpolicy.config import PPOConfig
 from rlhf_trainer.onpolicy.inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.onpolicy.metrics import adapt_kl_coef, phase_times, samples, stop_reason, summarize
 from rlhf_trainer.onpolicy.terms import Batch, final_scores, group_baseline, kl_penalty
 from rlhf_trainer.onpolicy.value_head import VALUE_HEAD, ValueHead, load_value_head
-from rlhf_trainer.onpolicy.watch import Watch
+from rlhf_trainer.onpolicy.watch import RewardHackingMonitor
 from rlhf_trainer.sampling.responses import token_outputs
 from rlhf_trainer.sampling.rollout import Rollout
 from rlhf_trainer.sampling.vllm import load_engine
@@ -94,7 +94,7 @@ def train_ppo(
         UserError: bad input, one sentence. InvariantError: a step-0 invariant does not hold.
     """
     validate_options(cfg)
-    ranks = current()
+    ranks = distributed_context()
     check_shares(cfg, ranks.world)
     device = resolve_device(cfg.device)
     set_seed(cfg.seed)  # Python's and NumPy's too: a reward function may draw from them
@@ -106,12 +106,12 @@ def train_ppo(
         kind: dict[str, Any] = {"label": cfg.gold_label, "completion_only": cfg.reward_completion_only}
         folder: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
         gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
-    value_head = load_value_head(cfg, policy, home(device)) if cfg.advantage == "gae" else None
+    value_head = load_value_head(cfg, policy, load_device(device)) if cfg.advantage == "gae" else None
     heads = {} if value_head is None else {"value_head": value_head}
-    place_trained(cfg, policy, device, *heads.values(), given=model is not None)
+    prepare_trained_model(cfg, policy, device, *heads.values(), given=model is not None)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
-        place(separate, device)
+        prepare_model(separate, device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
@@ -134,7 +134,7 @@ def train_ppo(
         seed=cfg.seed,
         trust_remote_code=cfg.trust_remote_code,
     )
-    watch, alerts = Watch(cfg, history), Alerts(cfg.alert, history)
+    watch, alerts = RewardHackingMonitor(cfg, history), Alerts(cfg.alert, history)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     sampling["batch_size"] = cfg.rollout_batch_size
     if cfg.output_dir:
@@ -152,12 +152,12 @@ def train_ppo(
             # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
             orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]
             raw_scores = shared_scores(reward, rollout, cfg.group_size).to(device)
-            batch = assess(policy, reference, value_head, rollout, raw_scores, orders[0], beta, cfg)
+            batch = compute_advantages(policy, reference, value_head, rollout, raw_scores, orders[0], beta, cfg)
             if update == 0:
                 check_first_kl(batch.kl, reference_is_policy)
             scored = time.perf_counter()
             lr = scheduler.get_last_lr()[0]
-            stats = optimize(policy, value_head, optimizer, batch, orders, update, cfg)
+            stats = update_policy(policy, value_head, optimizer, batch, orders, update, cfg)
             scheduler.step()
 
             metrics = summarize(batch, stats, beta, tokenizer) | {
@@ -178,7 +178,7 @@ def train_ppo(
             warnings = watch.check(history, rollout)  # adds its own metrics
             alarms = alerts.check(metrics)
             next_beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
-            beta, stop = ranks.first((next_beta, stop_reason(metrics, cfg, alarms)))
+            beta, stop = ranks.broadcast_object((next_beta, stop_reason(metrics, cfg, alarms)))
             leave = ranks.any(bool(terminated))
             announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
             if log is not None:
@@ -195,14 +195,14 @@ def train_ppo(
             if leave:
                 raise terminated.exit(update + 1)
     tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
-    if cfg.merge and cfg.value_adapter:  # it was one of the base as it had been
+    if cfg.merge and cfg.value_adapter:  # the value adapter belongs to the unmerged base, so it is not saved
         tensors = {}
     finish(cfg, policy, tokenizer, tensors=tensors)
     return PPOResult(policy, value_head, tokenizer, history, stopped, cfg.output_dir)
 
 
 @torch.no_grad()
-def assess(
+def compute_advantages(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Adapter,
     value_head: ValueHead | None,
@@ -213,13 +213,13 @@ def assess(
     cfg: PPOConfig,
 ) -> Batch:
     """Logprobs, values, KL-shaped rewards, advantages and returns of a rollout; `order` groups the forward passes."""
-    ranks, mask = current(), rollout.response_mask
+    ranks, mask = distributed_context(), rollout.response_mask
     logprobs, values, ref_logprobs = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     for minibatch in order.tensor_split(cfg.minibatches):
-        for rows, _ in ranks.deal(minibatch, cfg.micro_batch_size):
+        for rows, _ in ranks.shard_microbatches(minibatch, cfg.micro_batch_size):
             with precision.autocast(cfg.dtype, mask.device):
                 logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
-            with precision.autocast(cfg.dtype, mask.device), active(reference) as ref_model:
+            with precision.autocast(cfg.dtype, mask.device), use_adapter(reference) as ref_model:
                 ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
     ranks.sum_(logprobs, values, ref_logprobs)
     kl = kl_penalty(logprobs, ref_logprobs)
@@ -236,7 +236,7 @@ def assess(
     return Batch(rollout, final, logprobs, values, kl, advantages, returns)
 
 
-def optimize(
+def update_policy(
     policy: PreTrainedModel,
     value_head: ValueHead | None,
     optimizer: torch.optim.Optimizer,
@@ -246,15 +246,15 @@ def optimize(
     cfg: PPOConfig,
 ) -> list[dict[str, float]]:
     """The epochs of one update; returns the statistics of every minibatch."""
-    ranks, rollout, mask = current(), batch.rollout, batch.rollout.response_mask
+    ranks, rollout, mask = distributed_context(), batch.rollout, batch.rollout.response_mask
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     minibatch_stats: list[dict[str, float]] = []
     for order in orders:
         for minibatch in order.tensor_split(cfg.minibatches):
             tokens = mask[minibatch].sum()  # the mean is over the whole minibatch, whatever the micro-batches
             stats: dict[str, Tensor] = {}
-            for rows, weight in ranks.deal(minibatch, cfg.micro_batch_size):
-                with precision.autocast(cfg.dtype, mask.device), precision.recomputing(policy):
+            for rows, weight in ranks.shard_microbatches(minibatch, cfg.micro_batch_size):
+                with precision.autocast(cfg.dtype, mask.device), precision.checkpointing_in_eval_mode(policy):
                     logprobs, entropy, values = token_outputs(
                         policy, value_head, rollout, rows, cfg.temperature, entropy_bonus=cfg.entropy_coef != 0
                     )
@@ -289,7 +289,7 @@ def optimize(
                 for name, part in parts.items():
                     stats[name] = stats.get(name, 0.0) + weight * part.detach()
             ranks.sum_gradients(parameters)
-            norm = full(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+            norm = unsharded_tensor(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
             check_finite("gradient", norm, update + 1, minibatch, rollout)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.agreement import Agreement, agreement, table
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.formats import MARKERS, Options
-from rlhf_trainer.data.rankings import Ranked, Votes, voted_pairs
+from rlhf_trainer.data.rankings import RankedPrompt, VoteTally, voted_pairs
 from rlhf_trainer.data.readers import FORMATS, Preferences, read_preferences
 from rlhf_trainer.data.records import Pair, check_pairs
 from rlhf_trainer.labelling import instructions as prefs_instructions
@@ -74,9 +74,9 @@ class PrefsResult:
 
     pairs: list[Pair]
     read: Preferences
-    votes: Votes
+    votes: VoteTally
     agreement: Agreement | None
-    ranked: list[Ranked]
+    ranked: list[RankedPrompt]
     output: str  # "": nothing was written
 
 
@@ -117,14 +117,14 @@ def prepare(cfg: PrefsConfig) -> PrefsResult:
     read = read_preferences(cfg.data, format=cfg.format, split=cfg.split, options=read_options(cfg), strict=cfg.strict)
     kept = [(_leave_out(record, cfg.without), where) for record, where in read.ranked]
     _check_names(cfg.without, read)
-    votes = Votes()
+    votes = VoteTally()
     voted = ((pair, where) for record, where in kept for pair in voted_pairs(record, votes, cfg.ties, cfg.fails))
     pairs = check_pairs([*read.pairs, *voted])
     ranked = [record for record, _ in kept if record.rankings]
     return PrefsResult(pairs, read, votes, agreement(ranked, cfg.fails) if ranked else None, ranked, "")
 
 
-def _leave_out(record: Ranked, names: list[str]) -> Ranked:
+def _leave_out(record: RankedPrompt, names: list[str]) -> RankedPrompt:
     return replace(record, rankings=tuple(ranking for ranking in record.rankings if ranking.labeller not in names))
 
 

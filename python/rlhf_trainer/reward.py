@@ -13,34 +13,34 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_examples, read_pairs
-from rlhf_trainer.data.rows import PairRows, Row, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.data.rows import PairRows, TokenizedExample, encode_examples, encode_pairs, left_pad
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
-from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, quiet
+from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
-from rlhf_trainer.models.sharding import place_trained, with_weights
+from rlhf_trainer.models.sharding import fsdp_forward, prepare_trained_model
 from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import (
     calibration_figure,
     heldout_metrics,
     heldout_table,
-    judge,
     length_baseline,
     losses_of,
+    pair_metrics,
     summary,
 )
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
-    FitConfig,
-    Task,
-    fit,
+    SupervisedConfig,
+    TrainingObjective,
     length_limit,
-    read_both,
+    load_train_and_heldout,
     say_findings,
+    train_loop,
     validate_options,
 )
 
@@ -50,7 +50,7 @@ REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken 
 
 
 @dataclass
-class RewardConfig(FitConfig):
+class RewardConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label" and "margin"; HH-RLHF transcripts; chats."""
 
     heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
@@ -100,7 +100,7 @@ def init_head(model: PreTrainedModel) -> None:
 def load_for_training(cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A one-output classifier on cfg.model's backbone; its head is new unless the folder holds a reward model."""
     torch.manual_seed(cfg.seed)
-    with quiet():
+    with suppress_transformers_warnings():
         options = {
             "trust_remote_code": cfg.trust_remote_code,
             **quantised.load_options(cfg, resolve_device(cfg.device)),
@@ -139,8 +139,8 @@ def has_head(path: str, trust_remote_code: bool) -> bool:
     return any(name.endswith("SequenceClassification") for name in architectures)
 
 
-@with_weights
-def score_rows(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> Tensor:
+@fsdp_forward
+def score_rows(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id: int) -> Tensor:
     """[M] float32: raw reward of each row, read at its last token (EOS)."""
     device = next(model.parameters()).device
     ids, mask = left_pad([row.ids for row in rows], pad_id)
@@ -172,11 +172,11 @@ def margins_and_accuracies(differences: Tensor, pairs: Sequence[Pair]) -> list[t
 
 
 @torch.no_grad()
-def all_scores(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int) -> Tensor:
+def all_scores(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id: int, batch_size: int) -> Tensor:
     """[M] raw rewards of any number of rows, on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    ranks, scores = current(), torch.zeros(len(rows))
-    for (start,), weight in ranks.deal(range(0, len(order), batch_size), 1):
+    ranks, scores = distributed_context(), torch.zeros(len(rows))
+    for (start,), weight in ranks.shard_microbatches(range(0, len(order), batch_size), 1):
         part = order[start : start + batch_size]
         found = score_rows(model, [rows[i] for i in part], pad_id).cpu()
         if weight:
@@ -187,7 +187,7 @@ def all_scores(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_s
 
 def reference_rows(
     cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[PairRows], limit: int
-) -> list[Row]:
+) -> list[TokenizedExample]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
         return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
@@ -197,7 +197,7 @@ def reference_rows(
     return rows
 
 
-def together(item: PairRows) -> Hashable:
+def prompt_group(item: PairRows) -> Hashable:
     """Pairs of one prompt are learned from in one step; where the prompt is empty each is on its own."""
     return item.pair.prompt or (item.pair.chosen, item.pair.rejected)
 
@@ -209,7 +209,7 @@ def fit_pairs(
     longest: dict[Hashable, int] = {}  # of a prompt's answers: its pairs go through the model together
     for item in rows:
         length = max(len(item.chosen.ids), len(item.rejected.ids))
-        longest[together(item)] = max(length, longest.get(together(item), 0))
+        longest[prompt_group(item)] = max(length, longest.get(prompt_group(item), 0))
     seen: list[tuple[float, float]] = []  # margin and accuracy of each pair of the step
 
     def losses(batch: list[PairRows]) -> Tensor:
@@ -219,7 +219,7 @@ def fit_pairs(
         return losses_of(chosen, rejected, pairs, cfg.margin)
 
     def observe() -> dict[str, float]:
-        everyone = [pair for part in current().every(seen) for pair in part]
+        everyone = [pair for part in distributed_context().all_gather_object(seen) for pair in part]
         seen.clear()
         if not everyone:  # all of them ties
             return {}
@@ -229,24 +229,24 @@ def fit_pairs(
     def figures() -> dict[str, Any]:
         chosen = all_scores(model, [p.chosen for p in heldout], pad_id, cfg.batch_size)
         rejected = all_scores(model, [p.rejected for p in heldout], pad_id, cfg.batch_size)
-        return judge(chosen, rejected, [p.pair for p in heldout], cfg.margin)
+        return pair_metrics(chosen, rejected, [p.pair for p in heldout], cfg.margin)
 
     def evaluate() -> dict[str, float]:
         names = ("loss", "accuracy", "margin", "calibration_error")
         return heldout_metrics(figures(), *names) if heldout else {}
 
-    task = Task(
+    task = TrainingObjective(
         losses=losses,
         units=lambda item: 1,
-        length=lambda item: longest[together(item)],
+        length=lambda item: longest[prompt_group(item)],
         line=lambda item: item.pair.line,
         text=lambda item: f"{item.pair.prompt}{item.pair.chosen} | {item.pair.rejected}",
         evaluate=evaluate,
         observe=observe,
         discard=seen.clear,
-        group=together,
+        group=prompt_group,
     )
-    metrics = fit(cfg, "reward", model, rows, task)
+    metrics = train_loop(cfg, "reward", model, rows, task)
     with precision.autocast(cfg.dtype, next(model.parameters()).device):
         return metrics, figures() if heldout else {}
 
@@ -277,14 +277,14 @@ def train_reward(
     device = resolve_device(cfg.device)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = read_both(cfg, read_pairs, tokenizer, pairs)
+    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
-    model = place_trained(cfg, start, device, given=model is not None).train()
+    model = prepare_trained_model(cfg, start, device, given=model is not None).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
-    samples = reference_rows(cfg, tokenizer, rows, limit)  # before the training, which a file that is wrong would waste
+    samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):
         reference = all_scores(model, samples, pad_id, cfg.batch_size)
@@ -297,7 +297,7 @@ def train_reward(
     if heldout:
         found["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
     finish(cfg, model, tokenizer, records={NORMALISATION: {"mean": mean, "std": std}, "reward.json": found})
-    if cfg.output_dir and current().main:
+    if cfg.output_dir and distributed_context().main:
         write_report(cfg.output_dir, found)
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 

@@ -10,21 +10,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import require
-from rlhf_trainer.base.distributed import current, on_all_ranks, resolve_device
+from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.data.records import Example, read_examples
-from rlhf_trainer.data.rows import Row, counted_tokens, encode_examples
+from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
-from rlhf_trainer.models.sharding import place_trained
+from rlhf_trainer.models.sharding import prepare_trained_model
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.supervised import (
-    FitConfig,
-    Task,
-    fit,
+    SupervisedConfig,
+    TrainingObjective,
     length_limit,
-    read_both,
+    load_train_and_heldout,
     say_findings,
+    train_loop,
     validate_options,
 )
 
@@ -33,7 +33,7 @@ EXAMPLE = "rlhf sft --model runs/base --data examples.jsonl --output_dir runs/sf
 
 
 @dataclass
-class SFTConfig(FitConfig):
+class SFTConfig(SupervisedConfig):
     """Data: {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"} a line, or plain text."""
 
 
@@ -51,14 +51,14 @@ class SFTResult:
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int) -> float:
+def mean_loss(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id: int, batch_size: int) -> float:
     """Nats per completion token over all rows."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     total = torch.zeros((), dtype=torch.float64)
-    for (batch,), weight in current().deal(batches, 1):
+    for (batch,), weight in distributed_context().shard_microbatches(batches, 1):
         total += weight * completion_losses(model, batch, pad_id).sum().item()
-    current().sum_(total)
+    distributed_context().sum_(total)
     return total.item() / sum(map(counted_tokens, rows))
 
 
@@ -88,11 +88,11 @@ def train_sft(
     device = resolve_device(cfg.device)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = read_both(cfg, read_examples, tokenizer, examples)
+    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
     start = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    model = place_trained(cfg, adapters.add_adapter(start, cfg), device, given=model is not None).train()
+    model = prepare_trained_model(cfg, adapters.add_adapter(start, cfg), device, given=model is not None).train()
     quantised.check_adapter(cfg, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)
@@ -104,7 +104,7 @@ def train_sft(
             return {}
         return {"heldout/loss": mean_loss(model, heldout_rows, tokenizer.pad_token_id, cfg.batch_size)}
 
-    task = Task(
+    task = TrainingObjective(
         losses=lambda batch: completion_losses(model, batch, tokenizer.pad_token_id),
         units=counted_tokens,
         length=lambda row: len(row.ids),
@@ -112,7 +112,7 @@ def train_sft(
         text=lambda row: str(tokenizer.decode(row.ids, skip_special_tokens=True)),
         evaluate=evaluate,
     )
-    metrics = fit(cfg, "sft", model, rows, task)
+    metrics = train_loop(cfg, "sft", model, rows, task)
     finish(cfg, model, tokenizer)
     return SFTResult(model, tokenizer, metrics, cfg.output_dir)
 

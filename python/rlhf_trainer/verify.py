@@ -21,9 +21,9 @@ from rlhf_trainer.base.config import option
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.ppo import train_ppo
-from rlhf_trainer.verification import cases as verify_rows
-from rlhf_trainer.verification import reward_model as verify_reward
-from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, Line, fitted, ppo_config
+from rlhf_trainer.verification import cases as cases
+from rlhf_trainer.verification import reward_model as reward_model
+from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, CheckResult, fitted_reference, ppo_config
 from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, oracle
 from rlhf_trainer.worlds.threads import one_thread
 
@@ -35,7 +35,7 @@ PPO with LoRA, with group baselines (grpo, rloo), and DPO on pairs must reach th
 reward and KL: see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
 
-ROWS = verify_rows.ROWS | verify_reward.ROWS
+CHECKS = cases.CHECKS | reward_model.CHECKS
 DEFAULT = ("lora", "grpo", "rloo", "dpo", "bon", "ranks", "micro")  # the others take as long again, see docs/verify.md
 
 FULL = 150  # updates
@@ -51,7 +51,7 @@ class Config:
     beta: float = option(0.3, "weight of the KL penalty")
     temperature: float = option(1.0, "sampling temperature")
     rows: list[str] = option(
-        list(DEFAULT), f"what is checked besides PPO, of {', '.join(ROWS)}; or all, or none; at the gates' own beta"
+        list(DEFAULT), f"what is checked besides PPO, of {', '.join(CHECKS)}; or all, or none; at the gates' own beta"
     )
 
 
@@ -73,25 +73,25 @@ def run(cfg: Config) -> dict[str, Any]:
     for name in ("beta", "temperature"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
-    names = list(ROWS) if cfg.rows == ["all"] else [] if cfg.rows == ["none"] else list(dict.fromkeys(cfg.rows))
+    names = list(CHECKS) if cfg.rows == ["all"] else [] if cfg.rows == ["none"] else list(dict.fromkeys(cfg.rows))
     for name in names:
-        if name not in ROWS:
-            raise UserError(f"--rows {name}: not one of {', '.join(ROWS)}, and not all or none by itself")
+        if name not in CHECKS:
+            raise UserError(f"--rows {name}: not one of {', '.join(CHECKS)}, and not all or none by itself")
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the minutes that it takes
     say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
-    verdict = judge(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
+    verdict = train_and_measure(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
     checks = gates(verdict, cfg.full)
-    lines: list[Line] = []
+    lines: list[CheckResult] = []
     for place, name in enumerate(names, start=1):
         say(f"checking {name}, {place} of {len(names)}")
         began = time.perf_counter()
         try:
             with one_thread():
-                found = ROWS[name](cfg.seed)
+                found = CHECKS[name](cfg.seed)
         except UserError as error:  # what is known by now is not lost
             say(f"  {error}")
-            found = [Line(f"{name}: stopped by an error", 0, "finishes", False)]
+            found = [CheckResult(f"{name}: stopped by an error", 0, "finishes", False)]
         for line in found:
             say(f"  {line.name}: {line.reached:.4g}, gate {line.gate}, {'passed' if line.kept else 'FAILED'}")
         say(f"  {time.perf_counter() - began:.0f} s")
@@ -104,10 +104,10 @@ def run(cfg: Config) -> dict[str, Any]:
     return {"passed": all(kept for _, kept in checks.values()) and all(line.kept for line in lines)} | result
 
 
-def judge(updates: int, *, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> Verdict:
+def train_and_measure(updates: int, *, seed: int = 0, beta: float = 0.3, temperature: float = 1.0) -> Verdict:
     """Fit the reference, train with `train_ppo` as any user would, and compare with the enumerated optimum."""
     with one_thread():
-        tokenizer, reference = fitted(seed)
+        tokenizer, reference = fitted_reference(seed)
         world = ExactWorld(reference, tokenizer, beta, temperature)
         start = world.measure(reference)
         curve = [(0, start.objective)]
@@ -147,7 +147,7 @@ def gates(verdict: Verdict, full: bool) -> dict[str, tuple[str, bool]]:
     }
 
 
-def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[Line]) -> None:
+def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[CheckResult]) -> None:
     table = Table(title=f"The exact world; PPO after {verdict.updates} updates")
     for column in ("", "reached", "gate", ""):
         table.add_column(column, justify="left" if not column else "right")

@@ -17,7 +17,7 @@ from rlhf_trainer.constitutional.dialogue import make_prompt
 from rlhf_trainer.constitutional.label import compare, labelled, statistics, warnings
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_pairs
-from rlhf_trainer.judging.client import Server
+from rlhf_trainer.judging.client import ServerClient
 from rlhf_trainer.judging.judges import ModelJudge, both_orders
 from rlhf_trainer.judging.shots import Rule
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
@@ -137,7 +137,7 @@ def test_a_server_that_writes_does_not_stand_in_for_the_judge_named(monkeypatch)
     asked = []
     monkeypatch.setattr(cai_label, "load_judge", lambda source, **_: asked.append(source) or shorter)
     cfg = CAILabelConfig(model="m", server="http://127.0.0.1:1/v1#x", judge="m", device="cpu")
-    assert cai_label.find_judge(cfg, cai_label.ServerWriter(cfg, Server(cfg.server), True), ()) is shorter
+    assert cai_label.find_judge(cfg, cai_label.ServerWriter(cfg, ServerClient(cfg.server), True), ()) is shorter
     assert asked == ["m"]
 
 

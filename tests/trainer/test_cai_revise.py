@@ -9,14 +9,15 @@ import yaml
 from serving import said, serving
 from tiny import WORDS, tiny_folder
 
-from rlhf_trainer import CAIReviseConfig, generate, revise_answers
+from rlhf_trainer import CAIReviseConfig, revise_answers
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
+from rlhf_trainer.constitutional import writer
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import critique_request, make_prompt, revision_request
-from rlhf_trainer.constitutional.writer import cut
+from rlhf_trainer.constitutional.writer import truncate_at_stop
 from rlhf_trainer.data.records import read_examples
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
@@ -54,7 +55,7 @@ def revise(parts, cfg, **objects):
 
 
 def test_what_a_base_model_is_asked():
-    shot = Shot(KIND, "hi", "go away", "It is rude.", "Hello!")
+    shot = WorkedExample(KIND, "hi", "go away", "It is rude.", "Hello!")
     prompt = make_prompt("How are you?", None, False, "")
     asked = critique_request(prompt, " Leave me ", KIND, False, [shot])
     example = (
@@ -68,7 +69,7 @@ def test_what_a_base_model_is_asked():
 
 
 def test_what_a_chat_model_is_asked():
-    shot = Shot(KIND, "hi", "go away", "It is rude.", "Hello!")
+    shot = WorkedExample(KIND, "hi", "go away", "It is rude.", "Hello!")
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "How are you?"}]
     prompt = make_prompt(chat, None, True, "")
     asked = revision_request(prompt, "Leave me", KIND, "Rude.", True, [shot])
@@ -83,9 +84,12 @@ def test_what_a_chat_model_is_asked():
 
 
 def test_a_base_model_is_cut_where_it_begins_something_else():
-    assert cut(" good\n\nRevision request: more", False, ("\nCritique:", "\nRevision request:")).text == " good\n"
-    assert cut("good\nCritique: x", False, ("\nCritique:",)).ended
-    assert not cut("good", False, ("\nCritique:",)).ended
+    assert (
+        truncate_at_stop(" good\n\nRevision request: more", False, ("\nCritique:", "\nRevision request:")).text
+        == " good\n"
+    )
+    assert truncate_at_stop("good\nCritique: x", False, ("\nCritique:",)).ended
+    assert not truncate_at_stop("good", False, ("\nCritique:",)).ended
 
 
 def test_every_text_is_kept_and_the_last_revision_is_sft_data(parts, config, tmp_path):
@@ -166,23 +170,20 @@ def test_what_does_not_fit_is_left_out_and_said(parts, config, capsys):
         revise(parts, config(output="", drop_unfinished=True))
 
 
-def test_chats_are_written_by_the_template(parts, config, tmp_path):
+def test_chats_are_written_by_the_template(parts, config, monkeypatch):
     model, tokenizer = parts
     tokenizer = build_tokenizer([WORDS] * 4, 300)
     tokenizer.chat_template = CHAT
     prompts = ["one day", [{"role": "system", "content": "red"}, {"role": "user", "content": "two"}]]
     asked = []
-    original = generate.generate
+    original = writer.generate
 
     def watched(model, tokenizer, texts, **options):
         asked.extend(texts)
         return original(model, tokenizer, texts, **options)
 
-    generate.generate = watched
-    try:
-        result = revise((model, tokenizer), config(), prompts=prompts)
-    finally:
-        generate.generate = original
+    monkeypatch.setattr(writer, "generate", watched)
+    result = revise((model, tokenizer), config(), prompts=prompts)
     assert [example["prompt"] for example in result.examples] == ["<user>one day<a>", "<system>red<user>two<a>"]
     answer, rule = result.transcripts[0]["answer"], result.transcripts[0]["rounds"][0]["rule"]
     critique = {"kind": KIND, "short": SHORT}[rule].critique

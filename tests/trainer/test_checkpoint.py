@@ -18,7 +18,7 @@ from rlhf_trainer import train_ppo
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models.loading import save_folder
 from rlhf_trainer.onpolicy.config import PPOConfig
-from rlhf_trainer.training.checkpoint import damage
+from rlhf_trainer.training.checkpoint import why_invalid
 from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_tokenizer, oracle
 
 TOKENIZER = make_tokenizer()
@@ -111,7 +111,7 @@ def test_sigterm_saves_and_exits_143(folder):
     done = metrics(folder / "out")[-1]["step"]
     newest = max((folder / "out" / "checkpoints").iterdir())
     assert newest.name == f"step-{done:08d}"
-    assert damage(newest) is None
+    assert why_invalid(newest) is None
 
 
 @pytest.fixture
@@ -316,4 +316,4 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
     assert "earlier ones are kept" in done.stdout
     left = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in left] == ["step-00000001", "step-00000002"]
-    assert [damage(path) for path in left] == [None, None]
+    assert [why_invalid(path) for path in left] == [None, None]

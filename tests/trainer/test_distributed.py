@@ -13,7 +13,7 @@ from processes import Forked
 from safetensors.torch import load_file
 
 from rlhf_trainer.base import distributed
-from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.base.distributed import ProcessGroupInfo
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.models.loading import save_folder
@@ -244,7 +244,10 @@ def test_an_error_on_one_rank_stops_both_with_its_message(folder, sleeps):
 @pytest.mark.parametrize("size", [None, 1, 2])
 def test_deal_gives_every_row_once(world, count, size):
     for sharded in (False, True):
-        dealt = [list(Ranks(rank, world, sharded=sharded).deal(list(range(count)), size)) for rank in range(world)]
+        dealt = [
+            list(ProcessGroupInfo(rank, world, sharded=sharded).shard_microbatches(list(range(count)), size))
+            for rank in range(world)
+        ]
         rows = [row for parts in dealt for part, weight in parts if weight for row in part]
         assert sorted(rows) == list(range(count))
         assert all(len(part) <= (size or count) for parts in dealt for part, _ in parts)
@@ -253,7 +256,7 @@ def test_deal_gives_every_row_once(world, count, size):
 
 
 def test_blocks_are_whole_groups():
-    blocks = [Ranks(rank, 3).block(16, 4) for rank in range(3)]
+    blocks = [ProcessGroupInfo(rank, 3).contiguous_shard(16, 4) for rank in range(3)]
     assert [(block.start, block.stop) for block in blocks] == [(0, 4), (4, 8), (8, 16)]
 
 
@@ -290,4 +293,9 @@ def test_one_process_needs_no_group():
     x = torch.ones(2)
     ranks.sum_(x)
     assert x.tolist() == [1, 1]
-    assert (ranks.any(True), ranks.first("a"), ranks.every("a"), ranks.longest(3)) == (True, "a", ["a"], 3)
+    assert (ranks.any(True), ranks.broadcast_object("a"), ranks.all_gather_object("a"), ranks.all_reduce_max(3)) == (
+        True,
+        "a",
+        ["a"],
+        3,
+    )

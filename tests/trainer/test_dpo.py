@@ -59,7 +59,7 @@ def logprob(model, row):
     """Sum of the answer's logprobs in float64, from the whole logits of one unpadded row."""
     logits = model(input_ids=torch.tensor([row.ids])).logits[0].double()
     each = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
-    return each[row.prompt - 1 :].sum()
+    return each[row.prompt_length - 1 :].sum()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_loss_is_the_formula(parts, options, formula):
     ]
     cfg = DPOConfig(**options)
     encoded = dpo.reference_logprobs(cfg, reference, items(tokenizer, pairs), tokenizer.pad_token_id)
-    trained = dpo.Trained(model, tokenizer.pad_token_id, cfg)
+    trained = dpo.PairLoss(model, tokenizer.pad_token_id, cfg)
     losses, expected, rewards = trained.losses(encoded), 0.0, []
     for pair, item in zip(pairs, items(tokenizer, pairs), strict=True):
         chosen, rejected = (
@@ -114,7 +114,7 @@ def test_per_token_divides_by_the_counted_tokens(parts):
     mean = dpo.answer_logprobs(model, rows, tokenizer.pad_token_id, True)
     for row, total, average in zip(rows, whole.tolist(), mean.tolist(), strict=True):
         assert total == pytest.approx(logprob(model, row).item(), rel=1e-5)
-        assert average == pytest.approx(total / (len(row.ids) - row.prompt), rel=1e-6)
+        assert average == pytest.approx(total / (len(row.ids) - row.prompt_length), rel=1e-6)
 
 
 def lines(output):
@@ -178,7 +178,7 @@ def test_resumed_run_ends_with_the_bits_of_one_never_stopped(folder, data, tmp_p
     (tmp_path / "killed" / "model.safetensors").unlink()
     with monkeypatch.context() as patch:  # the reference's logprobs are the kept ones: nothing scores before a step
         real, stepped = dpo.all_logprobs, []
-        patch.setattr(dpo.Trained, "observe", _noting(dpo.Trained.observe, stepped))
+        patch.setattr(dpo.PairLoss, "observe", _noting(dpo.PairLoss.observe, stepped))
         patch.setattr(dpo, "all_logprobs", lambda *args: real(*args) if stepped else pytest.fail("computed again"))
         dpo.run(config(folder, data, tmp_path / "killed", **options, resume=True))
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
@@ -187,10 +187,10 @@ def test_resumed_run_ends_with_the_bits_of_one_never_stopped(folder, data, tmp_p
     other = tiny_folder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="the reference or the pairs changed"):
         dpo.run(config(folder, data, tmp_path / "whole", **options, resume=True, ref_model=other))
-    kept = (tmp_path / "whole" / dpo.KEPT).read_bytes()
+    kept = (tmp_path / "whole" / dpo.REFERENCE_CACHE).read_bytes()
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         dpo.run(config(folder, data, tmp_path / "whole", **options, ref_model=other))
-    assert (tmp_path / "whole" / dpo.KEPT).read_bytes() == kept
+    assert (tmp_path / "whole" / dpo.REFERENCE_CACHE).read_bytes() == kept
 
 
 def _noting(function, calls):
@@ -204,10 +204,10 @@ def _noting(function, calls):
 def test_a_damaged_file_of_reference_logprobs_is_computed_again(folder, data, tmp_path):
     dpo.run(config(folder, data, tmp_path / "a"))
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / dpo.KEPT).write_bytes(b"half a file")
+    (tmp_path / "b" / dpo.REFERENCE_CACHE).write_bytes(b"half a file")
     dpo.run(config(folder, data, tmp_path / "b"))
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
-    assert (tmp_path / "b" / dpo.KEPT).read_bytes() == (tmp_path / "a" / dpo.KEPT).read_bytes()
+    assert (tmp_path / "b" / dpo.REFERENCE_CACHE).read_bytes() == (tmp_path / "a" / dpo.REFERENCE_CACHE).read_bytes()
 
 
 def test_a_reference_of_its_own(folder, data, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_folder
 
 from rlhf_trainer.base import conditions as eval_gates
-from rlhf_trainer.base.conditions import Gate, parse_gates
+from rlhf_trainer.base.conditions import Condition, parse_gates
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.judging import win_rates
@@ -32,8 +32,8 @@ def percent(prompts, answers, others):
 
 
 def test_a_gate_names_measure_comparison_and_bound():
-    assert parse_gates(["toxicity>0.05"], MEASURES) == [Gate("toxicity>0.05", False, "toxicity", ">", 0.05)]
-    assert parse_gates([" kl >= 1e1 "], MEASURES)[0] == Gate(" kl >= 1e1 ", False, "KL (nats)", ">=", 10.0)
+    assert parse_gates(["toxicity>0.05"], MEASURES) == [Condition("toxicity>0.05", False, "toxicity", ">", 0.05)]
+    assert parse_gates([" kl >= 1e1 "], MEASURES)[0] == Condition(" kl >= 1e1 ", False, "KL (nats)", ">=", 10.0)
     gate = parse_gates(["change in distinct-2 < -.1"], MEASURES)[0]
     assert (gate.change, gate.measure, gate.comparison, gate.bound) == (True, "distinct-2", "<", -0.1)
     assert parse_gates(["win rate by reward<=0.5"], MEASURES)[0].measure == "win rate by reward"
@@ -61,7 +61,7 @@ def test_what_is_no_gate_is_refused(text, reason):
     ("comparison", "failing", "passing"), [(">", 0.6, 0.5), (">=", 0.5, 0.4), ("<", 0.4, 0.5), ("<=", 0.5, 0.6)]
 )
 def test_a_gate_fails_at_its_bound_as_written(comparison, failing, passing):
-    gate = Gate("", False, "reward", comparison, 0.5)
+    gate = Condition("", False, "reward", comparison, 0.5)
     assert gate.fails(failing)
     assert not gate.fails(passing)
     assert gate.fails(math.nan)

@@ -13,7 +13,7 @@ from tiny import tiny_folder
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.constitutional.constitution import load_constitution
 from rlhf_trainer.data.rows import encode_completion, encode_prompt
-from rlhf_trainer.judging.client import Server
+from rlhf_trainer.judging.client import ServerClient
 from rlhf_trainer.judging.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
@@ -134,7 +134,7 @@ def test_a_server_without_logprobs_is_asked_by_text():
         return 200, said(next(text for prompt, text in texts.items() if f"Prompt: {prompt}\n" in content))
 
     with serving(answer) as (url, seen):
-        judge = ServerJudge(Server(f"{url}#m", parallel=1))
+        judge = ServerJudge(ServerClient(f"{url}#m", parallel=1))
         assert judge(*ASKED) == [0.0, 0.5]
         assert judge.notes["unclear"] == [0.0, 1.0]
         assert [bool(payload.get("logprobs")) for _, payload, _ in seen] == [True, False, False]
@@ -150,7 +150,7 @@ def test_a_comparison_that_a_server_finds_too_long_is_unclear():
         return (200, said("A")) if "fine" in text else (400, {"error": {"message": "no such model"}})
 
     with serving(answer) as (url, _):
-        judge = ServerJudge(Server(f"{url}#m", parallel=1))
+        judge = ServerJudge(ServerClient(f"{url}#m", parallel=1))
         assert judge(["one day", "fine"], ["good", "a"], ["bad", "b"]) == [0.5, 1.0]
         assert judge.notes["unclear"] == [1.0, 0.0]
         with pytest.raises(UserError, match="no such model"):
@@ -160,11 +160,11 @@ def test_a_comparison_that_a_server_finds_too_long_is_unclear():
 def test_a_refusal_for_another_reason_is_no_tie():
     """Whatever the server's address is called: a wrong key must not make an evaluation of ties."""
     with serving(lambda path, payload: (401, {"error": {"message": "no key for this context"}})) as (url, _):
-        judge = ServerJudge(Server(f"{url}/context#m", parallel=1))
+        judge = ServerJudge(ServerClient(f"{url}/context#m", parallel=1))
         with pytest.raises(UserError, match="HTTP 401"):
             judge(*ASKED)
     with serving(lambda path, payload: (400, {"error": {"message": "no such model"}})) as (url, _):
-        judge = ServerJudge(Server(f"{url}/context#m", parallel=1))
+        judge = ServerJudge(ServerClient(f"{url}/context#m", parallel=1))
         with pytest.raises(UserError, match="no such model"):
             judge(*ASKED)
 
@@ -211,7 +211,7 @@ def test_a_passing_failure_is_tried_again(monkeypatch):
     monkeypatch.setenv("RLHF_SERVER_KEY", "secret")
     replies = iter([(503, {"error": "busy"}), (429, b"slow down"), (200, said("B"))])
     with serving(lambda path, payload: next(replies)) as (url, seen):
-        assert Server(f"{url}#m").choice([{"role": "user", "content": "?"}])["text"] == "B"
+        assert ServerClient(f"{url}#m").choice([{"role": "user", "content": "?"}])["text"] == "B"
         assert len(seen) == 3
         assert seen[0][2]["Authorization"] == "Bearer secret"
 
@@ -230,7 +230,7 @@ def test_a_passing_failure_is_tried_again(monkeypatch):
 def test_a_server_that_fails_is_one_sentence(monkeypatch, reply, reason):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with serving(lambda path, payload: reply) as (url, _), pytest.raises(UserError) as error:
-        Server(f"{url}#m", retries=1).choice("text")
+        ServerClient(f"{url}#m", retries=1).choice("text")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -241,11 +241,11 @@ def test_no_server_no_model_and_no_address(monkeypatch):
         serving(lambda path, payload: (200, {"data": []})) as (url, _),
         pytest.raises(UserError, match="names no model"),
     ):
-        Server(url)
+        ServerClient(url)
     with pytest.raises(UserError, match=r"no reply in 2 tries: .*refused"):
-        Server(url, retries=1)  # it is gone by now
+        ServerClient(url, retries=1)  # it is gone by now
     with pytest.raises(UserError, match="not a server's address"):
-        Server("http://")
+        ServerClient("http://")
 
 
 def test_a_slow_server_is_not_waited_for_forever():
@@ -257,7 +257,7 @@ def test_a_slow_server_is_not_waited_for_forever():
 
     with serving(answer) as (url, _):
         with pytest.raises(UserError, match=r"no reply in 1 tries: .*timed out"):
-            Server(f"{url}#m", retries=0, timeout=0.1).choice("text")
+            ServerClient(f"{url}#m", retries=0, timeout=0.1).choice("text")
         release.set()
 
 

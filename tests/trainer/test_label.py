@@ -21,7 +21,7 @@ from rlhf_trainer.cli import main
 from rlhf_trainer.label import Config, label_server
 from rlhf_trainer.labelling import page as label_page
 from rlhf_trainer.labelling.instructions import CRITERIA
-from rlhf_trainer.labelling.store import Store, Task, read_tasks
+from rlhf_trainer.labelling.store import RankingItem, Store, read_tasks
 from rlhf_trainer.prefs import Config as PrefsConfig
 from rlhf_trainer.prefs import prepare
 
@@ -176,7 +176,7 @@ def test_skip_comes_back_and_change_replaces(serve):
 
 
 def test_each_labeller_has_an_order_of_their_own_and_keeps_it():
-    task = Task("p", tuple("abcd"))
+    task = RankingItem("p", tuple("abcd"))
     orders = Counter(tuple(task.order(f"labeller {i}")) for i in range(240))
     assert len(orders) == 24
     assert {len([o for o in orders.elements() if o[0] == text]) > 30 for text in "abcd"} == {True}

@@ -17,7 +17,7 @@ from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.rows import encode_prompt
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models import adapters
-from rlhf_trainer.models.adapters import MAIN, REFERENCE, Adapter, active
+from rlhf_trainer.models.adapters import MAIN, REFERENCE, Adapter, use_adapter
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.onpolicy.value_head import load_value_head
 
@@ -260,7 +260,7 @@ def test_switching_changes_no_requires_grad(sft_adapter, base):
     assert {name for name, flag in flags.items() if flag} == adapters.parameters_of(model, MAIN).keys()
     plain = logits(load_causal(base), base)
     for view in (reference, Adapter(model, None)):
-        with active(view) as inside:
+        with use_adapter(view) as inside:
             assert {name: parameter.requires_grad for name, parameter in inside.named_parameters()} == flags
             assert torch.equal(logits(inside, base), plain) == (view.name is None)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags

@@ -15,13 +15,13 @@ from tiny import tiny_folder
 
 from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft
-from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.base.distributed import ProcessGroupInfo
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import read_jsonl, write_jsonl
 from rlhf_trainer.training import supervised, trackers
 from rlhf_trainer.training.alerts import Alerts
-from rlhf_trainer.training.checkpoint import Flag
+from rlhf_trainer.training.checkpoint import StopRequest
 from rlhf_trainer.training.runlog import RunLog, read_metrics
 from rlhf_trainer.verification import reward_model as verify_reward
 
@@ -270,7 +270,7 @@ def test_a_stop_is_kept_though_sigterm_comes_in_the_same_step(places, tmp_path, 
     """It would be lost: the resumed run has given the alert already, and goes on."""
 
     def terminated(saves):
-        flag = Flag(saves)
+        flag = StopRequest(saves)
         flag.code = 143
         return nullcontext(flag)
 
@@ -322,17 +322,17 @@ def killed(*_, **__):
     raise KeyboardInterrupt
 
 
-class Told(Ranks):
+class Told(ProcessGroupInfo):
     """A rank that hears from rank 0 whether to stop."""
 
-    def first(self, value):
+    def broadcast_object(self, value):
         return "loss: said rank 0" if self.stop else None
 
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_rank_0_decides_whether_an_alert_stops_a_supervised_stage(places, tmp_path, monkeypatch, stop, capsys):
     monkeypatch.setattr(Told, "stop", stop, raising=False)
-    monkeypatch.setattr(supervised, "current", Told)
+    monkeypatch.setattr(supervised, "distributed_context", Told)
     fit(places, tmp_path, alert=["epoch>9" if stop else "epoch>0.4"], stop_on_alert=True)
     assert len(read_metrics(tmp_path)) == (1 if stop else 4)
     assert ("stopped at step 1 of 4: loss: said rank 0" in capsys.readouterr().err) == stop

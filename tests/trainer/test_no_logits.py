@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from rlhf_trainer import PPOConfig, dpo, ppo, sft
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.data.rows import PairRows, Row
+from rlhf_trainer.data.rows import PairRows, TokenizedExample
 from rlhf_trainer.judging.judges import ModelJudge
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.from_scratch import build_tokenizer
-from rlhf_trainer.models.seq2seq import settle_attention
+from rlhf_trainer.models.seq2seq import force_eager_attention
 from rlhf_trainer.onpolicy.value_head import ValueHead
 from rlhf_trainer.sampling.rollout import Rollout
 
@@ -49,12 +49,12 @@ class Largest(TorchDispatchMode):
 
 def made(name):
     torch.manual_seed(0)
-    return settle_attention(MODELS[name]().eval())
+    return force_eager_attention(MODELS[name]().eval())
 
 
 def rows_of_text(count):
     generator = torch.Generator().manual_seed(0)
-    return [Row(torch.randint(2, V, (P + R,), generator=generator).tolist(), P) for _ in range(count)]
+    return [TokenizedExample(torch.randint(2, V, (P + R,), generator=generator).tolist(), P) for _ in range(count)]
 
 
 def test_the_watch_sees_logits():
@@ -73,8 +73,8 @@ def test_ppo_assesses_and_updates_without_logits(name):
     cfg = PPOConfig(batch_size=B, minibatches=1, entropy_coef=0.01, micro_batch_size=None)
     optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
     with Largest() as largest:
-        batch = ppo.assess(model, made(name), head, rollout, torch.randn(B), torch.arange(B), 0.1, cfg)
-        stats = ppo.optimize(model, head, optimizer, batch, [torch.arange(B)] * 2, 0, cfg)
+        batch = ppo.compute_advantages(model, made(name), head, rollout, torch.randn(B), torch.arange(B), 0.1, cfg)
+        stats = ppo.update_policy(model, head, optimizer, batch, [torch.arange(B)] * 2, 0, cfg)
     assert stats[0]["ratio"] == 1.0 != stats[1]["ratio"]
     assert V * D <= largest.elements < B * R * V / 4
 
@@ -92,10 +92,11 @@ def test_supervised_losses_without_logits(name):
 def test_dpo_without_logits():
     model, rows, cfg = made("causal"), rows_of_text(B), dpo.DPOConfig()
     items = [
-        dpo.Item(PairRows(Pair("p", "c", "r"), *pair), -1.0, -1.0) for pair in zip(rows[::2], rows[1::2], strict=True)
+        dpo.PairWithReference(PairRows(Pair("p", "c", "r"), *pair), -1.0, -1.0)
+        for pair in zip(rows[::2], rows[1::2], strict=True)
     ]
     with Largest() as largest:
-        dpo.Trained(model, 0, cfg).losses(items).sum().backward()
+        dpo.PairLoss(model, 0, cfg).losses(items).sum().backward()
         dpo.all_logprobs(model, rows, 0, cfg)
     assert V * D <= largest.elements < B * R * V / 4
 

@@ -18,7 +18,7 @@ from rlhf_trainer.models.loading import save_folder
 from rlhf_trainer.onpolicy import inputs as ppo_inputs
 from rlhf_trainer.onpolicy import metrics as ppo_metrics
 from rlhf_trainer.onpolicy.value_head import VALUE_HEAD, ValueHead
-from rlhf_trainer.onpolicy.watch import Watch, repetition
+from rlhf_trainer.onpolicy.watch import RewardHackingMonitor, repetition
 from rlhf_trainer.sampling.rollout import generate
 from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_tokenizer, oracle
 
@@ -108,7 +108,7 @@ def assessed(cfg, scores, value=0.0):
     torch.nn.init.zeros_(head.linear.weight)
     torch.nn.init.constant_(head.linear.bias, value)
     rollout = generate(model, TOKENIZER, PROMPTS, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
-    return ppo.assess(model, model, head, rollout, scores, torch.arange(8), cfg.kl_coef, cfg)
+    return ppo.compute_advantages(model, model, head, rollout, scores, torch.arange(8), cfg.kl_coef, cfg)
 
 
 def test_the_score_comes_at_the_last_counted_token():
@@ -185,8 +185,8 @@ def test_the_learning_rate_falls_linearly():
 
 def test_an_update_stops_early_on_approx_kl(monkeypatch):
     seen = []
-    right = ppo.optimize
-    monkeypatch.setattr(ppo, "optimize", lambda *arguments: seen.append(right(*arguments)) or seen[-1])
+    right = ppo.update_policy
+    monkeypatch.setattr(ppo, "update_policy", lambda *arguments: seen.append(right(*arguments)) or seen[-1])
     train(updates=1)
     train(updates=1, target_kl=1e-9)
     full, stopped = seen
@@ -391,16 +391,18 @@ def test_the_watch_names_the_metric():
     rollout = generate(model, TOKENIZER, PROMPTS, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0, "objective/scores": 0.0}
     wild = calm | {"val/response_length": 11.0, "val/missing_eos": 0.5, "objective/kl": 0.9}
-    watch = Watch(config(stop_kl=1.0))
+    watch = RewardHackingMonitor(config(stop_kl=1.0))
     history = [dict(calm), dict(wild)]
     assert watch.check(history[:1], rollout) == []
     warnings = watch.check(history, rollout)
     assert [warning.metric for warning in warnings] == ["objective/kl", "val/response_length", "val/missing_eos"]
     assert [warning.value for warning in warnings] == [0.9, 11.0, 0.5]
     assert watch.check([*history, dict(wild)], rollout) == []  # said once, then quiet for a while
-    assert Watch(config(stop_kl=1.0), history).check([*history, dict(wild)], rollout) == []  # in a resumed run too
+    assert (
+        RewardHackingMonitor(config(stop_kl=1.0), history).check([*history, dict(wild)], rollout) == []
+    )  # in a resumed run too
     later = [*history, *(dict(history[1]) for _ in range(9))]
-    assert len(Watch(config(stop_kl=1.0), later).check([*later, dict(wild)], rollout)) == 3
+    assert len(RewardHackingMonitor(config(stop_kl=1.0), later).check([*later, dict(wild)], rollout)) == 3
 
 
 def test_the_watch_warns_where_nothing_is_written(capsys):
@@ -415,6 +417,6 @@ def test_the_watch_sees_the_gold_reward_fall_while_the_score_rises():
     )
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0}
     history = [calm | {"objective/scores": step / 10, "objective/gold_scores": -step / 10} for step in range(20)]
-    (warning,) = Watch(config()).check(history, rollout)
+    (warning,) = RewardHackingMonitor(config()).check(history, rollout)
     assert warning.metric == "objective/gold_scores"
     assert warning.reason.startswith("fell by 1.000 over 10 updates while the score rose 1.0")

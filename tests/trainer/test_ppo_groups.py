@@ -58,8 +58,8 @@ def test_advantages_compare_reward_and_kl_within_the_group(kind):
 def test_the_advantage_of_a_response_is_its_score_minus_beta_kl(monkeypatch):
     """Through the loop: score - beta * sum of KL of each response, less the mean of the others of its prompt."""
     kept = []
-    right = ppo.assess
-    monkeypatch.setattr(ppo, "assess", lambda *arguments: kept.append(right(*arguments)) or kept[-1])
+    right = ppo.compute_advantages
+    monkeypatch.setattr(ppo, "compute_advantages", lambda *arguments: kept.append(right(*arguments)) or kept[-1])
     train(updates=3)
     batch = kept[-1]
     assert batch.kl.abs().max() > 0

@@ -80,8 +80,10 @@ def test_ppo_with_checkpointing_is_the_same_run(folders, options):
 
 def test_ppo_recomputes_activations_in_its_update(folders, monkeypatch):
     calls = []
-    original = precision.recomputing
-    monkeypatch.setattr(precision, "recomputing", lambda model: calls.append(len(counted(model))) or original(model))
+    original = precision.checkpointing_in_eval_mode
+    monkeypatch.setattr(
+        precision, "checkpointing_in_eval_mode", lambda model: calls.append(len(counted(model))) or original(model)
+    )
 
     def counted(model):
         return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
@@ -114,12 +116,12 @@ def test_ppo_in_bfloat16_starts_at_kl_0_and_ratio_1(folders, options):
 
 def test_halving_takes_frozen_linear_weights_alone(folders):
     model = load_causal(folders["llama"])
-    precision.halve(model, "float32", trained=True)
+    precision.to_bf16(model, "float32", include_trainable=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    precision.halve(model, "bfloat16")  # nothing is frozen
+    precision.to_bf16(model, "bfloat16")  # nothing is frozen
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     model.requires_grad_(False)
-    precision.halve(model, "bfloat16")
+    precision.to_bf16(model, "bfloat16")
     embedding = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding.weight:
@@ -134,11 +136,11 @@ def test_restoring_gives_back_what_was_rounded_and_keeps_nothing_else(folders):
     first, second = (layer.self_attn.q_proj.weight for layer in model.model.layers)
     second.data = second.data.bfloat16().float()  # as a model that was published in bf16
     before = {name: p.clone() for name, p in model.named_parameters()}
-    precision.halve(model, "bfloat16", keep=True)
-    assert hasattr(first, precision.EXACT)
-    assert not hasattr(second, precision.EXACT)
+    precision.to_bf16(model, "bfloat16", keep_fp32_copy=True)
+    assert hasattr(first, precision.FP32_COPY)
+    assert not hasattr(second, precision.FP32_COPY)
     precision.restore(model, "bfloat16")
-    assert not hasattr(first, precision.EXACT)
+    assert not hasattr(first, precision.FP32_COPY)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -146,24 +148,27 @@ def test_restoring_gives_back_what_was_rounded_and_keeps_nothing_else(folders):
 def test_weights_loaded_after_an_aborted_stage_are_not_overwritten(folders, again):
     """An error left the rounded weights and what had been rounded away; then others were loaded into the model."""
     model = load_causal(folders["llama"]).requires_grad_(False)
-    precision.halve(model, "bfloat16", keep=True)
+    precision.to_bf16(model, "bfloat16", keep_fp32_copy=True)
     if again == "in float32":
         model.float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(2.0)
-    precision.halve(model, "bfloat16", keep=True)
+    precision.to_bf16(model, "bfloat16", keep_fp32_copy=True)
     precision.restore(model, "bfloat16")
-    assert all(bool((p == 2).all()) and not hasattr(p, precision.EXACT) for p in model.parameters())
+    assert all(bool((p == 2).all()) and not hasattr(p, precision.FP32_COPY) for p in model.parameters())
 
 
 @pytest.mark.parametrize(("merge", "passed", "kept"), [(False, False, 0), (True, False, 1), (False, True, 1)])
 def test_only_what_somebody_will_ask_for_waits_in_memory(folders, merge, passed, kept, monkeypatch):
     seen = []
-    right = precision.halve
-    monkeypatch.setattr(
-        precision, "halve", lambda *a, keep=False, **k: (seen.append(keep), right(*a, keep=keep, **k))[1]
-    )
+    right = precision.to_bf16
+
+    def recording(*arguments, keep_fp32_copy=False, **options):
+        seen.append(keep_fp32_copy)
+        right(*arguments, keep_fp32_copy=keep_fp32_copy, **options)
+
+    monkeypatch.setattr(precision, "to_bf16", recording)
     model = load_causal(folders["llama"]) if passed else None
     before = None if model is None else weights(model)
     options = {"model": folders["llama"], "heldout": 0, "batch_size": 4, "device": "cpu", "lora_r": 2}
@@ -179,7 +184,7 @@ def test_only_what_somebody_will_ask_for_waits_in_memory(folders, merge, passed,
 def test_what_does_not_fit_the_device_is_restored_on_the_cpu(folders, monkeypatch, capsys):
     model = load_causal(folders["llama"]).requires_grad_(False)
     before, moves = weights(model), []
-    precision.halve(model, "bfloat16", keep=True)
+    precision.to_bf16(model, "bfloat16", keep_fp32_copy=True)
     right = nn.Module.float
 
     def too_large(module):

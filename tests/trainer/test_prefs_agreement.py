@@ -10,14 +10,14 @@ from itertools import permutations
 import pytest
 
 from rlhf_trainer.data.agreement import agreement, krippendorff_alpha, positions, table
-from rlhf_trainer.data.rankings import Ranked, Ranking
+from rlhf_trainer.data.rankings import RankedPrompt, Ranking
 from rlhf_trainer.prefs import agreement_lines
 
 
 def records(prompts, **labellers):
     """`labellers`: name -> function (prompt number) -> ranks."""
     return [
-        Ranked(f"p{i}", ("a", "b", "c", "d"), tuple(Ranking(name, tuple(f(i))) for name, f in labellers.items()))
+        RankedPrompt(f"p{i}", ("a", "b", "c", "d"), tuple(Ranking(name, tuple(f(i))) for name, f in labellers.items()))
         for i in range(prompts)
     ]
 
@@ -71,7 +71,7 @@ def test_alpha_is_that_of_the_definition():
 
 
 def test_alpha_of_places_with_ties_fails_and_gaps():
-    record = Ranked(
+    record = RankedPrompt(
         "p", ("a", "b", "c"), (Ranking("x", (1, 1, "F")), Ranking("y", (10, 30, 20)), Ranking("z", (1, 2, 3)))
     )
     units = [[1.5, 1, 1], [1.5, 3, 2], [3, 2, 3]]
@@ -81,8 +81,8 @@ def test_alpha_of_places_with_ties_fails_and_gaps():
 
 def test_alpha_of_scores_compares_sizes_not_places():
     """Both thumbs up on one prompt, both down on another: agreement that places within a prompt cannot show."""
-    both_up = Ranked("p", ("a", "b"), (Ranking("x", (-1, -1)), Ranking("y", (-1, -1))), scored=True)
-    both_down = Ranked("q", ("a", "b"), (Ranking("x", (0, 0)), Ranking("y", (0, 0))), scored=True)
+    both_up = RankedPrompt("p", ("a", "b"), (Ranking("x", (-1, -1)), Ranking("y", (-1, -1))), scored=True)
+    both_down = RankedPrompt("q", ("a", "b"), (Ranking("x", (0, 0)), Ranking("y", (0, 0))), scored=True)
     assert krippendorff_alpha([both_up, both_down]) == 1.0
 
 

@@ -14,7 +14,7 @@ from test_prefs_readers import BAD, GOOD, PROMPTED, RANKED, USER, argilla_answer
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.agreement import agreement, table
-from rlhf_trainer.data.rankings import FAIL, Ranked, Ranking, pairs_from_rankings
+from rlhf_trainer.data.rankings import FAIL, RankedPrompt, Ranking, pairs_from_rankings
 from rlhf_trainer.data.readers import read_preferences
 
 RANKS = st.one_of(st.integers(1, 4), st.just(FAIL), st.none())
@@ -31,7 +31,7 @@ def records(draw):
     texts = draw(st.lists(st.sampled_from("abcde"), min_size=count, max_size=count))
     ranks = st.tuples(*[RANKS] * count)
     given = draw(st.lists(ranks, min_size=1, max_size=5))
-    return Ranked("p", tuple(texts), tuple(Ranking(f"l{i}", one) for i, one in enumerate(given)))
+    return RankedPrompt("p", tuple(texts), tuple(Ranking(f"l{i}", one) for i, one in enumerate(given)))
 
 
 def votes(record, **options):
@@ -47,7 +47,7 @@ def test_order_of_completions_and_labellers_does_not_matter(record, options, ran
     columns, rows = list(range(len(record.completions))), list(record.rankings)
     random.shuffle(columns)
     random.shuffle(rows)
-    turned = Ranked(
+    turned = RankedPrompt(
         "p",
         tuple(record.completions[i] for i in columns),
         tuple(Ranking(row.labeller, tuple(row.ranks[i] for i in columns)) for row in rows),
@@ -74,8 +74,8 @@ def test_reversed_ranks_reverse_the_pairs(record, options):
     """Of whole rankings; without "F", which has no opposite."""
     rows = tuple(Ranking(r.labeller, tuple(1 if x in (None, FAIL) else x for x in r.ranks)) for r in record.rankings)
     back = tuple(Ranking(r.labeller, tuple(-x for x in r.ranks)) for r in rows)
-    found, _ = votes(Ranked("p", record.completions, rows), **options)
-    other, _ = votes(Ranked("p", record.completions, back), **options)
+    found, _ = votes(RankedPrompt("p", record.completions, rows), **options)
+    other, _ = votes(RankedPrompt("p", record.completions, back), **options)
     assert sorted((label, b, a) if label == 1 else (label, a, b) for label, a, b in found) == other
 
 

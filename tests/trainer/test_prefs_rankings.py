@@ -7,13 +7,13 @@ import json
 import pytest
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.rankings import Ranked, Ranking, merge, pairs_from_rankings, read_rankings
-from rlhf_trainer.data.records import Findings, Pair
+from rlhf_trainer.data.rankings import RankedPrompt, Ranking, merge, pairs_from_rankings, read_rankings
+from rlhf_trainer.data.records import DataReport, Pair
 
 
 def ranked(*rankings, completions="abc"):
     named = tuple(Ranking(f"labeller {i}", tuple(ranks)) for i, ranks in enumerate(rankings))
-    return Ranked("p", tuple(completions), named)
+    return RankedPrompt("p", tuple(completions), named)
 
 
 def preferences(record, **options):
@@ -80,7 +80,7 @@ def test_the_same_text_twice_is_no_pair():
 
 
 def test_prompts_stay_apart():
-    records = [ranked([1, 2], completions="ab"), Ranked("q", ("a", "b"), (Ranking("x", (2, 1)),))]
+    records = [ranked([1, 2], completions="ab"), RankedPrompt("q", ("a", "b"), (Ranking("x", (2, 1)),))]
     pairs, _ = pairs_from_rankings(records)
     assert pairs == [Pair("p", "a", "b"), Pair("q", "b", "a")]
 
@@ -93,7 +93,7 @@ def line(**changes):
 def test_reads_what_the_docstring_shows(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(line())
-    assert read_rankings(path) == [Ranked("p", ("a", "b"), (Ranking("x", (1, "F")),))]
+    assert read_rankings(path) == [RankedPrompt("p", ("a", "b"), (Ranking("x", (1, "F")),))]
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_malformed_rankings_name_file_and_line(tmp_path, changes, reason):
 
 
 def test_merging_puts_ranks_where_their_completions_stand(tmp_path):
-    findings = Findings(tmp_path, strict=False)
-    one = Ranked("p", ("c", "a", "b", "a"), (Ranking("x", (1, 2, 3, 4)),))
-    two = Ranked("p", ("b", "a", "a", "c"), (Ranking("y", (10, 20, 30, 40)),))
-    other = Ranked("p", ("b", "a", "c"), (Ranking("y", (1, 2, 3)),))
+    findings = DataReport(tmp_path, strict=False)
+    one = RankedPrompt("p", ("c", "a", "b", "a"), (Ranking("x", (1, 2, 3, 4)),))
+    two = RankedPrompt("p", ("b", "a", "a", "c"), (Ranking("y", (10, 20, 30, 40)),))
+    other = RankedPrompt("p", ("b", "a", "c"), (Ranking("y", (1, 2, 3)),))
     merged = [record for record, _ in merge((record, findings) for record in (one, two, other))]
     rankings = (Ranking("x", (1, 2, 3, 4)), Ranking("y", (40, 20, 10, 30)))
-    assert merged == [Ranked("p", ("c", "a", "b", "a"), rankings), other]
+    assert merged == [RankedPrompt("p", ("c", "a", "b", "a"), rankings), other]
     assert not findings.lines

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.formats import Options
-from rlhf_trainer.data.rankings import Ranked, Ranking
+from rlhf_trainer.data.rankings import RankedPrompt, Ranking
 from rlhf_trainer.data.readers import read_preferences
 from rlhf_trainer.data.records import Pair
 from rlhf_trainer.models.from_scratch import build_tokenizer
@@ -149,22 +149,22 @@ def test_thumbs_and_scores_a_row_each(tmp_path):
     kind, _, ranked = read(path)
     assert kind == "scores"
     assert ranked == [
-        Ranked("p", ("a", "b"), (Ranking("x", (-1.0, 0.0)), Ranking("y", (0.0, None))), scored=True),
-        Ranked("q", ("c", "d"), (Ranking("x", (-1.0, -0.5)),), scored=True),
+        RankedPrompt("p", ("a", "b"), (Ranking("x", (-1.0, 0.0)), Ranking("y", (0.0, None))), scored=True),
+        RankedPrompt("q", ("c", "d"), (Ranking("x", (-1.0, -0.5)),), scored=True),
     ]
 
 
 def test_unpaired_records_without_labeller(tmp_path):
     rows = [{"prompt": "p", "completion": text, "label": good} for text, good in (("a", True), ("b", False))]
     _, _, ranked = read(write(tmp_path / "k.jsonl", *rows, rows[0], {**rows[0], "label": False}))
-    assert ranked == [Ranked("p", ("a", "b"), (Ranking("unnamed", (-1.0, 0.0)),), scored=True)]
+    assert ranked == [RankedPrompt("p", ("a", "b"), (Ranking("unnamed", (-1.0, 0.0)),), scored=True)]
 
 
 def test_scores_side_by_side(tmp_path):
     scores = [{"labeller": "x", "scores": [1, None, 0.5]}, {"labeller": "y", "scores": [True, False, None]}]
     record = {"prompt": "p", "completions": ["a", "b", "c"], "scores": scores}
     rankings = (Ranking("x", (-1.0, None, -0.5)), Ranking("y", (-1.0, 0.0, None)))
-    assert read(write(tmp_path / "s.jsonl", record))[2] == [Ranked("p", ("a", "b", "c"), rankings, scored=True)]
+    assert read(write(tmp_path / "s.jsonl", record))[2] == [RankedPrompt("p", ("a", "b", "c"), rankings, scored=True)]
     _, _, ranked = read(write(tmp_path / "s.jsonl", {**record, "scores": [3, 1, 2]}))
     assert ranked[0].rankings == (Ranking("scores", (-3.0, -1.0, -2.0)),)
 
@@ -176,7 +176,7 @@ def test_rankings_of_one_prompt_are_merged_over_lines_and_files(tmp_path):
     two = write(tmp_path / "2.jsonl", turned, again)
     found = read_preferences([one, two])
     assert [record for record, _ in found.ranked] == [
-        Ranked("p", ("a", "b"), (Ranking("x", (2, 1)), Ranking("y", ("F", 1))))
+        RankedPrompt("p", ("a", "b"), (Ranking("x", (2, 1)), Ranking("y", ("F", 1))))
     ]
     assert found.findings[1].lines == {"ranked again by the same labeller, the later ranking counts": [2]}
 
@@ -211,7 +211,7 @@ def argilla_answers(version):
 @pytest.mark.parametrize("version", ["2", "2 flat", "1", "1 as a data set"])
 def test_argilla(tmp_path, version):
     path = write(tmp_path / "a.json", argilla_answers(version), array=True)
-    expected = Ranked("p", ("a", "b"), (Ranking("u1", (2.0, 1.0)), Ranking("u2", (1.0, 2.0))))
+    expected = RankedPrompt("p", ("a", "b"), (Ranking("u1", (2.0, 1.0)), Ranking("u2", (1.0, 2.0))))
     assert read(path) == ("argilla", [], [expected])
 
 
@@ -220,7 +220,7 @@ def test_argilla_label_question_and_open_records(tmp_path):
     done = {"fields": fields, "responses": {"best": [{"user_id": "u", "value": "B"}, {"user_id": "v", "value": "tie"}]}}
     path = write(tmp_path / "a.json", {"fields": fields, "responses": {}}, done, array=True)
     found = read_preferences([path])
-    assert found.ranked[0][0] == Ranked("p", ("x", "y"), (Ranking("u", (2.0, 1.0)), Ranking("v", (1.0, 1.0))))
+    assert found.ranked[0][0] == RankedPrompt("p", ("x", "y"), (Ranking("u", (2.0, 1.0)), Ranking("v", (1.0, 1.0))))
     assert found.findings[0].lines == {"not labelled yet, skipped": [2]}
     assert read_preferences([path], strict=True).ranked  # an open task is no error
 
@@ -271,7 +271,7 @@ def studio(result, data=None, **annotation):
 )
 def test_label_studio(tmp_path, result, ranks):
     path = write(tmp_path / "l.json", studio(result), array=True)
-    assert read(path) == ("labelstudio", [], [Ranked("p", ("a", "b"), (Ranking("x@y", ranks),))])
+    assert read(path) == ("labelstudio", [], [RankedPrompt("p", ("a", "b"), (Ranking("x@y", ranks),))])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_label_studio_ranker(tmp_path, value):
         "items": [{"id": f"k{i}", "title": "t", "body": text} for i, text in enumerate("abc", start=1)],
     }
     path = write(tmp_path / "l.json", studio([{"type": "ranker", "value": {"ranker": value}}], data), array=True)
-    assert read(path)[2] == [Ranked("p", ("a", "b", "c"), (Ranking("x@y", (2.0, 1.0, 3.0)),))]
+    assert read(path)[2] == [RankedPrompt("p", ("a", "b", "c"), (Ranking("x@y", (2.0, 1.0, 3.0)),))]
 
 
 def test_label_studio_open_cancelled_and_unclear(tmp_path):

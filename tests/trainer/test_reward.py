@@ -16,14 +16,14 @@ from rlhf_trainer import RewardConfig, dpo, reward, train_reward
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import Findings, Pair, read_pairs
+from rlhf_trainer.data.records import DataReport, Pair, read_pairs
 from rlhf_trainer.data.rows import PairRows, encode_pairs, encode_row
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.scoring import load_normalisation
 from rlhf_trainer.training import pair_metrics as pair_figures
 from rlhf_trainer.training import supervised
-from rlhf_trainer.training.pair_metrics import judge, losses_of
+from rlhf_trainer.training.pair_metrics import losses_of, pair_metrics
 from rlhf_trainer.training.runlog import read_metrics
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
@@ -112,7 +112,7 @@ def test_a_margin_is_for_whichever_answer_is_the_better_one():
     pair, turned = Pair("p", "a", "b", label=0.9, margin=0.3), Pair("p", "b", "a", label=0.1, margin=0.3)
     sides = torch.tensor([2.0]), torch.tensor([0.5])
     torch.testing.assert_close(losses_of(*sides, [pair], 0.7), losses_of(*sides[::-1], [turned], 0.7))
-    found = [judge(*sides, [pair], 0.7)["loss"], judge(*sides[::-1], [turned], 0.7)["loss"]]
+    found = [pair_metrics(*sides, [pair], 0.7)["loss"], pair_metrics(*sides[::-1], [turned], 0.7)["loss"]]
     assert found == pytest.approx([losses_of(*sides, [pair], 0.7).item()] * 2, rel=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_all_pairs_of_a_prompt_are_learned_from_in_one_step(folder, parts, monke
     monkeypatch.setattr(supervised, "_optimizer_step", lambda *a: steps.append(a[3]) or real_step(*a))
     monkeypatch.setattr(reward, "score_rows", lambda *a: forwards.append(a[1]) or real_scores(*a))
     cfg = reward.Config(model=folder, batch_size=7, epochs=3)
-    rows = encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    rows = encode_pairs(tokenizer, pairs, 64, DataReport("pairs", False))
     reward.fit_pairs(cfg, reward.load_for_training(cfg, tokenizer), rows, [], tokenizer.pad_token_id)
     for batch, scored in zip(steps, forwards, strict=True):
         prompts = [item.pair.prompt for item in batch if item.pair.prompt]
@@ -153,7 +153,7 @@ def test_an_answer_of_several_pairs_goes_through_once_with_the_same_gradient(par
         Pair("one", " yes", " fool", margin=0.3),
         Pair("one", " no", " fool", label=0.5),
     ]
-    items = encode_pairs(tokenizer, pairs, 64, Findings("pairs", False))
+    items = encode_pairs(tokenizer, pairs, 64, DataReport("pairs", False))
     model.zero_grad()
     reward.pair_losses(model, items, tokenizer.pad_token_id, 0.0).sum().backward()
     together = model.score.weight.grad.clone()
@@ -186,7 +186,7 @@ def test_wilson_interval():
 def test_figures():
     chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 5.0, 0.0]), torch.tensor([0.0, 2.0, 1.0, 0.0, 1.0])
     labels = (1.0, 1.0, 1.0, 0.5, 0.0)  # right, wrong, half right, a tie that does not count, right: rejected is better
-    found = pair_figures.judge(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
+    found = pair_figures.pair_metrics(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
     assert found["pairs"] == 4
     assert found["accuracy"] == pytest.approx(2.5 / 4)
     assert found["accuracy_low"] < 2.5 / 4 < found["accuracy_high"]
@@ -274,7 +274,7 @@ def test_reference_samples_can_be_given(folder, data, tmp_path):
 
 def test_wrong_reference_data_is_said_before_the_training(folder, data, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
-    monkeypatch.setattr(reward, "fit", lambda *_: pytest.fail("it has trained"))
+    monkeypatch.setattr(reward, "train_loop", lambda *_: pytest.fail("it has trained"))
     with pytest.raises(UserError, match=r"empty.jsonl: no example in it"):
         reward.run(config(folder, data, tmp_path / "out", reference_data=str(tmp_path / "empty.jsonl")))
 
@@ -325,16 +325,16 @@ def test_a_pair_too_long_keeps_one_prompt_for_both_answers(parts):
     """What the longer answer needs is cut from the beginning, BOS kept; an answer beyond the limit loses its end."""
     tokenizer, _ = parts
     prompt, short, long = "one two three red blue good bad day", " yes", " no thanks fool"
-    findings = Findings("pairs", False)
+    findings = DataReport("pairs", False)
     (whole,) = encode_pairs(tokenizer, [Pair(prompt, short, long)], 64, findings)
-    for limit in (len(whole.rejected.ids) - 2, len(whole.rejected.ids) - whole.rejected.prompt, 3):
+    for limit in (len(whole.rejected.ids) - 2, len(whole.rejected.ids) - whole.rejected.prompt_length, 3):
         for pair in (Pair(prompt, short, long), Pair(prompt, long, short)):
             (item,) = encode_pairs(tokenizer, [pair], limit, findings)
             rows = (item.chosen, item.rejected)
             assert max(len(row.ids) for row in rows) == limit
-            heads = [row.ids[: row.prompt] for row in rows]
+            heads = [row.ids[: row.prompt_length] for row in rows]
             assert heads[0] == heads[1]
             bos = heads[0][:1] == [tokenizer.bos_token_id]
             tail = heads[0][bos:]
-            assert tail == whole.chosen.ids[whole.chosen.prompt - len(tail) : whole.chosen.prompt]
+            assert tail == whole.chosen.ids[whole.chosen.prompt_length - len(tail) : whole.chosen.prompt_length]
             assert all(row.ids[-1] == tokenizer.eos_token_id for row in rows)

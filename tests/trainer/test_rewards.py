@@ -19,7 +19,7 @@ from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.judging import rewards
 from rlhf_trainer.judging.rewards import load_reward, scores_of
-from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, quiet, save_folder
+from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, save_folder, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, score_sequences
 
 
@@ -55,7 +55,7 @@ def test_a_reward_model_scores_the_last_token_of_padded_rows(tmp_path):
 def test_in_bfloat16_the_backbone_is_rounded_before_the_device_takes_it_and_the_head_is_not(tmp_path, monkeypatch):
     folder, placed = reward_folder(tmp_path), {}
     monkeypatch.setattr(PreTrainedModel, "to", lambda *_: pytest.fail("to the device before `place`"))
-    monkeypatch.setattr(rewards, "place", lambda model, device: placed.update(dict(model.named_parameters())))
+    monkeypatch.setattr(rewards, "prepare_model", lambda model, device: placed.update(dict(model.named_parameters())))
     reward = load_reward(str(folder), dtype="bfloat16")
     saved = dict(AutoModelForSequenceClassification.from_pretrained(folder).named_parameters())
     assert torch.equal(placed["score.weight"], saved["score.weight"])
@@ -101,7 +101,7 @@ def test_a_text_beyond_the_context_is_scored_without_its_beginning(tmp_path, cap
     folder = tiny_folder(tmp_path / "model", "gpt2")
     tokenizer, config = load_tokenizer(folder), {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    with quiet():
+    with suppress_transformers_warnings():
         model = load_reward_model(folder, tokenizer, num_labels=1)
     if kind == "bert":
         model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size, **config)).eval()

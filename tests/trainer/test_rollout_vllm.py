@@ -67,7 +67,7 @@ def engine(folder, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if name == "vllm" else found(name))
     monkeypatch.setattr(rollout_vllm, "sampling_params", SimpleNamespace)
-    monkeypatch.setattr(rollout_vllm, "make_llm", lambda cfg, path, device: made.append(FakeLLM(path)) or made[-1])
+    monkeypatch.setattr(rollout_vllm, "make_llm", lambda path, device, **_: made.append(FakeLLM(path)) or made[-1])
     monkeypatch.setattr(VllmEngine.__init__, "__defaults__", (SimpleNamespace,))
     return made
 
@@ -151,17 +151,17 @@ def test_bad_options(options, message, monkeypatch):
 
 
 def test_policies_that_vllm_cannot_load(folder, engine):
-    cfg = PPOConfig(model=folder, rollout_engine="vllm")
+    options = {"group_size": 1, "gather": True, "vllm_memory": 0.3, "seed": 0, "trust_remote_code": False}
     grown, tokenizer = load_causal(folder), load_tokenizer(folder)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError, match="save it with them first"):
-        load_engine(cfg, load_causal(folder, tokenizer))
+        load_engine("vllm", load_causal(folder, tokenizer), **options)
     grown.config.name_or_path = ""
     with pytest.raises(UserError, match="made in memory"):
-        load_engine(cfg, grown)
+        load_engine("vllm", grown, **options)
     assert not engine
 
 
 def test_without_a_gpu_one_sentence(folder):
     with pytest.raises(UserError, match="needs the policy on a GPU, and it is on cpu"):
-        rollout_vllm.make_llm(PPOConfig(), folder, torch.device("cpu"))
+        rollout_vllm.make_llm(folder, torch.device("cpu"), vllm_memory=0.3, seed=0, trust_remote_code=False)

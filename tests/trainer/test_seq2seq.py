@@ -30,7 +30,7 @@ from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.forward import head_inputs
 from rlhf_trainer.models.from_scratch import build_tokenizer
-from rlhf_trainer.models.loading import load_causal, load_tokenizer, quiet, save_folder
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import load_normalisation
 from rlhf_trainer.models.seq2seq import close_prompts, inputs
 from rlhf_trainer.sampling import rollout as rollout_module
@@ -128,7 +128,7 @@ def test_sft_loss_is_that_of_the_models_own_labels(parts):
     rows = [encode_row(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
     losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
     for row, loss in zip(rows, losses, strict=True):
-        prompt, answer = row.ids[: row.prompt], torch.tensor([row.ids[row.prompt :]])
+        prompt, answer = row.ids[: row.prompt_length], torch.tensor([row.ids[row.prompt_length :]])
         closed = torch.tensor([[*prompt, tokenizer.eos_token_id]])
         mean = model(input_ids=closed, labels=answer).loss
         torch.testing.assert_close(loss, mean * answer.shape[1], atol=1e-4, rtol=1e-5)
@@ -234,7 +234,7 @@ def train_and_compare_reward(folder, tmp_path, **lora):
     assert min(good) > max(bad)
     assert result.score(PROMPTS, [" fool"] * 4) == pytest.approx(bad, abs=1e-4)
     tokenizer = load_tokenizer(folder)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), suppress_transformers_warnings():
         theirs = AutoModelForSequenceClassification.from_pretrained(folder if lora else out, num_labels=1)
         theirs = (PeftModel.from_pretrained(theirs, out) if lora else theirs).eval()
         ids = torch.tensor([[*encode_prompt(tokenizer, PROMPTS[1] + " fool"), tokenizer.eos_token_id]])

@@ -18,7 +18,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import rows
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.rows import Row, encode_row
+from rlhf_trainer.data.rows import TokenizedExample, encode_row
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.sampling.rollout import generate
@@ -58,7 +58,7 @@ def test_loss_is_the_log_probability_of_completion_and_eos(parts):
     for item, loss in zip(rows, losses, strict=True):
         logits = model(input_ids=torch.tensor([item.ids])).logits[0].double()
         each = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(item.ids[1:])[:, None])[:, 0]
-        expected = -each[item.prompt - 1 :].sum()
+        expected = -each[item.prompt_length - 1 :].sum()
         assert item.ids[-1] == tokenizer.eos_token_id
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_prompt_and_padding_tokens_are_no_targets(parts):
         output.data.zero_()  # every token has probability 1/V: a target more or less would show
         rows = [row(tokenizer, "one", " yes"), row(tokenizer, "one two three good bad day", " yes")]
         losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
-        expected = len(rows[0].ids[rows[0].prompt :]) * math.log(len(tokenizer))
+        expected = len(rows[0].ids[rows[0].prompt_length :]) * math.log(len(tokenizer))
         torch.testing.assert_close(losses, torch.full((2,), expected))
     finally:
         output.data.copy_(saved)
@@ -103,8 +103,8 @@ def test_no_gradient_from_what_does_not_count(parts):
 def test_completion_without_anything_before_it_counts_from_its_second_token(parts):
     tokenizer, model = parts
     ids = row(tokenizer, "", " yes no").ids[1:]
-    losses = logprobs.completion_losses(model, [Row(ids, 0), Row([5, *ids], 1)], 0)
-    assert rows.counted_tokens(Row(ids, 0)) == len(ids) - 1
+    losses = logprobs.completion_losses(model, [TokenizedExample(ids, 0), TokenizedExample([5, *ids], 1)], 0)
+    assert rows.counted_tokens(TokenizedExample(ids, 0)) == len(ids) - 1
     assert torch.isfinite(losses).all()
 
 
@@ -116,9 +116,9 @@ def test_cut_rows_keep_bos_the_end_of_the_prompt_and_eos(parts):
     assert cut
     assert shorter.ids[0] == tokenizer.bos_token_id
     assert shorter.ids[1:] == whole.ids[4:]
-    assert len(shorter.ids) - shorter.prompt == len(whole.ids) - whole.prompt
+    assert len(shorter.ids) - shorter.prompt_length == len(whole.ids) - whole.prompt_length
     answer = encode_row(tokenizer, "one", " yes no yes no yes no", 6)[0]
-    assert (len(answer.ids), answer.ids[-1], answer.prompt) == (6, tokenizer.eos_token_id, 1)
+    assert (len(answer.ids), answer.ids[-1], answer.prompt_length) == (6, tokenizer.eos_token_id, 1)
 
 
 def test_learns_to_answer_and_to_stop(folder, data, tmp_path):

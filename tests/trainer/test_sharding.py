@@ -13,11 +13,11 @@ from tiny import tiny_folder
 
 from rlhf_trainer import PPOConfig
 from rlhf_trainer.base import distributed
-from rlhf_trainer.base.distributed import Ranks
+from rlhf_trainer.base.distributed import ProcessGroupInfo
 from rlhf_trainer.models import sharding
 from rlhf_trainer.models.adapters import MAIN, add_adapter, parameters_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
-from rlhf_trainer.models.sharding import is_sharded, is_spread, place, whole
+from rlhf_trainer.models.sharding import all_weights_gathered, is_dtensor, is_sharded, prepare_model
 from rlhf_trainer.training import checkpoint
 from rlhf_trainer.training.checkpoint import Checkpoints, weights_digest
 
@@ -32,19 +32,19 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def sharded(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(distributed, "_current", Ranks(sharded=True))
+    monkeypatch.setattr(distributed, "_context", ProcessGroupInfo(sharded=True))
     yield
     dist.destroy_process_group()
 
 
 def with_adapter(folder):
     cfg = PPOConfig(lora_r=4, lora_targets=["q_proj"])
-    return place(add_adapter(load_causal(folder), cfg), CPU, dtype="bfloat16")
+    return prepare_model(add_adapter(load_causal(folder), cfg), CPU, dtype="bfloat16")
 
 
 def one_at_a_time(monkeypatch, module):
     """Every whole tensor that `module` asks for must be let go of before the next; returns their number of elements."""
-    right, seen, sizes = sharding.full, [], []
+    right, seen, sizes = sharding.unsharded_tensor, [], []
 
     def full(tensor):
         assert not any(reference() is not None for reference in seen)
@@ -53,13 +53,13 @@ def one_at_a_time(monkeypatch, module):
         sizes.append(found.numel())
         return found
 
-    monkeypatch.setattr(module, "full", full)
+    monkeypatch.setattr(module, "unsharded_tensor", full)
     return sizes
 
 
 @pytest.mark.usefixtures("sharded")
 def test_a_sharded_model_is_freed_when_nobody_holds_it(folder):
-    model = place(load_causal(folder), CPU)
+    model = prepare_model(load_causal(folder), CPU)
     assert is_sharded(model)
     left = weakref.ref(model)
     del model
@@ -69,21 +69,21 @@ def test_a_sharded_model_is_freed_when_nobody_holds_it(folder):
 
 @pytest.mark.usefixtures("sharded")
 def test_gathering_for_a_rollout_makes_no_mesh_anew(folder, monkeypatch):
-    model = place(load_causal(folder), CPU)
+    model = prepare_model(load_causal(folder), CPU)
     monkeypatch.setattr(sharding, "_options", lambda *_: pytest.fail("settings and mesh are made once, by place"))
-    with whole(model):
-        assert not any(is_spread(parameter) for parameter in model.parameters())
-    assert all(is_spread(parameter) for parameter in model.parameters())
+    with all_weights_gathered(model):
+        assert not any(is_dtensor(parameter) for parameter in model.parameters())
+    assert all(is_dtensor(parameter) for parameter in model.parameters())
 
 
 @pytest.mark.usefixtures("sharded")
 def test_rank_0_saves_the_whole_model_and_the_others_keep_nothing_of_it(folder, tmp_path, monkeypatch):
-    model, tokenizer = place(load_causal(folder), CPU), load_tokenizer(folder)
+    model, tokenizer = prepare_model(load_causal(folder), CPU), load_tokenizer(folder)
     save_folder(tmp_path / "first", model, tokenizer)
     saved, base = (load_file(f"{place}/model.safetensors") for place in (tmp_path / "first", folder))
     assert saved.keys() == base.keys()
     assert all(torch.equal(saved[name], base[name]) for name in base)
-    monkeypatch.setattr(distributed, "_current", Ranks(rank=1, sharded=True))
+    monkeypatch.setattr(distributed, "_context", ProcessGroupInfo(rank=1, sharded=True))
     sizes = one_at_a_time(monkeypatch, sharding)
     save_folder(tmp_path / "other", model, tokenizer)
     assert sum(sizes) >= sum(parameter.numel() for parameter in model.parameters())  # it took part
@@ -105,8 +105,8 @@ def test_checkpoints_copy_what_is_trained_and_read_the_base_one_weight_at_a_time
     checkpoints = Checkpoints(cfg, {"policy": model}, optimizer, scheduler, torch.Generator(), {})
     assert sum(read) == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     copied = []
-    right = sharding.full
-    monkeypatch.setattr(sharding, "full", lambda tensor: copied.append(tensor.numel()) or right(tensor))
+    right = sharding.unsharded_tensor
+    monkeypatch.setattr(sharding, "unsharded_tensor", lambda tensor: copied.append(tensor.numel()) or right(tensor))
     checkpoints.save(1, 0.0)
     assert sum(copied) == sum(parameter.numel() for parameter in trained)
     kept = load_file(tmp_path / "checkpoints" / "step-00000001" / "policy.safetensors")

@@ -32,12 +32,12 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return verify_rows.fitted(0)[0]
+    return verify_rows.fitted_reference(0)[0]
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return verify_rows.fitted(0)[1]
+    return verify_rows.fitted_reference(0)[1]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_best_of_n_by_enumeration(world):
 
 
 def test_best_of_n_keeps_what_the_enumeration_says():
-    lines = verify_rows.bon_lines(0)
+    lines = verify_rows.check_bon(0)
     assert [line.kept for line in lines] == [True] * 3
     assert lines[0].reached > 1.2  # the reference's own reward is about 0
 
@@ -181,7 +181,7 @@ def test_choosing_the_worst_fails_the_best_of_n_gate(monkeypatch):
         return right(*arguments, reward=lambda p, c: [-score for score in reward(p, c)], **options)
 
     monkeypatch.setattr(verify_rows, "best_of_n", worst)
-    assert not verify_rows.bon_lines(0)[0].kept
+    assert not verify_rows.check_bon(0)[0].kept
 
 
 def test_pairs_are_the_references_own_answers_as_sampled(reference, tokenizer, world):
@@ -189,7 +189,7 @@ def test_pairs_are_the_references_own_answers_as_sampled(reference, tokenizer, w
     assert len(pairs) <= 64 * 8
     for item in pairs:
         for row, text in ((item.chosen, item.pair.chosen), (item.rejected, item.pair.rejected)):
-            answer = row.ids[row.prompt :]
+            answer = row.ids[row.prompt_length :]
             assert tokenizer.decode(answer, skip_special_tokens=True) == text
             assert (answer[-1] == tokenizer.eos_token_id) == (len(text) < 5)
         rewards = oracle([item.pair.prompt] * 2, [item.pair.chosen, item.pair.rejected])
@@ -199,7 +199,7 @@ def test_pairs_are_the_references_own_answers_as_sampled(reference, tokenizer, w
 def short_dpo(monkeypatch):
     """Share of the gap that DPO closes on a quarter of the pairs."""
     monkeypatch.setattr(verify_rows, "PAIRS", 512)
-    return verify_rows.dpo_lines(0)[0].reached
+    return verify_rows.check_dpo(0)[0].reached
 
 
 def test_dpo_goes_where_ppo_goes(monkeypatch):
@@ -236,16 +236,16 @@ def test_the_command_passes_its_quick_gates(tmp_path, monkeypatch, capsys):
 )
 def test_a_failed_gate_is_exit_code_1(gap, kl, code, tmp_path, monkeypatch, capsys):
     verdict = verify.Verdict(150, gap, kl, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (150, 0.75)])
-    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
-    monkeypatch.setattr(verify, "ROWS", {"dpo": lambda seed: [verify.Line("DPO", 0.97, ">= 0.95", True)]})
+    monkeypatch.setattr(verify, "train_and_measure", lambda *_, **__: verdict)
+    monkeypatch.setattr(verify, "CHECKS", {"dpo": lambda seed: [verify.CheckResult("DPO", 0.97, ">= 0.95", True)]})
     assert main(["verify", "--full", "--rows", "dpo", "--output_dir", str(tmp_path)]) == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 
 
 def test_a_failed_row_is_exit_code_1(tmp_path, monkeypatch, capsys):
     verdict = verify.Verdict(60, 0.98, 0.02, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (60, 0.75)])
-    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
-    monkeypatch.setattr(verify, "ROWS", {"dpo": lambda seed: [verify.Line("DPO", 0.9, ">= 0.95", False)]})
+    monkeypatch.setattr(verify, "train_and_measure", lambda *_, **__: verdict)
+    monkeypatch.setattr(verify, "CHECKS", {"dpo": lambda seed: [verify.CheckResult("DPO", 0.9, ">= 0.95", False)]})
     assert main(["verify", "--rows", "dpo", "--output_dir", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert main(["verify", "--rows", "sft", "--output_dir", str(tmp_path)]) == 2
@@ -254,16 +254,16 @@ def test_a_failed_row_is_exit_code_1(tmp_path, monkeypatch, capsys):
 
 def test_a_reference_with_the_adapter_on_fails_the_lora_row(monkeypatch):
     """Then the policy is its own reference, KL is always 0 and the reward is all that counts."""
-    monkeypatch.setattr(ppo, "active", lambda reference: nullcontext(reference.model))
+    monkeypatch.setattr(ppo, "use_adapter", lambda reference: nullcontext(reference.model))
     monkeypatch.setattr(verify_rows, "QUICK", UPDATES)
-    gap, moved = verify_rows.lora_lines(0)
+    gap, moved = verify_rows.check_lora(0)
     assert not gap.kept
     assert moved.kept
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_the_minutes_it_takes(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(verify, "judge", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr(verify, "train_and_measure", lambda *_, **__: pytest.fail("it has begun"))
     assert main(["verify", "--output_dir", str(tmp_path / "file" / "x")]) == 2
     assert "not a directory" in capsys.readouterr().err
 

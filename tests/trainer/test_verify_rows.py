@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def world():
-    tokenizer, reference = verify_rows.fitted(0)
+    tokenizer, reference = verify_rows.fitted_reference(0)
     return ExactWorld(reference, tokenizer, beta=0.3, temperature=1.0)
 
 
@@ -58,7 +58,7 @@ def test_ppo_of_an_encoder_decoder_goes_to_its_optimum(monkeypatch):
     """From random weights, in a quarter of the updates; the fitted reference is the row itself."""
     monkeypatch.setattr(verify_rows, "fitted_seq2seq", lambda seed: (TOKENIZER, make_seq2seq(TOKENIZER, seed)))
     monkeypatch.setattr(verify_rows, "QUICK", 15)
-    (line,) = verify_rows.seq2seq_lines(0)
+    (line,) = verify_rows.check_seq2seq(0)
     assert line.reached > SHORT_SEQ2SEQ
 
 
@@ -67,14 +67,14 @@ def test_ppo_of_an_encoder_decoder_goes_to_its_optimum(monkeypatch):
 
 def test_micro_batches_change_nothing_and_a_mean_over_each_part_would(monkeypatch):
     monkeypatch.setattr(verify_rows, "MICRO_UPDATES", 2)
-    assert verify_rows.micro_lines(0)[0].kept
+    assert verify_rows.check_micro(0)[0].kept
     right = ppo.policy_loss
 
     def mean_of_each_part(*arguments, denominator, **options):
         return right(*arguments, **options)
 
     monkeypatch.setattr(ppo, "policy_loss", mean_of_each_part)
-    assert not verify_rows.micro_lines(0)[0].kept
+    assert not verify_rows.check_micro(0)[0].kept
 
 
 # Reward models
@@ -113,7 +113,7 @@ def test_hard_labels_are_drawn_from_the_soft_ones():
 def short_reward(monkeypatch, pairs):
     """Lines of the row with so few pairs of each prompt."""
     monkeypatch.setattr(verify_reward, "PAIRS", pairs)
-    return verify_reward.reward_lines(0)
+    return verify_reward.check_reward(0)
 
 
 def test_a_reward_model_learns_the_true_reward(monkeypatch):
@@ -136,7 +136,7 @@ def test_a_reward_model_of_swapped_pairs_does_not(monkeypatch):
 
 @pytest.mark.slow
 def test_over_optimisation_is_seen_by_the_watch():
-    lines = verify_reward.overoptimisation_lines(0)
+    lines = verify_reward.check_overoptimisation(0)
     assert [line.kept for line in lines] == [True] * 4
     by_beta, by_update = lines[0].series, lines[1].series
     assert max(by_beta["true_reward"]) - by_beta["true_reward"][-1] == pytest.approx(lines[0].reached)
@@ -147,7 +147,7 @@ def test_a_true_reward_that_only_rises_fails_the_row(monkeypatch):
     """Both the figures and the watch: the score is the true reward here."""
     monkeypatch.setattr(verify_reward, "LOOSE_UPDATES", 22)
     monkeypatch.setattr(verify_reward, "trained_reward", lambda *_: verify_rows.oracle)
-    exact, lost, _, warned = verify_reward.overoptimisation_lines(0)
+    exact, lost, _, warned = verify_reward.check_overoptimisation(0)
     assert not any(line.kept for line in (exact, lost, warned))
     assert warned.reached == 0
 
@@ -160,9 +160,11 @@ def test_a_true_reward_that_only_rises_fails_the_row(monkeypatch):
 )
 def test_rows_are_chosen_and_progress_is_said(rows, checked, tmp_path, monkeypatch, capsys):
     verdict = verify.Verdict(60, 0.98, 0.02, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (60, 0.75)])
-    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
-    own = {name: lambda seed, name=name: [verify.Line(f"line {name}", 0.97, ">= 0.95", True)] for name in ("a", "b")}
-    monkeypatch.setattr(verify, "ROWS", own)
+    monkeypatch.setattr(verify, "train_and_measure", lambda *_, **__: verdict)
+    own = {
+        name: lambda seed, name=name: [verify.CheckResult(f"line {name}", 0.97, ">= 0.95", True)] for name in ("a", "b")
+    }
+    monkeypatch.setattr(verify, "CHECKS", own)
     assert main(["verify", "--rows", *rows, "--output_dir", str(tmp_path)]) == 0
     said = capsys.readouterr().err
     for place, name in enumerate(checked, start=1):
@@ -174,13 +176,13 @@ def test_rows_are_chosen_and_progress_is_said(rows, checked, tmp_path, monkeypat
 def test_a_row_that_stops_fails_alone_and_the_rest_is_kept(tmp_path, monkeypatch, capsys):
     """--rows ranks on a machine where no process group starts: PPO's verdict and the other rows are not lost."""
     verdict = verify.Verdict(60, 0.98, 0.02, 1.8, 0.0, 0.75, 0.76, [(0, 0.0), (60, 0.75)])
-    monkeypatch.setattr(verify, "judge", lambda *_, **__: verdict)
+    monkeypatch.setattr(verify, "train_and_measure", lambda *_, **__: verdict)
 
     def stops(seed):
         raise UserError("no process group here")
 
-    fine = verify.Line("line b", 0.97, ">= 0.95", True, {"beta": [1.0]})
-    monkeypatch.setattr(verify, "ROWS", {"a": stops, "b": lambda seed: [fine]})
+    fine = verify.CheckResult("line b", 0.97, ">= 0.95", True, {"beta": [1.0]})
+    monkeypatch.setattr(verify, "CHECKS", {"a": stops, "b": lambda seed: [fine]})
     assert main(["verify", "--rows", "all", "--output_dir", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "no process group here" in said.err
@@ -196,4 +198,4 @@ def test_a_row_that_stops_fails_alone_and_the_rest_is_kept(tmp_path, monkeypatch
 
 def test_the_page_names_every_row():
     page = (Path(__file__).resolve().parents[2] / "docs" / "verify.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in page for name in verify.ROWS)
+    assert all(f"| `{name}` |" in page for name in verify.CHECKS)

@@ -16,7 +16,7 @@ GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
 
 @dataclass(frozen=True)
-class Gate:
+class Condition:
     """Fails a policy whose measure (or its change against the first policy) compares so with the bound."""
 
     text: str
@@ -35,7 +35,7 @@ def short(measure: str) -> str:
     return measure.split(" (")[0].lower()
 
 
-def parse_gates(texts: Iterable[str], measures: Sequence[str] | None, option: str = "--fail_if") -> list[Gate]:
+def parse_gates(texts: Iterable[str], measures: Sequence[str] | None, option: str = "--fail_if") -> list[Condition]:
     """Gates from `measure>number`; UserError for anything else, and for a measure that is not among `measures`.
 
     measures: None where any name may do. option: the one that errors name.
@@ -53,11 +53,11 @@ def parse_gates(texts: Iterable[str], measures: Sequence[str] | None, option: st
             )
         if measures is not None and short(found[2]) not in names:
             raise UserError(f"{option} {text!r}: no measure {found[2]!r} here; there are {', '.join(names)}")
-        gates.append(Gate(text, bool(found[1]), names.get(short(found[2]), found[2]), found[3], bound))
+        gates.append(Condition(text, bool(found[1]), names.get(short(found[2]), found[2]), found[3], bound))
     return gates
 
 
-def check_gates(gates: Sequence[Gate], result: dict[str, Any]) -> list[dict[str, Any]]:
+def check_gates(gates: Sequence[Condition], result: dict[str, Any]) -> list[dict[str, Any]]:
     """One record for each gate and policy after the first, by the estimates' means."""
     records = []
     for gate in gates:

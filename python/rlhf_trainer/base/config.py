@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 
 C = TypeVar("C")
@@ -119,7 +119,7 @@ def unknown(key: str, known: Sequence[str], kind: str, otherwise: str = "--help 
 
 def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml") -> None:
     """Write every option's value as YAML, so that `--config` on it repeats the run."""
-    if not current().main:
+    if not distributed_context().main:
         return
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
     Path(folder).mkdir(parents=True, exist_ok=True)

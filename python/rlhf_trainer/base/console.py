@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 
-from rlhf_trainer.base.distributed import launched
+from rlhf_trainer.base.distributed import rank_and_world_size
 
 
 def say(message: str) -> None:
     """A line for the user; of several ranks the first one speaks."""
-    if launched()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(message, file=sys.stderr, flush=True)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.base.failures import together
+from rlhf_trainer.base.failures import propagate_errors
 
 S = TypeVar("S", Tensor, Sequence)
 T = TypeVar("T")
@@ -27,7 +27,7 @@ BUCKET = 1 << 24  # elements of a gradient all-reduce: 64 MiB, so that little me
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroupInfo:
     """This process among those of the run. Every method but `main`, `deal` and `block` is called by all of them."""
 
     rank: int = 0
@@ -40,10 +40,11 @@ class Ranks:
         """Whether this rank writes."""
         return self.rank == 0
 
-    def deal(self, rows: S, size: int | None) -> Iterator[tuple[S, float]]:
+    def shard_microbatches(self, rows: S, size: int | None) -> Iterator[tuple[S, float]]:
         """This rank's share of `rows` in micro-batches of at most `size`, each with its weight.
 
-        The weight is 1; under FSDP2 a rank with fewer micro-batches than another begins with repeated ones of weight 0.
+        The weight is 1. Under FSDP2 a rank with fewer micro-batches than another first repeats some with weight 0: all
+        ranks make as many forward passes.
         """
         mine, most = rows[self.rank :: self.world], -(-len(rows) // self.world)  # rank 0 has most
         size = size or max(most, 1)
@@ -53,7 +54,7 @@ class Ranks:
                 yield (parts[-1] if parts else rows[:size]), 0.0
         yield from ((part, 1.0) for part in parts)
 
-    def block(self, count: int, unit: int = 1) -> slice:
+    def contiguous_shard(self, count: int, unit: int = 1) -> slice:
         """This rank's consecutive part of `count` rows, whole groups of `unit` rows."""
         groups = count // unit
         return slice(groups * self.rank // self.world * unit, groups * (self.rank + 1) // self.world * unit)
@@ -67,7 +68,7 @@ class Ranks:
                 if moved is not tensor:
                     tensor.copy_(moved)
 
-    def assemble(self, block: slice, values: Tensor, count: int) -> Tensor:
+    def all_gather_rows(self, block: slice, values: Tensor, count: int) -> Tensor:
         """The `values` [b, ...] of every rank's block as one tensor [count, ...], on every rank."""
         if self.world == 1:
             return values
@@ -77,7 +78,7 @@ class Ranks:
         self.sum_(whole)
         return whole.to(values.dtype)
 
-    def longest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         if self.world == 1:
             return number
@@ -87,9 +88,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
-        return bool(self.longest(int(flag)))
+        return bool(self.all_reduce_max(int(flag)))
 
-    def first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, so that a decision is one decision even where ranks compute on unlike hardware."""
         if self.world == 1:
             return value
@@ -97,7 +98,7 @@ class Ranks:
         dist.broadcast_object_list(holder, 0, device=self.device)
         return holder[0]
 
-    def every(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks."""
         if self.world == 1:
             return [value]
@@ -116,7 +117,7 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world > 1:
-            self.longest(0)
+            self.all_reduce_max(0)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the ranks, in float32; FSDP2 has summed those of its own parameters.
@@ -148,30 +149,30 @@ def _sum_bucket(grads: list[Tensor]) -> None:
         grad.copy_(total.view_as(grad))
 
 
-_current = Ranks()
+_context = ProcessGroupInfo()
 
 
-def current() -> Ranks:
+def distributed_context() -> ProcessGroupInfo:
     """The ranks of the stage under way."""
-    return _current
+    return _context
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """(rank, world) as the launcher set them; (0, 1) without one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return (int(os.environ.get("RANK", "0")) if world > 1 else 0), world
 
 
-def join(device: torch.device) -> Ranks:
+def join(device: torch.device) -> ProcessGroupInfo:
     """Meet the other processes of the launch, once a process; NCCL between GPUs, gloo between CPUs.
 
     Raises:
         UserError: a launch of a kind that is not supported.
     """
-    global _current
-    if launched()[1] == 1:
-        _current = Ranks(device=device)
-        return _current
+    global _context
+    if rank_and_world_size()[1] == 1:
+        _context = ProcessGroupInfo(device=device)
+        return _context
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate was told to use FSDP 1; --fsdp_version 2 is supported")
@@ -186,8 +187,8 @@ def join(device: torch.device) -> Ranks:
     state = PartialState(cpu=device.type == "cpu")
     if fresh:
         atexit.register(_leave)
-    _current = Ranks(state.process_index, state.num_processes, state.device, sharded)
-    return _current
+    _context = ProcessGroupInfo(state.process_index, state.num_processes, state.device, sharded)
+    return _context
 
 
 def _leave() -> None:
@@ -206,7 +207,7 @@ def on_all_ranks(stage: Callable[..., T]) -> Callable[..., T]:
             raise UserError("--merge does not go with FSDP 2: save the adapter, and merge it in one process")
         if ranks.sharded and cfg.load_in_4bit:
             raise UserError("--load_in_4bit does not go with FSDP 2: 4-bit weights are not sharded")
-        with together(ranks.rank, ranks.world):
+        with propagate_errors(ranks.rank, ranks.world):
             return stage(cfg, *arguments, **options)
 
     return wrapper
@@ -215,7 +216,7 @@ def on_all_ranks(stage: Callable[..., T]) -> Callable[..., T]:
 def resolve_device(device: str) -> torch.device:
     """ "auto" is CUDA if there is a GPU, else the CPU; of several processes each has a GPU of its own."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "cuda" and launched()[1] > 1 and torch.cuda.is_available():
+    if name == "cuda" and rank_and_world_size()[1] > 1 and torch.cuda.is_available():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu or auto")

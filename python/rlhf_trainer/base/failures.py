@@ -25,7 +25,7 @@ GRACE = 5.0  # seconds that a rank has to end by itself after another's message
 
 
 @contextmanager
-def together(rank: int, world: int) -> Iterator[None]:
+def propagate_errors(rank: int, world: int) -> Iterator[None]:
     """Within the block an error of any rank is raised in all of them; nobody leaves it before the others.
 
     Raises:

@@ -17,7 +17,7 @@ import yaml
 from rlhf_trainer.base.config import option, unknown
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 
 SUMMARY = """Show the constitution: the rules by which `rlhf cai` criticises, revises and compares answers.
 
@@ -41,7 +41,7 @@ class Constitution:
     """rules: at least one; shots: worked examples of them, maybe none; text: the YAML it was read from."""
 
     rules: tuple[Rule, ...]
-    shots: tuple[Shot, ...] = ()
+    shots: tuple[WorkedExample, ...] = ()
     text: str = ""
 
     def only(self, names: Sequence[str]) -> Constitution:
@@ -146,7 +146,7 @@ def _rule(node: yaml.Node, path: str | Path) -> Rule:
     return Rule(*(_text(found[key], key, path) for key in texts), weight)
 
 
-def _shot(node: yaml.Node, rules: dict[str, Rule], path: str | Path) -> Shot:
+def _shot(node: yaml.Node, rules: dict[str, Rule], path: str | Path) -> WorkedExample:
     keys = ("rule", "prompt", "answer", "critique", "revision")
     found = _mapping(node, keys, keys, path)
     name, *texts = (_text(found[key], key, path) for key in keys)
@@ -154,7 +154,7 @@ def _shot(node: yaml.Node, rules: dict[str, Rule], path: str | Path) -> Shot:
         raise UserError(
             f"{_where(found['rule'], path)}: {unknown(name, list(rules), 'rule ', 'there are ' + ', '.join(rules))}"
         )
-    return Shot(rules[name], *texts)
+    return WorkedExample(rules[name], *texts)
 
 
 def run(cfg: Config) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import prompt_records, render_prompt, shown_prompt
-from rlhf_trainer.judging.judges import BREAK
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.judges import EXAMPLE_SEPARATOR
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 
 Messages = list[dict[str, str]]
 Request = str | Messages  # text to go on with, or a chat to answer
@@ -69,7 +69,7 @@ def opening(prompt: Prompt, chat: bool) -> Request:
     return prompt.messages if chat else prompt.data
 
 
-def critique_request(prompt: Prompt, answer: str, rule: Rule, chat: bool, shots: Sequence[Shot]) -> Request:
+def critique_request(prompt: Prompt, answer: str, rule: Rule, chat: bool, shots: Sequence[WorkedExample]) -> Request:
     if chat:
         return [*_talk(prompt, answer, shots), _user(rule.critique)]
     parts = {"Prompt": prompt.shown, "Answer": answer, "Critique request": rule.critique}
@@ -77,7 +77,7 @@ def critique_request(prompt: Prompt, answer: str, rule: Rule, chat: bool, shots:
 
 
 def revision_request(
-    prompt: Prompt, answer: str, rule: Rule, critique: str, chat: bool, shots: Sequence[Shot]
+    prompt: Prompt, answer: str, rule: Rule, critique: str, chat: bool, shots: Sequence[WorkedExample]
 ) -> Request:
     if chat:
         asked = [_user(rule.critique), _assistant(critique), _user(f"{rule.revision} {ONLY}")]
@@ -94,7 +94,7 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _talk(prompt: Prompt, answer: str, shots: Sequence[Shot]) -> Messages:
+def _talk(prompt: Prompt, answer: str, shots: Sequence[WorkedExample]) -> Messages:
     """The chat up to its answer, after the worked examples, which come after a system message."""
     system = sum(1 for message in prompt.messages if message["role"] == "system")
     examples: Messages = []
@@ -104,13 +104,13 @@ def _talk(prompt: Prompt, answer: str, shots: Sequence[Shot]) -> Messages:
     return [*prompt.messages[:system], *examples, *prompt.messages[system:], _assistant(answer)]
 
 
-def _written(shots: Sequence[Shot], parts: dict[str, str]) -> str:
+def _written(shots: Sequence[WorkedExample], parts: dict[str, str]) -> str:
     """Headings and texts, after the worked examples; the last one is left open."""
     texts = []
     for shot in shots:
         requests = (shot.rule.critique, shot.critique, shot.rule.revision, shot.revision)
         texts.append(_section(dict(zip(HEADINGS, (shot.prompt, shot.answer, *requests), strict=True))))
-    return BREAK.join([*texts, _section(parts)])
+    return EXAMPLE_SEPARATOR.join([*texts, _section(parts)])
 
 
 def _section(parts: dict[str, str]) -> str:

@@ -32,10 +32,10 @@ from rlhf_trainer.constitutional.writer import (
 )
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.judging.judges import KINDS, Judge, ModelJudge, ServerJudge, both_orders, load_judge
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.labelling.store import read_tasks
 from rlhf_trainer.reports.page import html_table, write_page
-from rlhf_trainer.sampling.batches import collect, finished
+from rlhf_trainer.sampling.batches import append_batches, resume_position
 
 SUMMARY = """Let a judge say by a rule which of two answers is better: pairs for `rlhf reward` and `rlhf dpo`.
 
@@ -117,7 +117,7 @@ def label_answers(
     judge = find_judge(cfg, writer, shots) if judge is None else judge
     raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".judged.jsonl")))
     batch = max(1, cfg.batch_size // cfg.n)
-    start = finished(raw, [prompt.data for prompt in asked], batch) if cfg.output else 0
+    start = resume_position(raw, [prompt.data for prompt in asked], batch) if cfg.output else 0
     keep_rules(cfg, used)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
@@ -127,7 +127,7 @@ def label_answers(
             given = answers[first : first + batch] if answers else sample(cfg, writer, some, first)
             yield compare(judge, some, given, rules)
 
-    judged = collect(raw, batches(), start, len(asked), "label", cfg)
+    judged = append_batches(raw, batches(), start, len(asked), "label", cfg)
     weights = {rule.name: rule.weight for rule in used.rules}
     found = [
         (prompt, one) for p, record in zip(asked, judged, strict=True) for prompt, one in labelled(p, record, weights)
@@ -166,7 +166,7 @@ def read_input(
     return read_requests(cfg, writer, prompts), []
 
 
-def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[Shot]) -> Judge:
+def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[WorkedExample]) -> Judge:
     """The judge that cfg names, or else whoever writes."""
     same = isinstance(writer, LocalWriter) and cfg.judge == cfg.model
     if cfg.judge and not same:  # the same model is loaded once
@@ -187,7 +187,7 @@ def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[Shot]
 def sample(cfg: CAILabelConfig, writer: Writer | None, prompts: Sequence[Prompt], first: int) -> list[list[str]]:
     """cfg.n answers to each prompt, without those that are empty or repeat another; `first` decides the seed."""
     assert writer is not None
-    writer.begin(cfg.seed * 1_000_003 + first)
+    writer.seed(cfg.seed * 1_000_003 + first)
     written = writer.write([opening(prompt, writer.chat) for prompt in prompts for _ in range(cfg.n)])
     texts = [[one.text for one in written[at : at + cfg.n]] for at in range(0, len(written), cfg.n)]
     return [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]

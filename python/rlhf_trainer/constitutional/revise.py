@@ -28,9 +28,9 @@ from rlhf_trainer.constitutional.writer import (
     validate,
 )
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.reports.page import write_page
-from rlhf_trainer.sampling.batches import collect, finished
+from rlhf_trainer.sampling.batches import append_batches, resume_position
 
 SUMMARY = """Let a model answer prompts, criticise its answers by rules, and revise them: data for `rlhf sft`.
 
@@ -108,10 +108,10 @@ def revise_answers(
     writer = load_writer(cfg, model, tokenizer)
     asked = [prompt for prompt in read_requests(cfg, writer, prompts) for _ in range(cfg.n)]
     raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".transcripts.jsonl")))
-    start = finished(raw, [prompt.data for prompt in asked], cfg.batch_size) if cfg.output else 0
+    start = resume_position(raw, [prompt.data for prompt in asked], cfg.batch_size) if cfg.output else 0
     keep_rules(cfg, used)
     batches = revise_batches(cfg, writer, used, shots, asked, start)
-    transcripts = collect(raw, batches, start, len(asked), "revise", cfg)
+    transcripts = append_batches(raw, batches, start, len(asked), "revise", cfg)
     examples = [example for p, t in zip(asked, transcripts, strict=True) if (example := example_of(cfg, p, t))]
     figures = statistics(cfg, transcripts, len(examples))
     if cfg.output:
@@ -125,20 +125,20 @@ def revise_batches(
     cfg: CAIReviseConfig,
     writer: Writer,
     constitution: Constitution,
-    shots: Sequence[Shot],
+    shots: Sequence[WorkedExample],
     prompts: Sequence[Prompt],
     start: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Transcripts of cfg.batch_size conversations at a time from `start`; each batch has its own seed."""
     for first in range(start, len(prompts), cfg.batch_size):
-        writer.begin(cfg.seed * 1_000_003 + first)
+        writer.seed(cfg.seed * 1_000_003 + first)
         some = prompts[first : first + cfg.batch_size]
         rules = [rules_for(cfg, constitution, first + i, cfg.rounds) for i in range(len(some))]
         yield revise_batch(writer, shots, some, rules)
 
 
 def revise_batch(
-    writer: Writer, shots: Sequence[Shot], prompts: Sequence[Prompt], rules: Sequence[Sequence[Rule]]
+    writer: Writer, shots: Sequence[WorkedExample], prompts: Sequence[Prompt], rules: Sequence[Sequence[Rule]]
 ) -> list[dict[str, Any]]:
     """One record a conversation: {"prompt", "answer", "rounds": [{"rule", "critique", "revision"}], "ended"}.
 

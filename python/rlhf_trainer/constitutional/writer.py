@@ -17,8 +17,8 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.constitutional.constitution import Constitution, load_constitution
 from rlhf_trainer.constitutional.dialogue import Prompt, Request, read_dialogues
 from rlhf_trainer.data.records import render_prompt
-from rlhf_trainer.judging.client import Server, TooLongError
-from rlhf_trainer.judging.shots import Rule, Shot
+from rlhf_trainer.judging.client import ServerClient, TooLongError
+from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
 from rlhf_trainer.sampling.rollout import encode_prompts, generate, stop_token_id
@@ -57,7 +57,7 @@ class Written:
 
 
 class LocalWriter:
-    """Writes with a model in this process; after `begin` with a number all that follows depends on it."""
+    """Writes with a model in this process; after `seed` all that follows depends on that number."""
 
     def __init__(self, cfg: CAIConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
         self.cfg, self.model, self.tokenizer, self.chat = cfg, model, tokenizer, chat
@@ -65,7 +65,7 @@ class LocalWriter:
         if cfg.stop_token is not None:
             stop_token_id(tokenizer, cfg.stop_token)
 
-    def begin(self, number: int) -> None:
+    def seed(self, number: int) -> None:
         self.generator.manual_seed(number)
 
     def write(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Written]:
@@ -84,7 +84,7 @@ class LocalWriter:
                 stop_token=self.cfg.stop_token,
             )
             for i, text, ended in zip(fitting, rollout.completions, rollout.ended.tolist(), strict=True):
-                found[i] = cut(text, ended, stops)
+                found[i] = truncate_at_stop(text, ended, stops)
         return found
 
     def _problem(self, text: str) -> str:
@@ -96,13 +96,13 @@ class LocalWriter:
 
 
 class ServerWriter:
-    """Writes with a server's model; `begin` seeds it, as far as the server heeds seeds."""
+    """Writes with a server's model; `seed` seeds it, as far as the server heeds seeds."""
 
-    def __init__(self, cfg: CAIConfig, server: Server, chat: bool) -> None:
+    def __init__(self, cfg: CAIConfig, server: ServerClient, chat: bool) -> None:
         self.cfg, self.server, self.chat = cfg, server, chat
         self.random = random.Random(cfg.seed)
 
-    def begin(self, number: int) -> None:
+    def seed(self, number: int) -> None:
         self.random.seed(number)
 
     def write(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Written]:
@@ -117,7 +117,7 @@ class ServerWriter:
                 choice = self.server.choice(request, **options, seed=seed)
             except TooLongError:
                 return Written("", False, "too long for the model's context")
-            return cut(choice["text"], choice.get("finish_reason") != "length", stops)
+            return truncate_at_stop(choice["text"], choice.get("finish_reason") != "length", stops)
 
         return self.server.map(one, list(zip(requests, seeds, strict=True)))
 
@@ -125,7 +125,7 @@ class ServerWriter:
 Writer = LocalWriter | ServerWriter
 
 
-def cut(text: str, ended: bool, stops: Sequence[str]) -> Written:
+def truncate_at_stop(text: str, ended: bool, stops: Sequence[str]) -> Written:
     """The text up to the first of the stops; what is cut there has ended."""
     place = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
     return Written(text[:place], ended or place < len(text))
@@ -144,7 +144,9 @@ def validate(cfg: CAIConfig, *given: str) -> None:
         raise UserError(f"--timeout {cfg.timeout}: must be more than 0")
 
 
-def load_rules(cfg: CAIConfig, constitution: Constitution | None = None) -> tuple[Constitution, tuple[Shot, ...]]:
+def load_rules(
+    cfg: CAIConfig, constitution: Constitution | None = None
+) -> tuple[Constitution, tuple[WorkedExample, ...]]:
     """The constitution with the rules that cfg names, and the worked examples to show.
 
     On --resume it must be the one that the run was begun with; that is kept beside the output.
@@ -184,7 +186,7 @@ def load_writer(
 ) -> Writer:
     """The server's model or cfg.model, and whether to talk to it in chats."""
     if cfg.server:
-        server = Server(cfg.server, timeout=cfg.timeout, retries=cfg.retries, parallel=cfg.parallel)
+        server = ServerClient(cfg.server, timeout=cfg.timeout, retries=cfg.retries, parallel=cfg.parallel)
         return ServerWriter(cfg, server, cfg.format != "plain")
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.rankings import FAIL, Rank, Ranked, compared
+from rlhf_trainer.data.rankings import FAIL, Rank, RankedPrompt, compared
 
 MIN_PROMPTS = 5  # fewer say nothing about a labeller
 FAR = 0.1  # below the others' own agreement by at least this, and by three standard errors: an outlier
@@ -48,7 +48,7 @@ def positions(ranks: Sequence[Rank]) -> list[float]:
     return [float("nan") if key is None else sum(k < key for k in judged) + (judged.count(key) + 1) / 2 for key in keys]
 
 
-def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -> float | None:
+def krippendorff_alpha(records: Sequence[RankedPrompt], without: Sequence[str] = ()) -> float | None:
     """Krippendorff's alpha (2011), ordinal, over every completion that at least two labellers judged.
 
     A completion's value is its place in the labeller's ranking, or its score where scores were given. None if nobody
@@ -84,7 +84,7 @@ def krippendorff_alpha(records: Sequence[Ranked], without: Sequence[str] = ()) -
     return float(krippendorff.alpha(value_counts=counts, value_domain=domain, level_of_measurement="ordinal"))
 
 
-def agreement(records: Sequence[Ranked], fails: Literal["remove", "lose"] = "lose") -> Agreement:
+def agreement(records: Sequence[RankedPrompt], fails: Literal["remove", "lose"] = "lose") -> Agreement:
     """Alpha, and for every labeller how often they side with another one, against how often the others do.
 
     An outlier agrees with the others by FAR and by three standard errors (prompts as the independent units) less than
@@ -103,7 +103,7 @@ def agreement(records: Sequence[Ranked], fails: Literal["remove", "lose"] = "los
 class _Tally:
     """Counts per record: comparisons that two labellers both decided, and in which they agreed."""
 
-    def __init__(self, records: Sequence[Ranked], fails: Literal["remove", "lose"]) -> None:
+    def __init__(self, records: Sequence[RankedPrompt], fails: Literal["remove", "lose"]) -> None:
         self.size = len(records)
         self.total = np.zeros((2, self.size))  # agreed, decided by both; over all pairs of labellers
         self.own: dict[str, dict[int, list[int]]] = defaultdict(dict)  # labeller -> record -> the same, theirs alone

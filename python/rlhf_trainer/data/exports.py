@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.formats import NAMES, Format, Item, Options, Record, plain_name, turn
-from rlhf_trainer.data.rankings import Rank, Ranked, Ranking
+from rlhf_trainer.data.rankings import Rank, RankedPrompt, Ranking
 from rlhf_trainer.data.records import text_field
 
 TIES = {"tie", "equal", "same", "both", "neither", "draw", "none"}
@@ -99,7 +99,7 @@ def _ranked(
     """One Ranked with its texts written out, if anyone ranked it; the same labeller's last ranking counts."""
     own = {text_field({"labeller": r.labeller}, "labeller", where): r for r in rankings}
     turns = [turn(prompt, completion, where, options) for completion in completions.values()]
-    yield Ranked(turns[0][0], tuple(text for _, text in turns), tuple(own.values()), line=line)
+    yield RankedPrompt(turns[0][0], tuple(text for _, text in turns), tuple(own.values()), line=line)
 
 
 # Argilla

@@ -82,6 +82,9 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
     """Write one object a line, to a temporary file that is then renamed: the file is whole or not there.
 
     A name in .gz is compressed.
+
+    Raises:
+        OSError: it cannot be written; a file that stood there before is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

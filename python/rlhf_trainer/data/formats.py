@@ -1,6 +1,6 @@
 """What a record of preferences may look like: pairs, transcripts, chats, rankings, scores. Each knows its own kind.
 
-A parser turns one record into `Pair`s, `Ranked`s or `Score`s; exports.py holds those of labelling tools.
+A parser turns one record into `Pair`s, `RankedPrompt`s or `Score`s; exports.py holds those of labelling tools.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.rankings import Ranked, Ranking, ranked_of
+from rlhf_trainer.data.rankings import RankedPrompt, Ranking, ranked_of
 from rlhf_trainer.data.records import (
     HH_TURN,
     Pair,
@@ -72,7 +72,7 @@ class Score:
     line: int
 
 
-Item = Pair | Ranked | Score
+Item = Pair | RankedPrompt | Score
 Record = dict[str, Any]
 
 
@@ -223,7 +223,7 @@ def _score(record: Record, where: str, line: int, options: Options) -> Iterable[
     yield Score(prompt, completion, labeller, score_value(record["score"], where), line)
 
 
-def ranked_by_prompt(scores: Iterable[tuple[Score, Any]]) -> list[Ranked]:
+def ranked_by_prompt(scores: Iterable[tuple[Score, Any]]) -> list[RankedPrompt]:
     """All completions of a prompt with their scores side by side, each labeller's own; `scores` come with findings.
 
     The same labeller's second score of the same completion does not count, and is a finding.
@@ -234,7 +234,7 @@ def ranked_by_prompt(scores: Iterable[tuple[Score, Any]]) -> list[Ranked]:
         first = known.setdefault((score.labeller, score.completion), score)
         if first is not score:
             same = first.value == score.value
-            findings.note("duplicate" if same else "contradicts an earlier score, not counted", score.line)
+            findings.warn("duplicate" if same else "contradicts an earlier score, not counted", score.line)
     found = []
     for prompt, known in prompts.items():
         completions = tuple(dict.fromkeys(completion for _, completion in known))
@@ -244,7 +244,7 @@ def ranked_by_prompt(scores: Iterable[tuple[Score, Any]]) -> list[Ranked]:
             given = [known.get((labeller, completion)) for completion in completions]
             rankings.append(Ranking(labeller, tuple(None if score is None else -score.value for score in given)))
         line = next(iter(known.values())).line
-        found.append(Ranked(prompt, completions, tuple(rankings), scored=True, line=line))
+        found.append(RankedPrompt(prompt, completions, tuple(rankings), scored=True, line=line))
     return found
 
 

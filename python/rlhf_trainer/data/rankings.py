@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import read_jsonl
-from rlhf_trainer.data.records import Findings, Pair, is_finite, text_field
+from rlhf_trainer.data.records import DataReport, Pair, is_finite, text_field
 
 Rank = float | Literal["F"] | None  # None: this labeller did not judge it
 FAIL: Literal["F"] = "F"
@@ -30,7 +30,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedPrompt:
     """One prompt, its completions, and how each labeller ranked them.
 
     `scored`: the ranks are negated scores, whose sizes mean the same for every prompt. `line`: where it stood.
@@ -44,7 +44,7 @@ class Ranked:
 
 
 @dataclass
-class Votes:
+class VoteTally:
     """What became of the comparisons, and how often each labeller sided with the others."""
 
     pairs: int = 0
@@ -93,7 +93,7 @@ def completions_of(record: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(text_field({"completions": text}, "completions", where) for text in completions)
 
 
-def ranked_of(record: dict[str, Any], where: str, line: int = 0) -> Ranked:
+def ranked_of(record: dict[str, Any], where: str, line: int = 0) -> RankedPrompt:
     """One line of a rankings or scores file; UserError `where: reason` if it is malformed."""
     key, parse = ("scores", _scores) if "scores" in record and "rankings" not in record else ("rankings", _ranking)
     texts, rankings = completions_of(record, where), record.get(key)
@@ -104,10 +104,10 @@ def ranked_of(record: dict[str, Any], where: str, line: int = 0) -> Ranked:
     ranked = tuple(parse(value, len(texts), where) for value in rankings)
     if len({ranking.labeller for ranking in ranked}) < len(ranked):
         raise UserError(f"{where}: one labeller ranks it twice")
-    return Ranked(text_field(record, "prompt", where), texts, ranked, key == "scores", line)
+    return RankedPrompt(text_field(record, "prompt", where), texts, ranked, key == "scores", line)
 
 
-def read_rankings(path: str | Path) -> list[Ranked]:
+def read_rankings(path: str | Path) -> list[RankedPrompt]:
     """Every line of a rankings file; UserError `file:line: reason` for one that is malformed."""
     found = [ranked_of(record, f"{path}:{number}", number) for number, record in read_jsonl(path)]
     if not found:
@@ -115,29 +115,29 @@ def read_rankings(path: str | Path) -> list[Ranked]:
     return found
 
 
-def clean(records: Iterable[Ranked], findings: Findings) -> Iterator[Ranked]:
+def clean(records: Iterable[RankedPrompt], findings: DataReport) -> Iterator[RankedPrompt]:
     """The records without empty completions; what is odd about each is counted in `findings`."""
     for record in records:
         if not record.prompt.strip():
-            findings.note("empty prompt", record.line)
+            findings.warn("empty prompt", record.line)
         kept = [i for i, text in enumerate(record.completions) if text.strip()]
         if len(kept) < len(record.completions):
-            findings.note("empty completion, dropped", record.line)
+            findings.warn("empty completion, dropped", record.line)
             record = _subset(record, kept)
         if len(set(record.completions)) < len(record.completions):
-            findings.mention("the same completion twice, not compared", record.line)
+            findings.count("the same completion twice, not compared", record.line)
             if any(
                 len(set(zip(record.completions, r.ranks, strict=True))) > len(set(record.completions))
                 for r in record.rankings
             ):
-                findings.note("different ranks for the same completion", record.line)
+                findings.warn("different ranks for the same completion", record.line)
         if len(set(record.completions)) < 2:
-            findings.mention("one completion, nothing to compare", record.line)
+            findings.count("one completion, nothing to compare", record.line)
             continue
         yield record
 
 
-def _subset(record: Ranked, indices: Sequence[int]) -> Ranked:
+def _subset(record: RankedPrompt, indices: Sequence[int]) -> RankedPrompt:
     """The record with these completions, in this order."""
     return replace(
         record,
@@ -146,12 +146,12 @@ def _subset(record: Ranked, indices: Sequence[int]) -> Ranked:
     )
 
 
-def merge(records: Iterable[tuple[Ranked, Findings]]) -> list[tuple[Ranked, Findings]]:
+def merge(records: Iterable[tuple[RankedPrompt, DataReport]]) -> list[tuple[RankedPrompt, DataReport]]:
     """Records of the same prompt and completions become one, so that labellers may come line by line, file by file.
 
     Where one labeller ranks the same completions again, the later ranking counts, and a finding says so.
     """
-    merged: dict[tuple[Any, ...], tuple[Ranked, Findings]] = {}
+    merged: dict[tuple[Any, ...], tuple[RankedPrompt, DataReport]] = {}
     for record, findings in records:
         order = sorted(range(len(record.completions)), key=lambda i: record.completions[i])
         key = (record.prompt, tuple(record.completions[i] for i in order), record.scored)
@@ -164,7 +164,7 @@ def merge(records: Iterable[tuple[Ranked, Findings]]) -> list[tuple[Ranked, Find
         own = {ranking.labeller: ranking for ranking in first.rankings}
         for ranking in _subset(record, indices).rankings:
             if ranking.labeller in own:
-                findings.note("ranked again by the same labeller, the later ranking counts", record.line)
+                findings.warn("ranked again by the same labeller, the later ranking counts", record.line)
             own[ranking.labeller] = ranking
         merged[key] = replace(first, rankings=tuple(own.values())), origin
     return list(merged.values())
@@ -189,13 +189,13 @@ def _majority(votes: Iterable[int]) -> int | None:
     return counts[0][0]
 
 
-def _failed(record: Ranked) -> set[int]:
+def _failed(record: RankedPrompt) -> set[int]:
     """Completions that more than half of the labellers marked "F"."""
     marks = Counter(i for ranking in record.rankings for i, rank in enumerate(ranking.ranks) if rank == FAIL)
     return {i for i, count in marks.items() if 2 * count > len(record.rankings)}
 
 
-def compared(record: Ranked, fails: Literal["remove", "lose"]) -> Iterator[tuple[int, int, dict[str, int]]]:
+def compared(record: RankedPrompt, fails: Literal["remove", "lose"]) -> Iterator[tuple[int, int, dict[str, int]]]:
     """(i, j, labeller -> vote) for every two completions of different text; only those who have an opinion vote."""
     failed = _failed(record) if fails == "remove" else set()
     for i, j in combinations(range(len(record.completions)), 2):
@@ -206,7 +206,7 @@ def compared(record: Ranked, fails: Literal["remove", "lose"]) -> Iterator[tuple
 
 
 def voted_pairs(
-    record: Ranked, outcome: Votes, ties: Literal["drop", "half"], fails: Literal["remove", "lose"]
+    record: RankedPrompt, outcome: VoteTally, ties: Literal["drop", "half"], fails: Literal["remove", "lose"]
 ) -> Iterator[Pair]:
     """The pairs of one prompt; what became of its comparisons is added to `outcome`."""
     outcome.failed_completions += len(_failed(record))
@@ -225,11 +225,11 @@ def voted_pairs(
 
 
 def pairs_from_rankings(
-    records: Iterable[Ranked],
+    records: Iterable[RankedPrompt],
     *,
     ties: Literal["drop", "half"] = "drop",
     fails: Literal["remove", "lose"] = "lose",
-) -> tuple[list[Pair], Votes]:
+) -> tuple[list[Pair], VoteTally]:
     """A majority vote on every two completions of each prompt; the winner becomes `chosen`.
 
     Args:
@@ -241,11 +241,11 @@ def pairs_from_rankings(
         the pairs, prompt by prompt, and what became of all comparisons. Outcomes that share the lead are a
         disagreement and give no pair; the same text twice gives none either.
     """
-    outcome = Votes()
+    outcome = VoteTally()
     return [pair for record in records for pair in voted_pairs(record, outcome, ties, fails)], outcome
 
 
-def _count_agreement(votes: dict[str, int], outcome: Votes) -> None:
+def _count_agreement(votes: dict[str, int], outcome: VoteTally) -> None:
     for name, opinion in votes.items():
         others = _majority(other for who, other in votes.items() if who != name)
         if opinion != 0 and others not in (None, 0):

@@ -17,8 +17,8 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.exports import EXPORTS
 from rlhf_trainer.data.files import read_jsonl, read_lines
 from rlhf_trainer.data.formats import RECORDS, Format, Item, Options, Record, Score, ranked_by_prompt
-from rlhf_trainer.data.rankings import Ranked, clean, merge
-from rlhf_trainer.data.records import Findings, Pair
+from rlhf_trainer.data.rankings import RankedPrompt, clean, merge
+from rlhf_trainer.data.records import DataReport, Pair
 
 FORMATS = {known.name: known for known in (*EXPORTS, *RECORDS)}  # exports first: they are the more particular
 COLUMNAR = {".parquet": "parquet", ".arrow": "arrow"}
@@ -29,9 +29,9 @@ ENDINGS = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", *COLUMNAR}  # of fi
 class Preferences:
     """All that was read: pairs as they came, rankings to vote on, and per file its format, records and findings."""
 
-    pairs: list[tuple[Pair, Findings]] = field(default_factory=list)
-    ranked: list[tuple[Ranked, Findings]] = field(default_factory=list)
-    findings: list[Findings] = field(default_factory=list)
+    pairs: list[tuple[Pair, DataReport]] = field(default_factory=list)
+    ranked: list[tuple[RankedPrompt, DataReport]] = field(default_factory=list)
+    findings: list[DataReport] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
 
@@ -51,13 +51,13 @@ def read_preferences(
             `strict` also an empty prompt or completion, a duplicate, a contradiction, an answer equal to the other.
     """
     found, options = Preferences(), options or Options()
-    ranked: list[tuple[Ranked, Findings]] = []
-    scores: list[tuple[Score, Findings]] = []
+    ranked: list[tuple[RankedPrompt, DataReport]] = []
+    scores: list[tuple[Score, DataReport]] = []
     for path in paths:
         name = path if Path(path).exists() else f"{path}[{split}]"
-        findings = Findings(name, strict)
+        findings = DataReport(name, strict)
         records = list(_items(path, name, format, split, options, findings, found))
-        ranked += [(item, findings) for item in records if isinstance(item, Ranked)]
+        ranked += [(item, findings) for item in records if isinstance(item, RankedPrompt)]
         scores += [(item, findings) for item in records if isinstance(item, Score)]
         found.pairs += [(item, findings) for item in records if isinstance(item, Pair)]
         found.findings.append(findings)
@@ -72,7 +72,7 @@ def read_preferences(
 
 
 def _items(
-    path: str, name: str, format: str, split: str, options: Options, findings: Findings, found: Preferences
+    path: str, name: str, format: str, split: str, options: Options, findings: DataReport, found: Preferences
 ) -> Iterator[Item]:
     records = read_records(path, split)
     first = next(records, None)
@@ -83,9 +83,9 @@ def _items(
     for line, record in chain([first], records):
         items = list(_parse(kind, record, f"{name}:{line}", line, options))
         if not items:
-            findings.mention("not labelled yet, skipped", line)
+            findings.count("not labelled yet, skipped", line)
         if any(isinstance(item, Pair) and _repeats_prompt(item) for item in items):
-            findings.mention("both answers begin with the prompt (twice there?)", line)
+            findings.count("both answers begin with the prompt (twice there?)", line)
         count += 1
         yield from items
     found.formats.append(kind.name)

@@ -1,6 +1,6 @@
 """Readers of prompts, SFT examples and preference pairs: text or JSON, plain or .gz.
 
-A bad line is a UserError `file:line: reason`; what is merely odd is counted in a `Findings`.
+A bad line is a UserError `file:line: reason`; what is merely odd is counted in a `DataReport`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Pair:
     line: int = field(default=0, compare=False)
 
 
-class Findings:
+class DataReport:
     """Oddities of one file: how many of each, and where the first one stands. The first is an error if `strict`."""
 
     def __init__(self, path: str | Path, strict: bool = False) -> None:
@@ -52,12 +52,12 @@ class Findings:
         self.strict = strict
         self.lines: dict[str, list[int]] = {}
 
-    def note(self, finding: str, line: int) -> None:
+    def warn(self, finding: str, line: int) -> None:
         if self.strict:
             raise UserError(f"{self.path}:{line}: {finding} (an error because of --strict)")
-        self.mention(finding, line)
+        self.count(finding, line)
 
-    def mention(self, finding: str, line: int) -> None:
+    def count(self, finding: str, line: int) -> None:
         """Count what is no error even if `strict`."""
         self.lines.setdefault(finding, []).append(line)
 
@@ -227,13 +227,13 @@ def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
 
 def read_examples(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
-) -> tuple[list[Example], Findings]:
+) -> tuple[list[Example], DataReport]:
     """SFT examples from JSON lines of {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"}.
 
     A chat gives one example for each assistant message. An empty completion is dropped; an empty prompt and a
     duplicate are kept and counted. A text file gives one example a line, with an empty prompt.
     """
-    findings, examples, seen = Findings(path, strict), [], set()
+    findings, examples, seen = DataReport(path, strict), [], set()
     if is_table(path):
         raise UserError(f"{path}: a table; examples are JSON lines of prompts and completions, instructions or chats")
     if is_jsonl(path):
@@ -243,12 +243,12 @@ def read_examples(
     for number, records in found:
         for example in records:
             if not example.completion.strip():
-                findings.note("empty completion, dropped", number)
+                findings.warn("empty completion, dropped", number)
                 continue
             if is_jsonl(path) and not example.prompt.strip():
-                findings.note("empty prompt", number)
+                findings.warn("empty prompt", number)
             if example in seen:
-                findings.note("duplicate", number)
+                findings.warn("duplicate", number)
             seen.add(example)
             examples.append(replace(example, line=number))
     if not examples:
@@ -285,7 +285,7 @@ def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, 
     return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], label, margin)
 
 
-def check_pairs(found: Iterable[tuple[Pair, Findings]], seen: set[tuple[str, str, str]] | None = None) -> list[Pair]:
+def check_pairs(found: Iterable[tuple[Pair, DataReport]], seen: set[tuple[str, str, str]] | None = None) -> list[Pair]:
     """The pairs that can be learned from; each one's oddities are counted in the findings that come with it.
 
     An empty or the same answer is dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the
@@ -295,17 +295,17 @@ def check_pairs(found: Iterable[tuple[Pair, Findings]], seen: set[tuple[str, str
     seen = set() if seen is None else seen
     for pair, findings in found:
         if not pair.chosen.strip() or not pair.rejected.strip():
-            findings.note("empty answer, dropped", pair.line)
+            findings.warn("empty answer, dropped", pair.line)
             continue
         if pair.chosen == pair.rejected:
-            findings.note("chosen equals rejected, dropped", pair.line)
+            findings.warn("chosen equals rejected, dropped", pair.line)
             continue
         if not pair.prompt.strip():
-            findings.note("empty prompt", pair.line)
+            findings.warn("empty prompt", pair.line)
         if (pair.prompt, pair.chosen, pair.rejected) in seen:
-            findings.note("duplicate", pair.line)
+            findings.warn("duplicate", pair.line)
         if (pair.prompt, pair.rejected, pair.chosen) in seen:
-            findings.note("contradicts an earlier pair", pair.line)
+            findings.warn("contradicts an earlier pair", pair.line)
         seen.add((pair.prompt, pair.chosen, pair.rejected))
         pairs.append(pair)
     return pairs
@@ -313,7 +313,7 @@ def check_pairs(found: Iterable[tuple[Pair, Findings]], seen: set[tuple[str, str
 
 def read_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
-) -> tuple[list[Pair], Findings]:
+) -> tuple[list[Pair], DataReport]:
     """Preference pairs: JSON lines of {"prompt", "chosen", "rejected"}, HH-RLHF transcripts without "prompt", or chats.
 
     Optional fields: "label" (probability that chosen is better) and "margin". What check_pairs finds odd is counted.
@@ -321,7 +321,7 @@ def read_pairs(
     """
     if is_table(path):
         raise UserError(f"{path}: a table; `rlhf prefs {path} --output pairs.jsonl` makes pairs of it")
-    findings = Findings(path, strict)
+    findings = DataReport(path, strict)
     records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), findings) for line, r in read_jsonl(path))
     pairs = check_pairs(records)
     if not pairs:

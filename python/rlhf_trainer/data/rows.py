@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trainer.data.records import Example, Findings, Pair
+from rlhf_trainer.data.records import DataReport, Example, Pair
 
 
 @dataclass(frozen=True)
-class Row:
-    """Token ids of prompt + completion + EOS; the first `prompt` of them are the prompt. `line`: of the data file."""
+class TokenizedExample:
+    """Token ids of prompt + completion + EOS; the first `prompt_length` are the prompt's. `line`: of the data file."""
 
     ids: list[int]
-    prompt: int
+    prompt_length: int
     line: int = 0
 
 
@@ -45,7 +45,9 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int) -> tuple[Row, bool]:
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int
+) -> tuple[TokenizedExample, bool]:
     """(row of at most `limit` tokens, whether something was cut); see `encode_rows`."""
     (row,), cut = encode_rows(tokenizer, prompt, [completion], limit)
     return row, cut
@@ -53,7 +55,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str,
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], limit: int
-) -> tuple[list[Row], bool]:
+) -> tuple[list[TokenizedExample], bool]:
     """(a row of at most `limit` tokens for each completion, whether something was cut).
 
     The prompt's beginning goes first (its BOS stays), as old turns matter least, and by what the longest completion
@@ -67,21 +69,21 @@ def encode_rows(
         head = bos + head[len(bos) + excess :]
         room = limit - len(head)
         tails = [tail if len(tail) <= room else [*tail[: room - 1], tail[-1]] for tail in tails]
-    return [Row(head + tail, len(head)) for tail in tails], excess > 0
+    return [TokenizedExample(head + tail, len(head)) for tail in tails], excess > 0
 
 
-def counted_tokens(row: Row) -> int:
-    return len(row.ids) - max(row.prompt, 1)
+def counted_tokens(row: TokenizedExample) -> int:
+    return len(row.ids) - max(row.prompt_length, 1)
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: Findings
-) -> list[Row]:
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: DataReport
+) -> list[TokenizedExample]:
     rows = []
     for example in examples:
         row, cut = encode_row(tokenizer, example.prompt, example.completion, limit)
         if cut:
-            findings.note(f"longer than {limit} tokens, cut", example.line)
+            findings.warn(f"longer than {limit} tokens, cut", example.line)
         rows.append(replace(row, line=example.line))
     return rows
 
@@ -89,17 +91,17 @@ def encode_examples(
 @dataclass(frozen=True)
 class PairRows:
     pair: Pair
-    chosen: Row
-    rejected: Row
+    chosen: TokenizedExample
+    rejected: TokenizedExample
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, findings: Findings
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, findings: DataReport
 ) -> list[PairRows]:
     encoded = []
     for pair in pairs:
         (chosen, rejected), cut = encode_rows(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
         if cut:
-            findings.note(f"longer than {limit} tokens, cut", pair.line)
+            findings.warn(f"longer than {limit} tokens, cut", pair.line)
         encoded.append(PairRows(pair, chosen, rejected))
     return encoded

@@ -34,7 +34,7 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-class Server:
+class ServerClient:
     """`URL` or `URL#model`, as in http://127.0.0.1:8000/v1#my-model; without a model the first that the server names.
 
     Args:

@@ -1,8 +1,8 @@
 """Judges: which of two answers to a prompt is the better one, by a model, an OpenAI-compatible server, or Python.
 
-A judge is `(prompts, answers, others) -> [N] probability that each answer is better than the other`. One that has a
-fourth parameter `questions` is told for each prompt by what to judge. Answers stand in the places that they are given
-in, `answers` first, and judges favour a place: `both_orders` asks twice.
+A judge is `(prompts, answers, second_answers) -> [N] probability that each of the answers is better than its second
+answer`. One that has a fourth parameter `questions` is told for each prompt by what to judge. The judge reads `answers`
+first, and judges favour a position: `both_orders` asks twice.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from rlhf_kernels import linear_logprobs
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import render_prompt
 from rlhf_trainer.data.rows import encode_completion, encode_row, left_pad
-from rlhf_trainer.judging.client import RefusedError, Server, TooLongError, is_url
+from rlhf_trainer.judging.client import RefusedError, ServerClient, TooLongError, is_url
 from rlhf_trainer.judging.rewards import is_function, load_function, scores_of
-from rlhf_trainer.judging.shots import Shot
+from rlhf_trainer.judging.shots import WorkedExample
 from rlhf_trainer.models.forward import head_inputs
 from rlhf_trainer.models.loading import context_length, load_causal, load_tokenizer
 
 Judge = Callable[..., Sequence[float]]
 QUESTION = "Which answer is more helpful, honest and harmless?"
-LEAD = "The better answer is"  # what a model goes on from, with one of
+ANSWER_PREFIX = "The better answer is"  # what a model goes on from, with one of
 OPTIONS = (" A", " B")
-BREAK = "\n\n---\n\n"  # between worked examples
+EXAMPLE_SEPARATOR = "\n\n---\n\n"  # between worked examples
 KINDS = "model folder, file.py:function, package.module:function, or http://HOST:PORT/v1 of an OpenAI-compatible server"
 
 
@@ -45,7 +45,7 @@ def load_judge(
     pad_token: str | None = None,
     trust_remote_code: bool = False,
     chat: bool | None = None,
-    shots: Sequence[Shot] = (),
+    shots: Sequence[WorkedExample] = (),
     **server: Any,
 ) -> Judge:
     """The judge that `source` names (KINDS); a model or a server asked without questions answers `question`.
@@ -56,7 +56,7 @@ def load_judge(
         UserError: no such folder, function or server.
     """
     if is_url(source):
-        return ServerJudge(Server(source, **server), question, chat=chat is not False, shots=shots)
+        return ServerJudge(ServerClient(source, **server), question, chat=chat is not False, shots=shots)
     if is_function(source):
         return load_function(source)
     tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
@@ -65,7 +65,7 @@ def load_judge(
 
 
 def both_orders(
-    judge: Judge, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+    judge: Judge, prompts: list[str], answers: list[str], second_answers: list[str], questions: list[str] | None = None
 ) -> tuple[Tensor, Tensor]:
     """[N] twice, float32: probability that the answer is better where it is shown first, and where it is shown second.
 
@@ -85,7 +85,7 @@ def both_orders(
             raise UserError("the judge function returned a number outside [0, 1]; it is asked for a probability")
         return found
 
-    return ask(answers, others), 1 - ask(others, answers)
+    return ask(answers, second_answers), 1 - ask(second_answers, answers)
 
 
 def _takes_questions(judge: Judge) -> bool:
@@ -100,18 +100,18 @@ def comparison(prompt: str, first: str, second: str, question: str) -> str:
     )
 
 
-def demonstrations(shots: Sequence[Shot]) -> list[tuple[str, str]]:
+def demonstrations(shots: Sequence[WorkedExample]) -> list[tuple[str, str]]:
     """(comparison, what to say) of each example: the revision is better, in turns as B and as A."""
     found = []
     for i, shot in enumerate(shots):
         both = (shot.answer, shot.revision) if i % 2 == 0 else (shot.revision, shot.answer)
-        found.append((comparison(shot.prompt, *both, shot.rule.question), LEAD + OPTIONS[1 - i % 2]))
+        found.append((comparison(shot.prompt, *both, shot.rule.question), ANSWER_PREFIX + OPTIONS[1 - i % 2]))
     return found
 
 
 def plain_request(text: str, shots: Sequence[tuple[str, str]]) -> str:
     """A comparison to go on with, after the worked examples."""
-    return BREAK.join([*(f"{asked}\n\n{said}" for asked, said in shots), f"{text}\n\n{LEAD}"])
+    return EXAMPLE_SEPARATOR.join([*(f"{asked}\n\n{said}" for asked, said in shots), f"{text}\n\n{ANSWER_PREFIX}"])
 
 
 def chat_request(text: str, shots: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
@@ -136,7 +136,7 @@ class ModelJudge:
         *,
         batch_size: int = 32,
         chat: bool | None = None,
-        shots: Sequence[Shot] = (),
+        shots: Sequence[WorkedExample] = (),
     ) -> None:
         self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
@@ -148,10 +148,10 @@ class ModelJudge:
         self.notes: dict[str, list[float]] = {"mass": [], "cut": []}
 
     def __call__(
-        self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+        self, prompts: list[str], answers: list[str], second_answers: list[str], questions: list[str] | None = None
     ) -> list[float]:
         asked = [self.question] * len(prompts) if questions is None else questions
-        texts = [self._written(comparison(*one)) for one in zip(prompts, answers, others, asked, strict=True)]
+        texts = [self._written(comparison(*one)) for one in zip(prompts, answers, second_answers, asked, strict=True)]
         logprobs = self.option_logprobs(texts)
         self.notes["mass"] += logprobs.exp().sum(-1).tolist()
         return logprobs.softmax(-1)[:, 0].tolist()
@@ -159,7 +159,7 @@ class ModelJudge:
     def _written(self, text: str) -> str:
         if not self.chat:
             return plain_request(text, self.shots)
-        return render_prompt(chat_request(text, self.shots), self.tokenizer, "the judge's question") + LEAD
+        return render_prompt(chat_request(text, self.shots), self.tokenizer, "the judge's question") + ANSWER_PREFIX
 
     @torch.no_grad()
     def option_logprobs(self, texts: Sequence[str]) -> Tensor:
@@ -167,7 +167,7 @@ class ModelJudge:
         limit = (context_length(self.model) or sys.maxsize - 1) + 1  # of a row with EOS, which is not asked for
         encoded = [encode_row(self.tokenizer, text, OPTIONS[0], limit) for text in texts]
         self.notes["cut"] += [float(cut) for _, cut in encoded]
-        prompts = [row.ids[: row.prompt] for row, _ in encoded]
+        prompts = [row.ids[: row.prompt_length] for row, _ in encoded]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
         found = torch.empty(len(prompts), 2)
         for start in range(0, len(order), self.batch_size):
@@ -196,17 +196,17 @@ class ServerJudge:
     """
 
     def __init__(
-        self, server: Server, question: str = QUESTION, *, chat: bool = True, shots: Sequence[Shot] = ()
+        self, server: ServerClient, question: str = QUESTION, *, chat: bool = True, shots: Sequence[WorkedExample] = ()
     ) -> None:
         self.server, self.question, self.chat, self.shots = server, question, chat, demonstrations(shots)
         self.logprobs = True  # until the server refuses to give them
         self.notes: dict[str, list[float]] = {"unclear": []}
 
     def __call__(
-        self, prompts: list[str], answers: list[str], others: list[str], questions: list[str] | None = None
+        self, prompts: list[str], answers: list[str], second_answers: list[str], questions: list[str] | None = None
     ) -> list[float]:
         asked = [self.question] * len(prompts) if questions is None else questions
-        texts = [comparison(*one) for one in zip(prompts, answers, others, asked, strict=True)]
+        texts = [comparison(*one) for one in zip(prompts, answers, second_answers, asked, strict=True)]
         found = self.server.map(self._ask, texts)
         self.notes["unclear"] += [float(probability is None) for probability in found]
         return [0.5 if probability is None else probability for probability in found]

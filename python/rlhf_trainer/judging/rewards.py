@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.adapters import REWARD, Adapter, active, attach_reward, score_head, shares_base
+from rlhf_trainer.models.adapters import REWARD, Adapter, attach_reward, score_head, shares_base, use_adapter
 from rlhf_trainer.models.loading import fit_vocabulary, load_reward_model, load_tokenizer
-from rlhf_trainer.models.precision import autocast, halve
+from rlhf_trainer.models.precision import autocast, to_bf16
 from rlhf_trainer.models.scoring import load_normalisation, score_sequences
 from rlhf_trainer.models.seq2seq import is_encoder_decoder
-from rlhf_trainer.models.sharding import place, whole
+from rlhf_trainer.models.sharding import all_weights_gathered, prepare_model
 
 if TYPE_CHECKING:
     from rlhf_trainer.sampling.rollout import Rollout
@@ -73,12 +73,12 @@ def load_reward(
         own = score_head(model)
         for part in model.children():  # before the device takes them
             if part is not own:
-                halve(part, dtype, trained=True)
-        place(model, device)
+                to_bf16(part, dtype, include_trainable=True)
+        prepare_model(model, device)
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts
-        with active(model) as scorer, whole(scorer), autocast(dtype, device):
+        with use_adapter(model) as scorer, all_weights_gathered(scorer), autocast(dtype, device):
             raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
         return ((raw - mean) / std).tolist()
 
@@ -137,10 +137,10 @@ def load_function(source: str) -> RewardFunction:
 
 def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, what: str = "reward") -> torch.Tensor:
     """The scores [B] of a rollout; each rank calls the function for its block of the rows, whole groups of them."""
-    ranks, count = current(), len(rollout.prompts)
-    block = ranks.block(count, group_size)
+    ranks, count = distributed_context(), len(rollout.prompts)
+    block = ranks.contiguous_shard(count, group_size)
     mine = scores_of(reward, rollout.prompts[block], rollout.completions[block], what, block.start)
-    return ranks.assemble(block, mine, count)
+    return ranks.all_gather_rows(block, mine, count)
 
 
 def scores_of(

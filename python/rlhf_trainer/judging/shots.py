@@ -17,7 +17,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Shot:
+class WorkedExample:
     """A worked example of a rule: an answer to a prompt, its critique and its revision."""
 
     rule: Rule

@@ -25,7 +25,7 @@ except ImportError:  # Windows: nothing keeps a second server from the file ther
 
 
 @dataclass(frozen=True)
-class Task:
+class RankingItem:
     prompt: str
     completions: tuple[str, ...]
 
@@ -40,12 +40,12 @@ class Task:
         return random.Random(seed).sample(self.texts, len(self.texts))
 
 
-def read_tasks(path: str | Path) -> list[Task]:
+def read_tasks(path: str | Path) -> list[RankingItem]:
     """Every line's prompt and completions, once each; UserError `file:line: reason`, also for an empty completion."""
-    tasks: dict[Task, None] = {}
+    tasks: dict[RankingItem, None] = {}
     for number, record in read_jsonl(path):
         where = f"{path}:{number}"
-        task = Task(text_field(record, "prompt", where), completions_of(record, where))
+        task = RankingItem(text_field(record, "prompt", where), completions_of(record, where))
         if len(task.texts) > 1:  # the same text N times leaves nothing to rank
             tasks[task] = None
     if not tasks:
@@ -56,7 +56,7 @@ def read_tasks(path: str | Path) -> list[Task]:
 class Store:
     """The tasks and who ranked them how. One process at a time writes a rankings file; its threads share the store."""
 
-    def __init__(self, tasks: Sequence[Task], path: str | Path, per_prompt: int = 0) -> None:
+    def __init__(self, tasks: Sequence[RankingItem], path: str | Path, per_prompt: int = 0) -> None:
         self.tasks, self.path, self.per_prompt = list(tasks), Path(path), per_prompt
         self.number = {task: index for index, task in enumerate(self.tasks)}
         self.answers: dict[tuple[int, str], dict[str, Any]] = {}  # (task number, labeller) -> a ranking as written
@@ -88,7 +88,7 @@ class Store:
                 file.truncate(whole.rfind(b"\n") + 1)
         for number, record in read_jsonl(self.path):
             ranked = ranked_of(record, f"{self.path}:{number}")
-            task = self.number.get(Task(ranked.prompt, ranked.completions))
+            task = self.number.get(RankingItem(ranked.prompt, ranked.completions))
             if task is None or ranked.scored:
                 self.others.append(record)
                 continue

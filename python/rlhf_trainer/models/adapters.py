@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models import adapters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -36,14 +35,14 @@ HEADS = ("score", "classification_head")  # a reward model's head by architectur
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of a model that carries several; `name` None: the base without any. A model only while `active`."""
+    """One adapter of a model that carries several; `name` None: the base alone. `use_adapter` makes a model of it."""
 
     model: PreTrainedModel
     name: str | None
 
 
 @contextmanager
-def active(model: PreTrainedModel | Adapter) -> Iterator[PreTrainedModel]:
+def use_adapter(model: PreTrainedModel | Adapter) -> Iterator[PreTrainedModel]:
     """The model with the adapter switched on, then its main adapter again; a plain model as it is."""
     if not isinstance(model, Adapter):
         yield model
@@ -135,7 +134,7 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) 
 def copy_adapter(model: PreTrainedModel, source: str, target: str, trained: bool = False) -> Adapter:
     """A copy of an adapter beside it, on the same base."""
     _inject(model, copy.deepcopy(model.peft_config[source]), target, trained)
-    fill(model, target, tensors_of(model, source), source)
+    load_adapter_weights(model, target, tensors_of(model, source), source)
     return Adapter(model, target)
 
 
@@ -144,7 +143,7 @@ def tensors_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def fill(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: str) -> None:
+def load_adapter_weights(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: str) -> None:
     """Give an adapter these weights; UserError naming `source` where they are not its own."""
     expected = tensors_of(model, name)
     wrong = sorted(expected.keys() ^ tensors.keys()) or [
@@ -155,7 +154,7 @@ def fill(model: PreTrainedModel, name: str, tensors: dict[str, Tensor], source: 
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
-def adds_nothing(model: nn.Module, name: str) -> bool:
+def is_zero(model: nn.Module, name: str) -> bool:
     """Whether the adapter leaves the base's outputs as they are: every B is 0."""
     return not any(bool(p.any()) for key, p in parameters_of(model, name).items() if ".lora_B." in key)
 
@@ -234,7 +233,7 @@ def attach(model: PreTrainedModel, path: str | Path, name: str = MAIN, trained: 
     config.modules_to_save = None
     tensors, head = read_weights(path)
     _inject(model, config, name, trained)
-    fill(model, name, tensors, str(path))
+    load_adapter_weights(model, name, tensors, str(path))
     return head
 
 
@@ -281,4 +280,4 @@ def merge(model: PreTrainedModel) -> None:
 
 def score_head(model: nn.Module) -> nn.Module | None:
     """The head that reads a decoder's state at the last token; None of a classifier that pools in its own way."""
-    return next((getattr(model, name) for name in adapters.HEADS if hasattr(model, name)), None)
+    return next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)

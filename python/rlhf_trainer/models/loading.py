@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
-from rlhf_trainer.models.seq2seq import settle_attention
+from rlhf_trainer.models.seq2seq import force_eager_attention
 from rlhf_trainer.models.sharding import gathered, is_sharded
 
 # Loading and saving
@@ -52,9 +52,13 @@ def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
 def load_tokenizer(
     path: str | Path, pad_token: str | None = None, trust_remote_code: bool = False, generates: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, left-padding. UserError unless it has a pad token other than EOS (see `pad_token`).
+    """The folder's tokenizer, left-padding.
 
-    `generates=False` (a BERT-like classifier's) is taken as it is.
+    pad_token: added where the tokenizer has none, or pads with EOS. generates: False for a BERT-like classifier's
+    tokenizer, which is taken as it is.
+
+    Raises:
+        UserError: it cannot be loaded, has no EOS, or has no pad token other than EOS.
     """
     tokenizer = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code)
     if not generates:
@@ -93,6 +97,9 @@ def load_causal(
 
     An adapter folder gives the base that it names with the adapter on it, which alone is trained. `options` go to
     from_pretrained, as `quantised.load_options` makes them.
+
+    Raises:
+        UserError: there is no language model in the folder, or it cannot be loaded.
     """
     adapter = adapters.config_of(path)
     if adapter is not None:
@@ -113,7 +120,7 @@ def load_causal(
         trust_remote_code=trust_remote_code,
         **options,
     )
-    return fit_vocabulary(settle_attention(quantised.settle(model)), tokenizer)
+    return fit_vocabulary(force_eager_attention(quantised.disable_weight_repacking(model)), tokenizer)
 
 
 def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
@@ -174,7 +181,7 @@ def load_reward_model(
     if num_labels is None and loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{path}: no trained classifier ({missing} would be random); `rlhf reward` trains one")
-    return fit_vocabulary(quantised.settle(model), tokenizer)
+    return fit_vocabulary(quantised.disable_weight_repacking(model), tokenizer)
 
 
 def _load_reward_adapter(
@@ -191,7 +198,7 @@ def _load_reward_adapter(
     if weight is None and num_labels is None:
         raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
     labels = len(weight) if weight is not None else num_labels
-    with quiet():
+    with suppress_transformers_warnings():
         model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels, **options)
     adapters.attach(model, path)
     own = score_head(model)
@@ -203,7 +210,7 @@ def _load_reward_adapter(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_transformers_warnings() -> Iterator[None]:
     """No warnings of transformers, such as of a missing head where one is expected to be missing."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -226,6 +233,9 @@ def save_folder(
 
     It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
     checkpoints in it stay. Of several ranks the first one writes.
+
+    Raises:
+        OSError: it cannot be written; a model that stood there before is still whole if writing failed.
     """
     own = None
     if adapters.has_adapter(model):
@@ -233,7 +243,7 @@ def save_folder(
     elif is_sharded(model):
         own = gathered(model.state_dict(keep_vars=True))
     tensors = {name: gathered(state) for name, state in (tensors or {}).items()}
-    if not current().main:
+    if not distributed_context().main:
         return Path(folder)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

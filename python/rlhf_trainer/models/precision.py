@@ -2,8 +2,8 @@
 
 bfloat16 is mixed precision: matrix products in bf16 (torch.autocast), what is trained in float32, with it Adam's state,
 norms, embeddings and losses. Weights of frozen linear layers are kept in bf16: autocast would round them so anyway, and
-no bit of a result changes. What bf16 does not hold of them waits in CPU memory where somebody will ask for it: --merge
-adds to the base as it was, and a model passed as an object is given back as it came.
+no bit of a result changes. Their float32 values are kept in CPU memory where `restore` will need them: --merge adds
+to the base as it was, and a model passed as an object is given back as it came.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 
 DTYPE = "float32, or bfloat16: mixed precision, what is trained stays in float32"
 CHECKPOINTING = "compute a layer's activations again in the backward pass: less memory, a third more time, same result"
 DTYPES = ("float32", "bfloat16")
-EXACT = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
+FP32_COPY = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
 
 
 def validate_options(cfg: Any) -> None:
@@ -48,20 +48,20 @@ def warn_where_slow(dtype: str, device: torch.device) -> None:
 def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
     """Around forward passes, never around a backward or an optimizer's step: it caches rounded weights."""
     # FSDP frees a layer's weights after its use; the rounded copies in autocast's cache would stay.
-    options = {"enabled": dtype == "bfloat16", "cache_enabled": not current().sharded}
+    options = {"enabled": dtype == "bfloat16", "cache_enabled": not distributed_context().sharded}
     return torch.autocast(torch.device(device).type, torch.bfloat16, **options)
 
 
-def full(device: torch.device) -> torch.autocast:
+def autocast_disabled(device: torch.device) -> torch.autocast:
     """No autocast: around a small head whose numbers need more than bf16's 8 bits."""
     return torch.autocast(device.type, enabled=False)
 
 
 @torch.no_grad()
-def halve(model: nn.Module, dtype: str, trained: bool = False, keep: bool = False) -> None:
-    """With dtype bfloat16: the model's frozen linear weights (all, if `trained`) in bf16, but not an embedding's.
+def to_bf16(model: nn.Module, dtype: str, include_trainable: bool = False, keep_fp32_copy: bool = False) -> None:
+    """With dtype bfloat16: round the model's frozen linear weights to bf16, but not those that an embedding shares.
 
-    `keep` what is rounded away, for `restore`.
+    include_trainable: the trainable ones too. keep_fp32_copy: for `restore`, on the CPU, where rounding changed one.
     """
     if dtype != "bfloat16":
         return
@@ -69,16 +69,16 @@ def halve(model: nn.Module, dtype: str, trained: bool = False, keep: bool = Fals
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             for parameter in module.parameters(recurse=False):
-                frozen = trained or not parameter.requires_grad
-                if frozen and parameter.dtype == torch.float32 and id(parameter) not in shared:
-                    vars(parameter).pop(EXACT, None)  # of a stage that an error ended: older than these values
+                rounded = include_trainable or not parameter.requires_grad
+                if rounded and parameter.dtype == torch.float32 and id(parameter) not in shared:
+                    vars(parameter).pop(FP32_COPY, None)  # left by a stage that ended with an error: older values
                     exact, parameter.data = parameter.data, parameter.data.bfloat16()
-                    if keep and not torch.equal(parameter.data.float(), exact):
-                        setattr(parameter, EXACT, exact.cpu())
+                    if keep_fp32_copy and not torch.equal(parameter.data.float(), exact):
+                        setattr(parameter, FP32_COPY, exact.cpu())
 
 
 def restore(model: nn.Module, dtype: str) -> None:
-    """float32 again, for whoever uses the model after training: the values that `halve` kept where it did.
+    """float32 again, for whoever uses the model after training: the values that `to_bf16` kept where it did.
 
     On the CPU, if the device's memory does not hold them.
     """
@@ -93,7 +93,7 @@ def restore(model: nn.Module, dtype: str) -> None:
 
 def _restore(model: nn.Module) -> None:
     for parameter in model.parameters():
-        exact = vars(parameter).pop(EXACT, None)
+        exact = vars(parameter).pop(FP32_COPY, None)
         # Not if the weights have been loaded anew since.
         if exact is not None and torch.equal(parameter.data, exact.bfloat16().to(parameter.device)):
             parameter.data = exact.to(parameter.device)
@@ -101,7 +101,11 @@ def _restore(model: nn.Module) -> None:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Layers keep no activations in training mode, or inside `recomputing`. UserError where the model cannot."""
+    """Layers keep no activations in training mode, and none inside `checkpointing_in_eval_mode`.
+
+    Raises:
+        UserError: the model has no gradient checkpointing.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         with warnings.catch_warnings():
@@ -112,7 +116,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
+def checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Checkpointing in evaluation mode: only the layers' own flag changes, dropout inside them stays off."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     modes = [layer.training for layer in layers]

@@ -40,7 +40,7 @@ def load_options(cfg: Any, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
-def settle(model: PreTrainedModel) -> PreTrainedModel:
+def disable_weight_repacking(model: PreTrainedModel) -> PreTrainedModel:
     """Keep bitsandbytes from repacking weights on a CPU where no gradient is wanted.
 
     The packed ones take another kernel, in bf16, and PPO's first ratio compares the two.

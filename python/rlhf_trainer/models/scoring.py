@@ -37,7 +37,7 @@ def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: n
         hidden, last = hidden_states(model, ids, mask), mask.long().cumsum(-1).argmax(-1)
     head = score_head(model) if head is None else head
     states = hidden[torch.arange(len(ids), device=ids.device), last]
-    with precision.full(ids.device):
+    with precision.autocast_disabled(ids.device):
         return head(states.to(next(head.parameters()).dtype)).float()
 
 

@@ -17,7 +17,7 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
-def settle_attention(model: PreTrainedModel) -> PreTrainedModel:
+def force_eager_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Attention with the same bits whether gradients are wanted or not, as PPO's first ratio needs.
 
     SDPA changes its kernel where the mask needs a gradient, and T5's mask holds its learned position bias.
@@ -92,7 +92,7 @@ def sequence_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor
     return output.last_hidden_state
 
 
-class Steps:
+class IncrementalDecoder:
     """The next token's logits, one step at a time, with a KV cache; the encoder runs once."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
@@ -113,7 +113,7 @@ class Steps:
         self.cache = output.past_key_values
         return output.logits[:, -1]
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows of the batch alone."""
         self.encoded.last_hidden_state, self.mask = self.encoded.last_hidden_state[rows], self.mask[rows]
         self.first = self.first[rows]

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import has_adapter
@@ -47,26 +47,32 @@ def _root_of(model: nn.Module) -> Root | None:
     return vars(model).get(ROOT)
 
 
-def home(device: torch.device) -> torch.device:
+def load_device(device: torch.device) -> torch.device:
     """Where a model is loaded to: the device, or the CPU if it goes to the devices in shards."""
-    return torch.device("cpu") if current().sharded else device
+    return torch.device("cpu") if distributed_context().sharded else device
 
 
-def place(
-    model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype: str = "float32", keep: bool = False
+def prepare_model(
+    model: PreTrainedModel,
+    device: torch.device,
+    *heads: nn.Module,
+    dtype: str = "float32",
+    keep_fp32_copy: bool = False,
 ) -> PreTrainedModel:
-    """The model on its device, whole; under FSDP 2 this rank's shard of it and of the `heads`. In place.
+    """Put the model on its device, in place; under FSDP 2 this rank's shard of it and of the `heads`.
 
-    Of several ranks all begin with rank 0's values of what is trained. Called before an optimizer takes the parameters.
-    Frozen weights go there in `dtype`; with `keep`, `precision.restore` gives back what that rounds, but not to shards.
+    Every rank begins with rank 0's values of what is trained. Call it before an optimizer takes the parameters.
+    Frozen weights are stored in `dtype`; with `keep_fp32_copy`, `precision.restore` gives back their float32 values
+    (not under FSDP 2).
     """
-    sharded = current().sharded
-    if not sharded or has_adapter(model):  # else the frozen weights are saved too, and shards cannot be restored
-        precision.halve(model, dtype, keep=keep and not sharded)
+    sharded = distributed_context().sharded
+    # Without an adapter every weight is saved, and bf16 shards cannot be widened again.
+    if not sharded or has_adapter(model):
+        precision.to_bf16(model, dtype, keep_fp32_copy=keep_fp32_copy and not sharded)
     if not sharded:
         model.to(device)
     trained = (parameter for module in (model, *heads) for parameter in module.parameters() if parameter.requires_grad)
-    current().broadcast(trained)
+    distributed_context().broadcast(trained)
     if not sharded:
         return model
     options = _options(device)
@@ -89,12 +95,15 @@ def place(
     return model
 
 
-def place_trained(
+def prepare_trained_model(
     cfg: Any, model: PreTrainedModel, device: torch.device, *heads: nn.Module, given: bool
 ) -> PreTrainedModel:
-    """`place` of the model that a stage trains, in cfg.dtype. given: it was passed as an object and goes back whole."""
+    """`prepare_model` of the model that a stage trains, in cfg.dtype.
+
+    given: the caller passed the model as an object and gets it back with its float32 weights.
+    """
     precision.warn_where_slow(cfg.dtype, device)
-    return place(model, device, *heads, dtype=cfg.dtype, keep=cfg.merge or given)
+    return prepare_model(model, device, *heads, dtype=cfg.dtype, keep_fp32_copy=cfg.merge or given)
 
 
 def _options(device: torch.device) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _options(device: torch.device) -> dict[str, Any]:
     settings = FullyShardedDataParallelPlugin(fsdp_version=2)
     if type(settings.cpu_offload).__name__ == "CPUOffloadPolicy":
         raise UserError("accelerate was told to offload FSDP's parameters to the CPU; that is not supported")
-    mesh = init_device_mesh(device.type, (current().world,))
+    mesh = init_device_mesh(device.type, (distributed_context().world,))
     return {"mesh": mesh, "reshard_after_forward": settings.reshard_after_forward}
 
 
@@ -121,14 +130,14 @@ def is_sharded(model: nn.Module) -> bool:
     return _root_of(model) is not None
 
 
-def through(model: nn.Module, function: Callable[[], T]) -> T:
+def run_as_fsdp_forward(model: nn.Module, function: Callable[[], T]) -> T:
     """`function()`, which computes with the model: under FSDP 2 on every rank, with the weights gathered as needed."""
     root = _root_of(model)
     return function() if root is None else root(function)
 
 
 @contextmanager
-def whole(model: nn.Module, gather: bool = True) -> Iterator[None]:
+def all_weights_gathered(model: nn.Module, gather: bool = True) -> Iterator[None]:
     """Within the block all weights are gathered on every rank, so that each computes alone, as a rollout does."""
     root = _root_of(model)
     if root is None or not gather:
@@ -146,7 +155,7 @@ def whole(model: nn.Module, gather: bool = True) -> Iterator[None]:
             unit.set_reshard_after_forward(root.reshards and unit is not root, recurse=False)
 
 
-class Turns:
+class LockstepForward:
     """Forward passes layer by layer, on ranks that need unlike numbers of them, as rollouts do.
 
     A rank that has finished repeats `idle`, a small forward pass, until all have. Where the model is whole each rank
@@ -157,35 +166,35 @@ class Turns:
         self.model, self.idle = model, idle
         self.shared = is_sharded(model) and not gathered
 
-    def take(self, function: Callable[[], T]) -> T:
+    def run(self, function: Callable[[], T]) -> T:
         if not self.shared:
             return function()
-        current().any(True)
-        return through(self.model, function)
+        distributed_context().any(True)
+        return run_as_fsdp_forward(self.model, function)
 
-    def finish(self) -> None:
-        while self.shared and current().any(False):
-            through(self.model, self.idle)
+    def drain(self) -> None:
+        while self.shared and distributed_context().any(False):
+            run_as_fsdp_forward(self.model, self.idle)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def with_weights(function: F) -> F:
-    """A function that computes with the model, its first argument, called `through` it."""
+def fsdp_forward(function: F) -> F:
+    """A function that computes with the model, its first argument, called `run_as_fsdp_forward` it."""
 
     @functools.wraps(function)
     def wrapper(model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        return through(model, lambda: function(model, *arguments, **options))
+        return run_as_fsdp_forward(model, lambda: function(model, *arguments, **options))
 
     return wrapper  # type: ignore[return-value]
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def full(tensor: Tensor) -> Tensor:
+def unsharded_tensor(tensor: Tensor) -> Tensor:
     """A tensor that is spread over the ranks as a whole, on each of them; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -200,16 +209,16 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         earlier = first.setdefault(id(tensor), name)
         if earlier == name:
-            on_device = full(tensor.detach())
-            if current().main:
+            on_device = unsharded_tensor(tensor.detach())
+            if distributed_context().main:
                 found[name] = on_device.cpu().contiguous()
             del on_device  # before the next one is gathered
-        elif current().main:
+        elif distributed_context().main:
             found[name] = found[earlier]
     return found
 
 
-def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a whole tensor, as `like` is spread; rank 0's values count."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor

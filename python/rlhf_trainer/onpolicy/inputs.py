@@ -18,17 +18,17 @@ from rlhf_trainer.models.adapters import (
     REFERENCE,
     Adapter,
     add_adapter,
-    adds_nothing,
     attach,
     copy_adapter,
     has_adapter,
     is_base,
+    is_zero,
     same_adapters,
     shares_base,
 )
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer, same_weights
 from rlhf_trainer.models.quantised import check_adapter, load_options
-from rlhf_trainer.models.seq2seq import is_encoder_decoder, settle_attention
+from rlhf_trainer.models.seq2seq import force_eager_attention, is_encoder_decoder
 from rlhf_trainer.sampling.rollout import encode_prompts
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load_inputs(
     if policy is None:
         policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg, device))
     for model in (policy, *([] if reference is None else [reference])):
-        settle_attention(model)
+        force_eager_attention(model)
     if not cfg.gather_for_rollout and is_encoder_decoder(policy):
         raise UserError("--gather_for_rollout false is for decoders; an encoder-decoder's ranks cannot take turns")
     check_adapter(cfg, add_adapter(policy, cfg))
@@ -76,7 +76,7 @@ def load_inputs(
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(policy)
     if not isinstance(frozen, Adapter) and frozen is not reference:  # one that was given is the caller's
-        precision.halve(frozen, cfg.dtype, trained=True)
+        precision.to_bf16(frozen, cfg.dtype, include_trainable=True)
     return policy, tokenizer, frozen if isinstance(frozen, Adapter) else frozen.eval(), reward, prompts
 
 
@@ -104,7 +104,7 @@ def load_reference(
         return load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
     if not has_adapter(policy):
         return copy.deepcopy(policy)
-    return Adapter(policy, None) if adds_nothing(policy, MAIN) else copy_adapter(policy, MAIN, REFERENCE)
+    return Adapter(policy, None) if is_zero(policy, MAIN) else copy_adapter(policy, MAIN, REFERENCE)
 
 
 def starts_equal(policy: PreTrainedModel, reference: PreTrainedModel | Adapter) -> bool:
@@ -112,7 +112,7 @@ def starts_equal(policy: PreTrainedModel, reference: PreTrainedModel | Adapter) 
     if not isinstance(reference, Adapter):
         return same_weights(policy, reference)
     if reference.name is None:
-        return adds_nothing(policy, MAIN)
+        return is_zero(policy, MAIN)
     return same_adapters(policy, MAIN, reference.name)
 
 

@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models import precision
-from rlhf_trainer.models.adapters import MAIN, VALUE, Adapter, active, copy_adapter, fill, has_adapter, tensors_of
+from rlhf_trainer.models.adapters import (
+    MAIN,
+    VALUE,
+    Adapter,
+    copy_adapter,
+    has_adapter,
+    load_adapter_weights,
+    tensors_of,
+    use_adapter,
+)
 from rlhf_trainer.models.forward import backbone_states, head_inputs
 
 if TYPE_CHECKING:
@@ -37,7 +46,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> values [...], float32, reward units."""
-        with precision.full(hidden.device):
+        with precision.autocast_disabled(hidden.device):
             return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
 
     def values(self, policy: PreTrainedModel, hidden: Tensor, ids: Tensor, mask: Tensor, start: int) -> Tensor:
@@ -46,7 +55,7 @@ class ValueHead(nn.Module):
         With an adapter of its own this is a second forward pass.
         """
         if self.own_adapter:
-            with active(Adapter(policy, VALUE)) as model:
+            with use_adapter(Adapter(policy, VALUE)) as model:
                 hidden = head_inputs(model, ids, mask, start)["hidden"]
         return self(backbone_states(policy, hidden))
 
@@ -75,5 +84,5 @@ def load_value_head(cfg: PPOConfig, policy: PreTrainedModel, device: torch.devic
     if tensors and bool(own) == cfg.value_adapter:
         head.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)})
         if own:
-            fill(policy, VALUE, own, str(file))
+            load_adapter_weights(policy, VALUE, own, str(file))
     return head.to(device)

@@ -13,7 +13,7 @@ from rlhf_trainer.training.alerts import Alert
 if TYPE_CHECKING:
     from rlhf_trainer.onpolicy.config import PPOConfig
 
-QUIET = 10  # updates for which a metric that has warned stays silent
+COOLDOWN_UPDATES = 10  # updates for which a metric that has warned stays silent
 
 
 def repetition(texts: list[str]) -> float:
@@ -25,7 +25,7 @@ def repetition(texts: list[str]) -> float:
     return sum(shares) / max(len(shares), 1)
 
 
-class Watch:
+class RewardHackingMonitor:
     """Compares every update with the first one.
 
     past: metrics of the updates before a resumed run, whose warnings were given then.
@@ -52,7 +52,7 @@ class Watch:
     def _speaks(self, name: str, history: Sequence[dict[str, float]]) -> bool:
         if len(history) < self.quiet_until.get(name, 0):
             return False
-        self.quiet_until[name] = len(history) + QUIET
+        self.quiet_until[name] = len(history) + COOLDOWN_UPDATES
         return True
 
     def _signs(

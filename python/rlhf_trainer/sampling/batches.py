@@ -41,7 +41,7 @@ def _same_options(cfg: SamplingConfig) -> None:
         raise UserError(f"--resume: {cfg.output} was begun with --{key} {before.get(key)}, now it is {now[key]}")
 
 
-def finished(cfg: SamplingConfig, prompts: Sequence[Any], batch: int) -> int:
+def resume_position(cfg: SamplingConfig, prompts: Sequence[Any], batch: int) -> int:
     """Prompts that an interrupted run has finished, in whole batches; what it wrote beyond them is cut off."""
     path = Path(cfg.output)
     if path.suffix == ".gz":
@@ -98,7 +98,7 @@ def progress(description: str) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def collect(
+def append_batches(
     cfg: SamplingConfig,
     batches: Iterator[list[dict[str, Any]]],
     start: int,

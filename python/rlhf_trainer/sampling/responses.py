@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.models.forward import head_inputs
-from rlhf_trainer.models.sharding import with_weights
+from rlhf_trainer.models.sharding import fsdp_forward
 from rlhf_trainer.sampling.rollout import Rollout
 
 
@@ -23,7 +23,7 @@ class ValueHead(Protocol):
         ...
 
 
-@with_weights
+@fsdp_forward
 def token_outputs(
     policy: PreTrainedModel,
     value_head: ValueHead | None,
@@ -37,7 +37,7 @@ def token_outputs(
 
     The logprob and the value of a token read the hidden state before it; logits are never in memory. Padding is cut to
     what these rows need, and only counted positions reach the lm_head: the same rows always go through the same shapes,
-    hence the same bits. Entropies have a gradient only for an entropy bonus: a frozen head then does with a GEMM less.
+    hence the same bits. Entropies have a gradient only for an entropy bonus: without it a frozen head saves one GEMM.
     """
     start, length = rollout.prompt_length, rollout.response_mask.shape[1]
     width = int(rollout.response_mask[rows].sum(-1).max())

@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import sample_tokens
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.rows import encode_prompt, left_pad
 from rlhf_trainer.models import seq2seq
 from rlhf_trainer.models.forward import position_ids
 from rlhf_trainer.models.loading import context_length
-from rlhf_trainer.models.sharding import Turns, whole
+from rlhf_trainer.models.sharding import LockstepForward, all_weights_gathered
 
 
 @dataclass
@@ -75,7 +75,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     return sample_tokens(logits, temperature=temperature, uniform=uniform)
 
 
-class Steps:
+class IncrementalDecoder:
     """The next token's logits of a causal LM, one step at a time, with a KV cache."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
@@ -96,7 +96,7 @@ class Steps:
         self.cache = output.past_key_values
         return output.logits[:, -1]
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows of the batch alone."""
         if self.cache is not None:
             self.cache.reorder_cache(rows)  # an index_select of every layer's state, whatever its kind
@@ -120,7 +120,7 @@ def generate(
 
     With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
     The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row. Of several
-    ranks each samples its block of the rows, no group of `group_size` of them torn, and gets the rows of all;
+    ranks each samples its own block of rows (groups of `group_size` are never split) and gets the rows of all;
     without `gather` a policy that is sharded over them is gathered layer by layer, not as a whole.
     """
     device = next(model.parameters()).device
@@ -132,15 +132,15 @@ def generate(
     ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    block = current().block(len(prompts), group_size)
+    block = distributed_context().contiguous_shard(len(prompts), group_size)
     one = ids[:1, :1], torch.ones(1, 1, dtype=torch.bool, device=device)
-    turns = Turns(model, lambda: Steps(model, *one).next_logits(*one), gather)
-    with whole(model, gather):
+    lockstep = LockstepForward(model, lambda: IncrementalDecoder(model, *one).next_logits(*one), gather)
+    with all_weights_gathered(model, gather):
         for part in batches_by_length(encoded[block], batch_size):
             rows = [block.start + row for row in part]
             padded, real = left_pad([encoded[row] for row in rows], pad_id)
             place = slice(longest - padded.shape[1], None)
-            ids[rows, place], mask[rows, place], ended[rows] = respond(
+            ids[rows, place], mask[rows, place], ended[rows] = decode_batch(
                 model,
                 padded.to(device),
                 real.to(device),
@@ -149,10 +149,12 @@ def generate(
                 pad_id=pad_id,
                 temperature=temperature,
                 prompts=[prompts[row] for row in rows],
-                turns=turns,
+                lockstep=lockstep,
             )
-        turns.finish()
-    ids, mask, ended = (current().assemble(block, x[block], len(prompts)) for x in (ids, mask, ended))
+        lockstep.drain()
+    ids, mask, ended = (
+        distributed_context().all_gather_rows(block, x[block], len(prompts)) for x in (ids, mask, ended)
+    )
     length = longest + int(mask[:, longest:].sum(-1).max())
     ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
     return Rollout(ids, mask, longest, ended, list(prompts), decode(tokenizer, ids, mask, longest, stops))
@@ -175,7 +177,7 @@ def batches_by_length(encoded: Sequence[Sequence[int]], size: int | None) -> lis
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def respond(
+def decode_batch(
     model: PreTrainedModel,
     ids: Tensor,
     mask: Tensor,
@@ -185,19 +187,21 @@ def respond(
     pad_id: int,
     temperature: float,
     prompts: Sequence[str],
-    turns: Turns,
+    lockstep: LockstepForward,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Left-padded prompts ids, mask [B, P], uniform [T, B] -> ids, mask [B, P + T], ended [B].
 
     Rows that have ended leave the running batch once they are half of it: each copy of the cache halves it.
     """
     (count, width), longest = ids.shape, len(uniform)
-    steps = (seq2seq.Steps if seq2seq.is_encoder_decoder(model) else Steps)(model, ids, mask)
+    decoder = (seq2seq.IncrementalDecoder if seq2seq.is_encoder_decoder(model) else IncrementalDecoder)(
+        model, ids, mask
+    )
     ids, mask = pad(ids, (0, longest), value=pad_id), pad(mask, (0, longest))
     ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
     running = torch.arange(count, device=ids.device)
     for step, end in enumerate(range(width, width + longest)):
-        logits = turns.take(partial(steps.next_logits, ids[running, :end], mask[running, :end]))
+        logits = lockstep.run(partial(decoder.next_logits, ids[running, :end], mask[running, :end]))
         token, logprob = sample(logits, temperature, uniform[step, running])
         check_logprobs(logprob, prompts, running)
         going = ~ended[running]
@@ -209,7 +213,7 @@ def respond(
         if not len(left):
             break
         if len(left) <= len(running) // 2:
-            steps.keep(left)
+            decoder.select_rows(left)
             running = running[left]
     return ids, mask, ended
 

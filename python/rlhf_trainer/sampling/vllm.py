@@ -108,7 +108,9 @@ class VllmEngine:
     @torch.no_grad()
     def load(self, policy: PreTrainedModel) -> None:
         """Give vLLM the policy's weights as they are now; what it has cached of earlier prompts is stale then."""
-        with precision.full(next(policy.parameters()).device):  # autocast would round the adapter's product
+        with precision.autocast_disabled(
+            next(policy.parameters()).device
+        ):  # autocast would round the adapter's product
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy)})
         self.llm.reset_prefix_cache()
 

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current, launched
+from rlhf_trainer.base.distributed import distributed_context, rank_and_world_size
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.sharding import full, gathered, is_spread, spread_like
+from rlhf_trainer.models.sharding import gathered, is_dtensor, shard_like, unsharded_tensor
 from rlhf_trainer.training.runlog import read_metrics
 
 NAME = re.compile(r"^step-\d{8}$")
 # Options that may change between a run and its resumption: none of them changes the numbers.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "alert",
     "gather_for_rollout",
     "gradient_checkpointing",
@@ -45,7 +45,7 @@ FREE = {
 }
 
 
-class Flag:
+class StopRequest:
     """True once a signal has come. saves: whether the run has a folder, and so a checkpoint to go on from."""
 
     def __init__(self, saves: bool) -> None:
@@ -66,12 +66,12 @@ HEARD, AGAIN = b"\nCtrl-C: stopping after this step, with a checkpoint", b"; onc
 
 
 @contextmanager
-def stop_on_signals(saves: bool) -> Iterator[Flag]:
+def stop_on_signals(saves: bool) -> Iterator[StopRequest]:
     """Within the block SIGTERM, and Ctrl-C if the run `saves`, only raises the flag.
 
     The loop saves at its next boundary and exits with the flag's code. A second Ctrl-C interrupts at once.
     """
-    flag = Flag(saves)
+    flag = StopRequest(saves)
     if threading.current_thread() is not threading.main_thread():
         yield flag  # signals reach the main thread alone
         return
@@ -81,7 +81,7 @@ def stop_on_signals(saves: bool) -> Iterator[Flag]:
 
     def interrupt(*_: Any) -> None:
         flag.code = INTERRUPTED
-        rank, world = launched()
+        rank, world = rank_and_world_size()
         if world == 1:  # of several, the launcher passes on what the terminal has sent to all of them already
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if rank == 0:
@@ -135,13 +135,13 @@ class Checkpoints:
             return 0, beta, []
         if not self.cfg.resume:
             refuse_leftovers(self.cfg)
-            current().barrier()  # every rank has looked
-            if current().main:
+            distributed_context().barrier()  # every rank has looked
+            if distributed_context().main:
                 if read_metrics(self.cfg.output_dir):
                     say(f"{self.cfg.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
             return 0, beta, []
-        newest = current().first(self._newest() if current().main else None)
+        newest = distributed_context().broadcast_object(self._newest() if distributed_context().main else None)
         if newest is not None:
             return self._restore(newest)
         say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
@@ -149,7 +149,7 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         for path in reversed(self.list()):
-            reason = damage(path)
+            reason = why_invalid(path)
             if reason is None:
                 return path
             say(f"{path}: skipped, {reason}")
@@ -164,9 +164,9 @@ class Checkpoints:
 
         Every rank calls it: what is spread over them is gathered, and the first one writes.
         """
-        ranks, final = current(), self.folder / f"step-{step:08d}"
+        ranks, final = distributed_context(), self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.tmp"
-        generators = ranks.every(_rng())
+        generators = ranks.all_gather_object(_rng())
         state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
         state["stopped"] = None if stopped is None else [stopped, _alerting(self.cfg)]
         try:
@@ -179,7 +179,7 @@ class Checkpoints:
             if ranks.main:
                 state |= {"rng": [{name: rng[name] for name in ("python", "numpy")} for rng in generators]}
                 (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-                _seal(temporary, final)
+                commit(temporary, final)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
@@ -213,7 +213,7 @@ class Checkpoints:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for key, tensor in load_file(path / "optimizer.safetensors").items():
             index, _, name = key.partition(".")
-            restored.setdefault(int(index), {})[name] = spread_like(tensor, parameters[int(index)])
+            restored.setdefault(int(index), {})[name] = shard_like(tensor, parameters[int(index)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": restored, "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
@@ -221,7 +221,7 @@ class Checkpoints:
             group["lr"] = lr
         tensors = load_file(path / "rng.safetensors")
         self.generator.set_state(tensors["generator"])
-        ranks, others = current(), len(state["rng"])
+        ranks, others = distributed_context(), len(state["rng"])
         rank = ranks.rank if ranks.rank < others else 0
         own = {name.partition(".")[0]: x for name, x in tensors.items() if name.partition(".")[2] == str(rank)}
         _set_rng(state["rng"][rank] | {"torch": own})
@@ -262,7 +262,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if NAME.match(p.name) and p.is_dir() and not p.is_symlink())
 
 
-def damage(path: Path) -> str | None:
+def why_invalid(path: Path) -> str | None:
     """Why a checkpoint cannot be used, None if every file has the SHA-256 that meta.json says."""
     try:
         digests = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
@@ -278,7 +278,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, themselves, not copies; of tied ones the first name only."""
     kept, seen = {}, set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        place = id(tensor) if is_spread(tensor) else tensor.data_ptr()
+        place = id(tensor) if is_dtensor(tensor) else tensor.data_ptr()
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
             kept[name] = tensor
@@ -297,7 +297,7 @@ def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(spread_like(tensor, own[name]))
+            own[name].copy_(shard_like(tensor, own[name]))
 
 
 def weights_digest(module: nn.Module, frozen: bool = False) -> str:
@@ -308,16 +308,16 @@ def weights_digest(module: nn.Module, frozen: bool = False) -> str:
         if name in trained:
             continue
         digest.update(name.encode())
-        digest.update(full(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(unsharded_tensor(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _config_values(cfg: Any) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE}
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE_ON_RESUME}
 
 
 def _alerting(cfg: Any) -> list[Any]:
-    """The options that stop a run and may change between it and its resumption, which then goes on."""
+    """The options that stop a run. If they have changed, --resume goes on with a run that had stopped."""
     return [list(cfg.alert), cfg.stop_on_alert]
 
 
@@ -340,7 +340,7 @@ def _set_rng(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
-def _seal(temporary: Path, final: Path) -> None:
+def commit(temporary: Path, final: Path) -> None:
     """Add the sums of the files, bring everything to the disk, and give the folder its name."""
     digests = {p.name: _digest(p.read_bytes()) for p in sorted(temporary.iterdir())}
     (temporary / "meta.json").write_text(json.dumps({"sha256": digests}, indent=2), encoding="utf-8")

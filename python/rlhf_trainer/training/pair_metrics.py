@@ -58,7 +58,7 @@ def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: f
     return labels * won + (1 - labels) * lost
 
 
-def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
+def pair_metrics(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
     """Held-out figures from raw rewards [M]: loss, and over decided pairs accuracy, mean margin and calibration.
 
     Equal rewards count as half right. Pairs with label 0.5 (ties) count in the loss alone. The margin is the reward of
@@ -91,7 +91,7 @@ def judge(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float
 
 
 def heldout_metrics(figures: dict[str, Any], *names: str) -> dict[str, float]:
-    """These figures of `judge` as metrics of a step, without those that there are none of."""
+    """These figures of `pair_metrics` as metrics of a step, without those that there are none of."""
     return {f"heldout/{name}": figures[name] for name in names if figures[name] is not None}
 
 
@@ -122,7 +122,7 @@ def summary(figures: dict[str, Any]) -> str:
 
 
 def heldout_table(figures: dict[str, Any]) -> str:
-    """The figures of `judge` with their length baseline as an HTML table."""
+    """The figures of `pair_metrics` with their length baseline as an HTML table."""
     names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
     rows = [[name.replace("_", " "), show_number(figures[name])] for name in (*names, "calibration_error")]
     return html_table(["", "value"], rows)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.training.trackers import Trackers
 
 
@@ -39,7 +39,7 @@ class RunLog:
         report_to: Sequence[str] = (),
         cfg: Any = None,
     ) -> None:
-        self.silent = not current().main
+        self.silent = not distributed_context().main
         if self.silent:
             return
         self.folder = Path(output_dir)
@@ -150,5 +150,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in order; [] if there is none."""
+    """The objects of metrics.jsonl, in order; [] if there is none. A line that a kill cut short is left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     return [record for record in read_records(Path(output_dir) / "metrics.jsonl") if "step" in record]

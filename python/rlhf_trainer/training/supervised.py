@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf_trainer.base.conditions import parse_gates
 from rlhf_trainer.base.config import option, save_config
 from rlhf_trainer.base.console import say
-from rlhf_trainer.base.distributed import current
+from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import Example, Findings, Pair, split_heldout
+from rlhf_trainer.data.records import DataReport, Example, Pair, split_heldout
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import context_length
 from rlhf_trainer.models.quantised import LOAD_IN_4BIT
-from rlhf_trainer.models.sharding import full
+from rlhf_trainer.models.sharding import unsharded_tensor
 from rlhf_trainer.training.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, stop_on_signals
 from rlhf_trainer.training.runlog import RunLog
@@ -35,7 +35,7 @@ LARGEST_GROUP = 36  # items: all pairs of nine completions, the most that Instru
 
 
 @dataclass
-class FitConfig:
+class SupervisedConfig:
     """Options that sft, reward and dpo share."""
 
     model: str = option("", "folder (or hub name) of the model to start from")
@@ -77,7 +77,7 @@ class FitConfig:
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
 
-def validate_options(cfg: FitConfig) -> None:
+def validate_options(cfg: SupervisedConfig) -> None:
     """UserError for options that cannot work, before anything is loaded."""
     if cfg.schedule not in SCHEDULES:
         raise UserError(f"--schedule {cfg.schedule}: it takes {', '.join(SCHEDULES)}")
@@ -101,7 +101,7 @@ def validate_options(cfg: FitConfig) -> None:
             )
 
 
-def length_limit(cfg: FitConfig, model: PreTrainedModel) -> int:
+def length_limit(cfg: SupervisedConfig, model: PreTrainedModel) -> int:
     """Longest row in tokens; UserError if --max_length is beyond the model's context."""
     context = context_length(model)
     if cfg.max_length is None:
@@ -111,20 +111,20 @@ def length_limit(cfg: FitConfig, model: PreTrainedModel) -> int:
     return cfg.max_length
 
 
-def read_both(
-    cfg: FitConfig,
-    read: Callable[..., tuple[list[Record], Findings]],
+def load_train_and_heldout(
+    cfg: SupervisedConfig,
+    read: Callable[..., tuple[list[Record], DataReport]],
     tokenizer: PreTrainedTokenizerBase,
     given: Sequence[Record] | None = None,
-) -> tuple[list[Record], list[Record], Findings, Findings]:
-    """Training and held-out records, and what was odd in the file of each. Records of one prompt are not torn apart.
+) -> tuple[list[Record], list[Record], DataReport, DataReport]:
+    """Training and held-out records, and what was odd in the file of each. All records of a prompt are on one side.
 
     `given` records take the place of cfg.data's.
     """
     if given is None:
         records, findings = read(cfg.data, tokenizer, cfg.strict)
     else:
-        records, findings = list(given), Findings("data", cfg.strict)
+        records, findings = list(given), DataReport("data", cfg.strict)
         if not records:
             raise UserError("no training records were given; at least one is needed")
     if cfg.eval_data:
@@ -134,7 +134,9 @@ def read_both(
     return training, heldout, findings, findings
 
 
-def say_findings(cfg: FitConfig, training: int, heldout: int, findings: Findings, other: Findings, noun: str) -> None:
+def say_findings(
+    cfg: SupervisedConfig, training: int, heldout: int, findings: DataReport, other: DataReport, noun: str
+) -> None:
     if cfg.eval_data:
         say(findings.summary(training, noun))
         say(other.summary(heldout, f"held-out {noun}"))
@@ -143,7 +145,7 @@ def say_findings(cfg: FitConfig, training: int, heldout: int, findings: Findings
 
 
 @dataclass
-class Task(Generic[Item]):
+class TrainingObjective(Generic[Item]):
     """What is learned from each item.
 
     losses: items -> [M] loss of each item, summed over its units (tokens of a completion; 1 for a pair).
@@ -191,7 +193,7 @@ def batches_of(groups: Sequence[list[int]], size: int, epoch: int, seed: int) ->
 
 
 def all_batches(
-    cfg: FitConfig, items: Sequence[Item], group: Callable[[Item], Hashable] | None
+    cfg: SupervisedConfig, items: Sequence[Item], group: Callable[[Item], Hashable] | None
 ) -> list[tuple[float, list[int]]]:
     """(epochs done after it, indices of its items) of every step of the run."""
     groups = groups_of(items, group, max(cfg.batch_size, LARGEST_GROUP))
@@ -202,7 +204,9 @@ def all_batches(
     return steps
 
 
-def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: Task[Item]) -> dict[str, float]:
+def train_loop(
+    cfg: SupervisedConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: TrainingObjective[Item]
+) -> dict[str, float]:
     """Train `model`, as `sharding.place` gives it, in place; returns the last metrics, the model in evaluation mode.
 
     Each step minimises the sum of its items' losses over the batch's units: neither micro-batches nor the number of
@@ -216,7 +220,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ranks = current()
+    ranks = distributed_context()
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -251,7 +255,7 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
             alarms = alerts.check(metrics)
             announce(log, step, alarms, [task.text(item) for item in batch[:SHOWN]] if alarms else [])
             alert = alarms[0] if alarms and cfg.stop_on_alert else None
-            stop = ranks.first(None if alert is None else f"{alert.metric}: {alert.reason}")
+            stop = ranks.broadcast_object(None if alert is None else f"{alert.metric}: {alert.reason}")
             leave = ranks.any(bool(terminated))
             if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
                 checkpoints.save(step, 0.0, stop)
@@ -265,17 +269,17 @@ def fit(cfg: FitConfig, name: str, model: PreTrainedModel, items: Sequence[Item]
 
 
 def _optimizer_step(
-    cfg: FitConfig,
+    cfg: SupervisedConfig,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: list[Item],
-    task: Task[Item],
+    task: TrainingObjective[Item],
     step: int,
 ) -> dict[str, float]:
-    ranks, units = current(), sum(task.units(item) for item in batch)
+    ranks, units = distributed_context(), sum(task.units(item) for item in batch)
     mean = 0.0
     # Parts of similar length, so that little is padding.
-    for part, weight in ranks.deal(sorted(batch, key=task.length), cfg.micro_batch_size):
+    for part, weight in ranks.shard_microbatches(sorted(batch, key=task.length), cfg.micro_batch_size):
         with precision.autocast(cfg.dtype, next(model.parameters()).device):
             losses = task.losses(part)
         if not weight:
@@ -289,7 +293,7 @@ def _optimizer_step(
         mean += loss.item()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ranks.sum_gradients(parameters)
-    norm = full(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+    norm = unsharded_tensor(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
     if not norm.isfinite():
         raise _not_finite("gradient", step, batch, task)
     optimizer.step()
@@ -299,7 +303,7 @@ def _optimizer_step(
     return {"loss": total.item(), "grad_norm": norm.item()}
 
 
-def _not_finite(what: str, step: int, items: list[Item], task: Task[Item]) -> UserError:
+def _not_finite(what: str, step: int, items: list[Item], task: TrainingObjective[Item]) -> UserError:
     places = ", ".join(f"line {task.line(item)} ({task.text(item)[:60]!r})" for item in items[:3])
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return UserError(f"step {step}: the {what} is not finite for {places}{more}; stopped before the weights took it")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.data.rows import PairRows, Row
+from rlhf_trainer.data.rows import PairRows, TokenizedExample
 from rlhf_trainer.dpo import DPOConfig, fit_pairs, reference_logprobs
-from rlhf_trainer.models.adapters import Adapter, active
+from rlhf_trainer.models.adapters import Adapter, use_adapter
 from rlhf_trainer.onpolicy.config import PPOConfig
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.sampling.rollout import generate
@@ -33,7 +33,7 @@ from rlhf_trainer.worlds.exact import (
 )
 
 QUICK, QUICK_GAP = 60, 0.95  # updates of PPO, and what they must close of the gap
-BETA = 0.3  # under which DPO's gate was set: its pairs come from the reference, which must reach what pi* prefers
+BETA = 0.3  # of DPO's gate: at a smaller beta the reference hardly samples what pi* prefers, and its pairs lack it
 DPO_GAP = 0.95
 GROUP_GAP = 0.95
 GROUP_UPDATES = 30
@@ -49,7 +49,7 @@ ERRORS = 4  # standard errors by which a Monte Carlo mean may be off: once in 16
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckResult:
     """One line of the table: what was reached, the gate in words, whether it is kept, and what lies behind it."""
 
     name: str
@@ -60,7 +60,7 @@ class Line:
 
 
 @functools.lru_cache(maxsize=2)
-def fitted(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+def fitted_reference(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     """The world's tokenizer and reference policy, fitted once a process; not to be trained further."""
     tokenizer = make_tokenizer()
     reference = make_model(tokenizer, seed)
@@ -70,7 +70,7 @@ def fitted(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
 
 @functools.lru_cache(maxsize=1)
 def fitted_seq2seq(seed: int) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """As `fitted`, of an encoder-decoder model."""
+    """As `fitted_reference`, of an encoder-decoder model."""
     tokenizer = make_tokenizer()
     reference = make_seq2seq(tokenizer, seed)
     fit_reference(reference, tokenizer, seed)
@@ -103,34 +103,34 @@ def trained(cfg: PPOConfig, reference: PreTrainedModel, tokenizer: PreTrainedTok
 
 def gap_line(
     name: str, cfg: PPOConfig, tokenizer: PreTrainedTokenizerFast, reference: PreTrainedModel, gate: float
-) -> Line:
+) -> CheckResult:
     """What PPO with these options closes of the gap."""
     world = ExactWorld(reference, tokenizer, BETA, cfg.temperature)
     policy = trained(cfg, reference, tokenizer)
     gap = world.gap_closed(world.measure(policy).objective, world.measure(reference).objective)
-    return Line(f"{name}: gap closed", gap, f">= {gate}", gap >= gate)
+    return CheckResult(f"{name}: gap closed", gap, f">= {gate}", gap >= gate)
 
 
-def temperature_lines(seed: int) -> list[Line]:
+def check_temperature(seed: int) -> list[CheckResult]:
     """PPO in the world of a colder policy."""
-    return [gap_line(f"temperature {COLD}", ppo_config(QUICK, seed, BETA, COLD), *fitted(seed), QUICK_GAP)]
+    return [gap_line(f"temperature {COLD}", ppo_config(QUICK, seed, BETA, COLD), *fitted_reference(seed), QUICK_GAP)]
 
 
-def seq2seq_lines(seed: int) -> list[Line]:
+def check_seq2seq(seed: int) -> list[CheckResult]:
     """PPO of an encoder-decoder model in its own world: its reference is another one."""
     return [gap_line("encoder-decoder (T5)", ppo_config(QUICK, seed), *fitted_seq2seq(seed), QUICK_GAP)]
 
 
-def micro_lines(seed: int) -> list[Line]:
+def check_micro(seed: int) -> list[CheckResult]:
     """The same policy, whether minibatches go through the model whole or in parts of unequal size."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     cfg = ppo_config(MICRO_UPDATES, seed)
     whole, parts = (
         world.log_policy(trained(replace(cfg, micro_batch_size=size), reference, tokenizer)) for size in (None, MICRO)
     )
     kl = (whole.exp() * (whole - parts)).sum(-1).mean().abs().item()
-    return [Line("micro-batches: KL between with and without", kl, f"<= {SAME_KL}", kl <= SAME_KL)]
+    return [CheckResult("micro-batches: KL between with and without", kl, f"<= {SAME_KL}", kl <= SAME_KL)]
 
 
 def lora_config(seed: int) -> PPOConfig:
@@ -139,18 +139,18 @@ def lora_config(seed: int) -> PPOConfig:
     return replace(ppo_config(QUICK, seed, BETA), lora_r=8, lora_alpha=16, lora_targets=targets, lr=4e-3)
 
 
-def lora_lines(seed: int) -> list[Line]:
+def check_lora(seed: int) -> list[CheckResult]:
     """PPO with LoRA reaches the optimum too; its reference is the same base, which must not have moved."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     policy = trained(lora_config(seed), reference, tokenizer)
     end, start = world.measure(policy), world.measure(reference).objective
-    with active(Adapter(policy, None)) as base:
+    with use_adapter(Adapter(policy, None)) as base:
         moved = (world.log_policy(base) - world.reference).abs().max().item()
     gap = world.gap_closed(end.objective, start)
     return [
-        Line("PPO with LoRA: gap closed", gap, f">= {QUICK_GAP}", gap >= QUICK_GAP),
-        Line("PPO with LoRA: base moved", moved, "0", moved == 0),
+        CheckResult("PPO with LoRA: gap closed", gap, f">= {QUICK_GAP}", gap >= QUICK_GAP),
+        CheckResult("PPO with LoRA: base moved", moved, "0", moved == 0),
     ]
 
 
@@ -166,7 +166,8 @@ def sampled_pairs(
     rewards = oracle(rollout.prompts, rollout.completions, rollout.ended.tolist())
     start, half = rollout.prompt_length, len(PROMPTS) * count
     rows = [
-        Row(ids[real].tolist(), int(real[:start].sum())) for ids, real in zip(rollout.ids, rollout.mask, strict=True)
+        TokenizedExample(ids[real].tolist(), int(real[:start].sum()))
+        for ids, real in zip(rollout.ids, rollout.mask, strict=True)
     ]
     texts = rollout.completions
     return [
@@ -187,16 +188,16 @@ def dpo_config(seed: int) -> DPOConfig:
     return DPOConfig(beta=BETA, batch_size=256, epochs=4, lr=4e-3, heldout=0, seed=seed, device="cpu")
 
 
-def dpo_lines(seed: int) -> list[Line]:
+def check_dpo(seed: int) -> list[CheckResult]:
     """DPO on labelled pairs of the reference's own answers, through the code of `rlhf dpo`."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     policy = copy.deepcopy(reference).train()
     cfg, pairs, pad_id = dpo_config(seed), sampled_pairs(reference, tokenizer, PAIRS, seed), tokenizer.pad_token_id
     fit_pairs(cfg, policy, reference_logprobs(cfg, policy, pairs, pad_id), [], pad_id)
     end = world.measure(policy.eval())
     gap = world.gap_closed(end.objective, world.measure(reference).objective)
-    return [Line("DPO: gap closed", gap, f">= {DPO_GAP}", gap >= DPO_GAP)]
+    return [CheckResult("DPO: gap closed", gap, f">= {DPO_GAP}", gap >= DPO_GAP)]
 
 
 def best_of(world: ExactWorld, n: int) -> tuple[Tensor, Tensor]:
@@ -215,9 +216,9 @@ def best_of(world: ExactWorld, n: int) -> tuple[Tensor, Tensor]:
     return pi * ratio, ratio.log()
 
 
-def bon_lines(seed: int) -> list[Line]:
+def check_bon(seed: int) -> list[CheckResult]:
     """Reward and KL of what `rlhf bon` keeps, against the enumeration."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     cfg = BonConfig(n=BEST_OF, max_new_tokens=MAX_TOKENS, batch_size=2048, bootstrap=1, seed=seed, device="cpu")
     prompts = PROMPTS * REPEATS
@@ -231,33 +232,37 @@ def bon_lines(seed: int) -> list[Line]:
         variance = ((probability * values.square()).sum(-1) - exact.square()).mean().item()
         bound, centre = ERRORS * math.sqrt(variance / len(prompts)), exact.mean().item()
         gate = f"{centre:.4f} +- {bound:.4f}"
-        lines.append(Line(f"best of {BEST_OF}: {name}", found, gate, abs(found - centre) <= bound))
+        lines.append(CheckResult(f"best of {BEST_OF}: {name}", found, gate, abs(found - centre) <= bound))
     kl = (probability * log_ratio).sum(-1).max().item()
     limit = kl_bound(BEST_OF)
-    return [*lines, Line(f"best of {BEST_OF}: exact KL, at most", kl, f"<= {limit:.4f}", kl <= limit)]
+    return [*lines, CheckResult(f"best of {BEST_OF}: exact KL, at most", kl, f"<= {limit:.4f}", kl <= limit)]
 
 
-def group_lines(kind: str, seed: int) -> list[Line]:
+def check_group(kind: str, seed: int) -> list[CheckResult]:
     """PPO's loop with a group baseline in place of the value head, and half of PPO's quick updates."""
     cfg = replace(ppo_config(GROUP_UPDATES, seed), advantage=kind, group_size=GROUP_SIZE)
-    return [gap_line(kind, cfg, *fitted(seed), GROUP_GAP)]
+    return [gap_line(kind, cfg, *fitted_reference(seed), GROUP_GAP)]
 
 
-def ranks_lines(seed: int) -> list[Line]:
+def check_ranks(seed: int) -> list[CheckResult]:
     """The command in two processes that share each batch, against one."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     difference = largest_difference(reference, tokenizer, seed)
-    return [Line("two ranks: metrics differ by", difference, f"<= {RANKS_DIFFERENCE}", difference <= RANKS_DIFFERENCE)]
+    return [
+        CheckResult(
+            "two ranks: metrics differ by", difference, f"<= {RANKS_DIFFERENCE}", difference <= RANKS_DIFFERENCE
+        )
+    ]
 
 
-ROWS: dict[str, Callable[[int], list[Line]]] = {
-    "lora": lora_lines,
-    "grpo": functools.partial(group_lines, "grpo"),
-    "rloo": functools.partial(group_lines, "rloo"),
-    "dpo": dpo_lines,
-    "bon": bon_lines,
-    "ranks": ranks_lines,
-    "micro": micro_lines,
-    "temperature": temperature_lines,
-    "seq2seq": seq2seq_lines,
+CHECKS: dict[str, Callable[[int], list[CheckResult]]] = {
+    "lora": check_lora,
+    "grpo": functools.partial(check_group, "grpo"),
+    "rloo": functools.partial(check_group, "rloo"),
+    "dpo": check_dpo,
+    "bon": check_bon,
+    "ranks": check_ranks,
+    "micro": check_micro,
+    "temperature": check_temperature,
+    "seq2seq": check_seq2seq,
 }

@@ -20,7 +20,7 @@ from rlhf_trainer.models.scoring import load_normalisation
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.reward import RewardConfig, train_reward
 from rlhf_trainer.training.runlog import read_metrics, read_records
-from rlhf_trainer.verification.cases import BETA, PAIRS, Line, fitted, ppo_config, sampled_pairs
+from rlhf_trainer.verification.cases import BETA, PAIRS, CheckResult, fitted_reference, ppo_config, sampled_pairs
 from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld
 
 LOSS_ABOVE = 0.02  # nats a pair above the loss of the true reward
@@ -45,7 +45,7 @@ def reward_config(folder: Path, seed: int) -> RewardConfig:
 
 def trained_reward(folder: Path, cfg: RewardConfig, pairs: Sequence[Pair], seed: int) -> RewardFunction:
     """A reward model on the reference policy's backbone, trained and loaded by the code of `rlhf reward`."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     save_folder(cfg.model, reference, tokenizer)
     train_reward(cfg, pairs=pairs)
     return load_reward(cfg.output_dir)
@@ -78,9 +78,9 @@ def correlation(world: ExactWorld, scores: Tensor) -> float:
     return ((weights * own * true).sum() / ((weights * own**2).sum() * (weights * true**2).sum()).sqrt()).item()
 
 
-def reward_lines(seed: int) -> list[Line]:
+def check_reward(seed: int) -> list[CheckResult]:
     """A reward model from labelled pairs of the reference's own answers, against the reward behind the labels."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     pairs = [rows.pair for rows in sampled_pairs(reference, tokenizer, PAIRS, seed)]
     with TemporaryDirectory() as place:
@@ -90,8 +90,8 @@ def reward_lines(seed: int) -> list[Line]:
     above = pair_loss(world, scores * std + mean) - pair_loss(world, world.rewards)
     found = correlation(world, scores)
     return [
-        Line("reward model: loss above the true reward's", above, f"<= {LOSS_ABOVE}", above <= LOSS_ABOVE),
-        Line("reward model: correlation with it", found, f">= {CORRELATION:.2f}", found >= CORRELATION),
+        CheckResult("reward model: loss above the true reward's", above, f"<= {LOSS_ABOVE}", above <= LOSS_ABOVE),
+        CheckResult("reward model: correlation with it", found, f">= {CORRELATION:.2f}", found >= CORRELATION),
     ]
 
 
@@ -103,7 +103,7 @@ def true_rewards(world: ExactWorld, scores: Tensor) -> list[float]:
 
 def overoptimised_run(folder: Path, reward: RewardFunction, seed: int) -> list[dict[str, Any]]:
     """The metrics of PPO against `reward` with hardly any penalty, the true reward watched; alerts lie in `folder`."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     options = {"gold_reward": ORACLE, "output_dir": str(folder), "report_to": ["none"], "save_every": 0}
     train_ppo(
         replace(ppo_config(LOOSE_UPDATES, seed, LOOSE), **options),
@@ -127,9 +127,9 @@ def warned(folder: Path, metric: str) -> int:
     return next((record["step"] for record in records if record["metric"] == metric), 0)
 
 
-def overoptimisation_lines(seed: int) -> list[Line]:
+def check_overoptimisation(seed: int) -> list[CheckResult]:
     """A reward model of few pairs, hardly any KL penalty: the score rises, the true reward falls, the watch warns."""
-    tokenizer, reference = fitted(seed)
+    tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     pairs = [rows.pair for rows in sampled_pairs(reference, tokenizer, FEW, seed)][:FEW]
     with TemporaryDirectory() as place:
@@ -145,16 +145,18 @@ def overoptimisation_lines(seed: int) -> list[Line]:
     by_update = {name: [one[f"objective/{name}"] for one in history] for name in ("scores", "gold_scores")}
     at_loose, gate = max(exact) - exact[-1], f"> {LOST}"
     return [
-        Line(
+        CheckResult(
             f"over-optimised: exact true reward lost from the best beta to {LOOSE}",
             at_loose,
             gate,
             at_loose > LOST,
             by_beta,
         ),
-        Line("over-optimised: PPO's true reward lost since its best ten updates", lost, gate, lost > LOST, by_update),
-        Line("over-optimised: its score risen meanwhile", risen, "> 0", risen > 0),
-        Line("over-optimised: update of the watch's warning", step, f"1 to {LOOSE_UPDATES}", step > 0),
+        CheckResult(
+            "over-optimised: PPO's true reward lost since its best ten updates", lost, gate, lost > LOST, by_update
+        ),
+        CheckResult("over-optimised: its score risen meanwhile", risen, "> 0", risen > 0),
+        CheckResult("over-optimised: update of the watch's warning", step, f"1 to {LOOSE_UPDATES}", step > 0),
     ]
 
 
@@ -169,4 +171,7 @@ def hard_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     ]
 
 
-ROWS: dict[str, Callable[[int], list[Line]]] = {"reward": reward_lines, "overoptimisation": overoptimisation_lines}
+CHECKS: dict[str, Callable[[int], list[CheckResult]]] = {
+    "reward": check_reward,
+    "overoptimisation": check_overoptimisation,
+}

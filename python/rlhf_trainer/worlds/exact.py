@@ -29,7 +29,7 @@ from transformers import (
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.data.rows import encode_completion, encode_prompt, left_pad
 from rlhf_trainer.models.forward import head_inputs
-from rlhf_trainer.models.seq2seq import is_encoder_decoder, settle_attention
+from rlhf_trainer.models.seq2seq import force_eager_attention, is_encoder_decoder
 
 LETTERS = "abcd"
 MAX_TOKENS = 5
@@ -107,7 +107,7 @@ def make_seq2seq(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedMod
     model.lm_head = torch.nn.Linear(32, len(tokenizer))  # T5's own has no bias
     with torch.no_grad():
         model.lm_head.bias[[tokenizer.pad_token_id, tokenizer.sep_token_id]] = -1e4
-    return settle_attention(model.eval())
+    return force_eager_attention(model.eval())
 
 
 def corpus(size: int, seed: int) -> list[tuple[str, str]]:
@@ -173,7 +173,7 @@ def _responses_right(*rows: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass
-class Exact:
+class ExactMetrics:
     """Exact figures of a policy: J = E[r] - beta KL(pi || ref), and KL(pi || pi*), averaged over the prompts."""
 
     objective: float
@@ -207,7 +207,7 @@ class ExactWorld:
         total = _logprobs(model, *self.inputs, self.temperature).double().sum(-1)
         return total.view(self.rewards.shape)
 
-    def measure(self, model: PreTrainedModel) -> Exact:
+    def measure(self, model: PreTrainedModel) -> ExactMetrics:
         log_pi = self.log_policy(model)
         pi = log_pi.exp()
 
@@ -217,7 +217,7 @@ class ExactWorld:
         kl = mean(log_pi - self.reference)
         reward = mean(self.rewards)
         kl_to_optimum = mean(log_pi - self.optimum)
-        return Exact(reward - self.beta * kl, kl_to_optimum, kl, reward, mean(self.lengths))
+        return ExactMetrics(reward - self.beta * kl, kl_to_optimum, kl, reward, mean(self.lengths))
 
     def gap_closed(self, objective: float, at_reference: float) -> float:
         """Share of the way from J(ref) to J*: 0 at the reference, 1 at the optimum."""
