@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 import rlhf_trainer
 from rlhf_trainer import (

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer import BonConfig, best_of_n, bon, generate
 from rlhf_trainer.base.errors import UserError

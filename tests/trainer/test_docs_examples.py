@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import WORDS
+from support.tiny import WORDS
 
 from rlhf_trainer import Pair, RewardConfig, train_reward
 from rlhf_trainer.cli import STAGES, main

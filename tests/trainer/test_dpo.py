@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import DPOConfig, dpo, train_dpo

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS, tiny_folder
+from support.tiny import WORDS, tiny_folder
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_trainer import eval as evaluation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer.cli import main
 from rlhf_trainer.prefs import Config, prepare

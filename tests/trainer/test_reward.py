@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_trainer import RewardConfig, dpo, reward, train_reward

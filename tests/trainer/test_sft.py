@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer import sft
 from rlhf_trainer.base.errors import UserError

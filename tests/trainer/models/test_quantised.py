@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer import PPOConfig
 from rlhf_trainer.base import distributed

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models.loading import load_causal, load_tokenizer

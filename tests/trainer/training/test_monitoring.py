@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import pytest
 from accelerate import tracking
+from support.tiny import tiny_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_folder
 
 from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft

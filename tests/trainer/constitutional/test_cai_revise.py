@@ -6,8 +6,8 @@ import json
 
 import pytest
 import yaml
-from serving import said, serving
-from tiny import WORDS, tiny_folder
+from support.serving import said, serving
+from support.tiny import WORDS, tiny_folder
 
 from rlhf_trainer import CAIReviseConfig, revise_answers
 from rlhf_trainer.base.errors import UserError

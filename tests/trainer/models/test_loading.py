@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer import DPOConfig, PPOConfig, RewardConfig, load_reward, train_dpo, train_ppo, train_reward

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

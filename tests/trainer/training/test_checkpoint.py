@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from processes import PATIENCE, Forked, command
+from support.processes import PATIENCE, Forked, command
 
 from rlhf_trainer import train_ppo
 from rlhf_trainer.base.errors import UserError

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from processes import Forked
 from safetensors.torch import load_file
+from support.processes import Forked
 
 from rlhf_trainer.base import distributed
 from rlhf_trainer.base.distributed import ProcessGroupInfo

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from serving import said, serving
-from tiny import WORDS, tiny_folder
+from support.serving import said, serving
+from support.tiny import WORDS, tiny_folder
 
 from rlhf_trainer import CAILabelConfig, label_answers
 from rlhf_trainer.base.errors import UserError

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from serving import said, serving
-from tiny import tiny_folder
+from support.serving import said, serving
+from support.tiny import tiny_folder
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.constitutional.constitution import load_constitution

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from test_seq2seq import make_folder
-from tiny import WORDS, tiny_folder
+from support.seq2seq import make_folder
+from support.tiny import WORDS, tiny_folder
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prefs_readers import BAD, GOOD, PROMPTED, RANKED, USER, argilla_answers, chat_options, studio
+from support.preferences import BAD, GOOD, PROMPTED, RANKED, USER, argilla_answers, chat_options, studio
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.agreement import agreement, table

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 
 from rlhf_trainer.base import conditions as eval_gates
 from rlhf_trainer.base.conditions import Condition, parse_gates

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_folder
+from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer import PPOConfig, UserError, train_ppo
