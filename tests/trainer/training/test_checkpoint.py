@@ -85,11 +85,12 @@ def same_result(first, second):
     assert metrics(first) == metrics(second)
 
 
-def test_killed_at_random_and_resumed_gives_the_same_bits(folder):
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.sweep)])
+def test_killed_at_random_and_resumed_gives_the_same_bits(kills, folder):
     whole = start(folder, "whole")
     assert whole.wait() == 0, whole.stderr
     reached, pause = 0, random.Random()
-    for _ in range(3):
+    for _ in range(kills):
         process = start(folder, "killed", "--resume")
         reached = wait_for_checkpoint(process, folder / "killed", beyond=reached)
         time.sleep(pause.uniform(0, 0.1))

@@ -134,7 +134,7 @@ def test_a_reward_model_of_swapped_pairs_does_not(monkeypatch):
     assert found.reached < -SHORT_REWARD
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_over_optimisation_is_seen_by_the_watch():
     lines = verify_reward.check_overoptimisation(0)
     assert [line.kept for line in lines] == [True] * 4
