@@ -44,6 +44,10 @@ class _SaturatingUpcast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return saturating_cast(grad, ctx.dtype)
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.float()
+
 
 def saturating_upcast(x: Tensor) -> Tensor:
     """As `upcast`, for functions whose slope may exceed fp16: no finite gradient becomes inf on its way back."""
@@ -52,10 +56,17 @@ def saturating_upcast(x: Tensor) -> Tensor:
     return _SaturatingUpcast.apply(x) if x.requires_grad else x.float()
 
 
-def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """x.clamp(low, high), with bounds that a trace keeps as inputs: as plain numbers each new value would recompile."""
-    one = x.new_ones(())
-    return torch.clamp(x, one * low, one * high) if torch.compiler.is_compiling() else x.clamp(low, high)
+def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """`x` within [low, high]; its gradient is 1 from bound to bound, the bounds included, and 0 beyond and at NaN.
+
+    torch.clamp has that gradient up to torch 2.13, and 0 on a bound from 2.14 on. A trace keeps the bounds as inputs:
+    as plain numbers each new value would recompile.
+    """
+    if torch.compiler.is_compiling():
+        one = x.new_ones(())
+        low, high = one * low, one * high
+    outside = torch.where(x < low, low, torch.where(x > high, high, x.detach()))  # the last is NaN
+    return torch.where((x >= low) & (x <= high), x, outside)
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -107,5 +118,5 @@ def exp_minus_one_minus(u: Tensor) -> Tensor:
     series = torch.full_like(u, _K3_SERIES[-1])
     for coefficient in reversed(_K3_SERIES[:-1]):
         series = series * near + coefficient
-    far = torch.expm1(u.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)) - u
+    far = torch.expm1(clamp(u, -EXPONENT_LIMIT, EXPONENT_LIMIT)) - u
     return torch.where(small, near * near * series, far)

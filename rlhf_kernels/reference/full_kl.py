@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_kernels.reference.common import row_sum, select, spread, upcast
+from rlhf_kernels.reference.common import clamp, row_sum, select, spread, upcast
 
 NEG_INF = float("-inf")
 
@@ -63,4 +65,4 @@ def _log_over_mixture(log_ratio: Tensor) -> Tensor:
 
     At -80 p is below 2e-35 q: a smaller ratio changes nothing that p weighs.
     """
-    return logsigmoid(log_ratio.clamp(min=-80.0)) - logsigmoid(torch.zeros_like(log_ratio))
+    return logsigmoid(clamp(log_ratio, -80.0, math.inf)) - logsigmoid(torch.zeros_like(log_ratio))

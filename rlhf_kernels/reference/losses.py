@@ -52,7 +52,7 @@ def policy_loss(
     if ratio == "sequence":
         length = log_ratio.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)
-    log_ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    log_ratio = clamp(log_ratio, -EXPONENT_LIMIT, EXPONENT_LIMIT)
     rho = log_ratio.exp()
     unclipped = rho * advantage
     clipped = clamp(rho, 1 - clip_low, 1 + clip_high) * advantage
@@ -98,7 +98,7 @@ def value_loss(
     if clip is not None and old_values is not None:
         old = select(mask, upcast(old_values.detach()))
         # Not old + clamp(value - old): that rounds where nothing is clipped, and one in ten would count as clipped.
-        squared_clipped = (torch.clamp(value, old - clip, old + clip) - target).square()
+        squared_clipped = (clamp(value, old - clip, old + clip) - target).square()
         is_clipped = squared_clipped > squared
         squared = torch.where(is_clipped, squared_clipped, squared)
     loss = aggregate(select(mask, 0.5 * squared), mask, mode, denominator)

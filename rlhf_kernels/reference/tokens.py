@@ -14,13 +14,13 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tens
     """logprobs, ref_logprobs [...] -> the estimator of KL(pi || ref) at each token, nats."""
     d = saturating_upcast(logprobs) - saturating_upcast(ref_logprobs)
     largest = torch.finfo(d.dtype).max  # finite inputs never give inf: 3e38 - -3e38 and the square of 1e30 saturate
-    d = d.clamp(-largest, largest)
+    d = clamp(d, -largest, largest)
     if estimator == "k1":
         return d
     if estimator == "abs":
         return d.abs()
     if estimator == "k2":
-        return (d * (d / 2)).clamp(max=largest)
+        return clamp(d * (d / 2), 0.0, largest)
     return exp_minus_one_minus(-d)
 
 
