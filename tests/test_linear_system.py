@@ -63,19 +63,23 @@ PEAKS = {(name, products): case for name, case in CASES.items() for products in 
 
 
 @pytest.fixture(scope="module")
-def peaks() -> dict[tuple[str, str], int]:
-    """Bytes beyond inputs and gradients in each of PEAKS."""
+def peaks() -> dict[tuple[str, str], list[int]]:
+    """Bytes beyond inputs and gradients in each of PEAKS, and the library's share of them."""
     require_backend("cpu")
     cases = (":".join(map(str, (*peak[:2], products, *peak[2:6]))) for (_, products), peak in PEAKS.items())
-    return dict(zip(PEAKS, map(int, _run("linear_memory.py", *cases).split()), strict=True))
+    lines = _run("linear_memory.py", *cases).splitlines()
+    return {name: list(map(int, line.split())) for name, line in zip(PEAKS, lines, strict=True)}
 
 
 @pytest.mark.parametrize(("name", "products"), PEAKS)
-def test_peak_memory(peaks: dict[tuple[str, str], int], name: str, products: str) -> None:
-    """At most the workspace and 32 MiB; an fp32 accumulator only where several chunks add to a 16-bit gradient."""
-    case, peak = CASES[name], peaks[name, products]
+def test_peak_memory(peaks: dict[tuple[str, str], list[int]], name: str, products: str) -> None:
+    """At most the workspace and 32 MiB beyond what the library takes for one product by itself.
+
+    An fp32 accumulator only where several chunks add to a 16-bit gradient.
+    """
+    case, (peak, library) = CASES[name], peaks[name, products]
     accumulator = case.accumulator * 4 * case.V * case.D
-    bound = (case.workspace << 10) + (32 << 20) + accumulator
+    bound = (case.workspace << 10) + (32 << 20) + accumulator + library
     assert peak <= bound, f"{peak / 2**20:.0f} of {bound / 2**20:.0f} MiB"
     assert peak > 0.95 * accumulator, "nothing is measured where none is used"  # Linux counts pages in batches
 
