@@ -22,6 +22,8 @@ from rlhf_trainer.onpolicy.config import PPOConfig
 from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_seq2seq, make_tokenizer
 
 TIMES = ("seconds/", "eps", "tokens_per_second")
+STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5, "t5-ppo": 2, "t5-sft": 5}  # steps
+SUPERVISED = ("sft", "reward", "dpo", "t5-sft")
 
 
 def run_all(folder, script):
@@ -112,7 +114,11 @@ def ppo(folder, output, reward="score", **options):
         "epochs": 2,
         "max_new_tokens": 4,
         "lr": 1e-3,
+        "adam_eps": 1e-3,  # above most gradients: Adam's step is then smooth where a gradient changes its sign
+        "clip": 10.0,  # no ratio and no value comes near: one that rounding tips over its clip changes the whole run
+        "value_clip": 100.0,
         "kl_target": 1.0,
+        "save_every": 100,
         "report_to": "none",
         "device": "cpu",
     }
@@ -129,6 +135,7 @@ def supervised(folder, stage, output, **options):
         "heldout": 7,
         "evals": 2,
         "lr": 1e-3,
+        "save_every": STAGES["sft"],
         "report_to": "none",
         "device": "cpu",
     }
@@ -180,12 +187,14 @@ def runs(folder):
     return written
 
 
+def newest_checkpoint(folder):
+    """AdamW's moments after the last step, sums of all steps' gradients and of their squares."""
+    return load_file(max((folder / "checkpoints").iterdir()) / "optimizer.safetensors")
+
+
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
-
-
-STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5, "t5-ppo": 2, "t5-sft": 5}
 
 
 @pytest.mark.parametrize(
@@ -193,19 +202,33 @@ STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5, "t5-p
     [*(("two", stage) for stage in STAGES), *(("fsdp", stage) for stage in STAGES if stage != "ppo")],
 )
 def test_two_ranks_give_the_run_of_one(folder, runs, ranks, stage):
+    """What two ranks compute differs from one process's by the order of sums.
+
+    Nothing here may turn that into more: no ratio is near its clip. AdamW (eps 1e-8) divides a gradient that is nothing
+    but rounding by itself, so that its moments are compared, and the weights only within its steps.
+    """
     one, two = (metrics(folder / f"{prefix}-{stage}") for prefix in ("one", ranks))
     assert len(one) == len(two) >= STAGES[stage]
     for first, second in zip(one, two, strict=True):
         for record in (first, second):
             record.pop("val/var_explained", None)  # 1 minus a ratio of variances, which may both be tiny
+            if record["step"] == 1:
+                record.pop("rewards/accuracies", None)  # DPO's policy is its reference still: the sign of a zero
+            assert record.get("policy/clipfrac_avg", 0) == record.get("val/clipfrac_avg", 0) == 0
         assert second == pytest.approx(first, abs=1e-5, rel=1e-5)
-    names = {path.name for path in (folder / f"one-{stage}").iterdir()}
-    assert names == {path.name for path in (folder / f"{ranks}-{stage}").iterdir()} - {"checkpoints"}
+    names, others = ({path.name for path in (folder / f"{prefix}-{stage}").iterdir()} for prefix in ("one", ranks))
+    assert names == others - ({"checkpoints"} if stage == "gae" else set())  # SIGTERM leaves one there
     for name in names:
         if name.endswith(".safetensors"):
             first, second = (load_file(folder / f"{prefix}-{stage}" / name) for prefix in ("one", ranks))
             assert first.keys() == second.keys()
-            assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
+            atol = 2 * STAGES[stage] * 1e-3 if stage in SUPERVISED else 1e-4
+            assert all(torch.allclose(first[key], second[key], atol=atol) for key in first)
+    if stage in SUPERVISED:
+        first, second = (newest_checkpoint(folder / f"{prefix}-{stage}") for prefix in ("one", ranks))
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-4 * value.abs().max().item())
 
 
 def test_only_rank_0_writes(runs):
