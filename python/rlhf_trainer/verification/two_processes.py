@@ -35,6 +35,8 @@ def largest_difference(reference: PreTrainedModel, tokenizer: PreTrainedTokenize
         options: dict[str, Any] = {"model": f"{folder}/policy", "prompts": f"{folder}/prompts.txt", "lr": 1e-3}
         options |= {"reward": "rlhf_trainer.worlds.exact:oracle", "updates": UPDATES, "batch_size": 32, "epochs": 2}
         options |= {"max_new_tokens": MAX_TOKENS, "kl_coef": 0.3, "seed": seed, "save_every": 0, "device": "cpu"}
+        # Rounding must not grow: no ratio or value comes near its clip, and Adam's epsilon is above most gradients.
+        options |= {"clip": 10.0, "value_clip": 100.0, "adam_eps": 1e-3}
         one = train_ppo(replace(PPOConfig(), **options)).metrics
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlhf_trainer", "ppo"]
         arguments = [f"--{key}={value}" for key, value in options.items()]
