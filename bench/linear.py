@@ -13,7 +13,7 @@ from harness import Comparison, Contender, compare
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels.backends import cpu
+from rlhf_kernels import dispatch
 
 ROWS, WIDTH, VOCAB = 1024, 1024, 50257  # a GPT-2 vocabulary: 105 GFLOP a GEMM
 FEW = 64  # rows, for what takes minutes with all
@@ -22,7 +22,7 @@ OURS = "rlhf_kernels"
 
 def widened(dtype: torch.dtype) -> bool:
     """Whether this CPU has no arithmetic for it."""
-    return cpu.product_dtype(dtype) != dtype
+    return dispatch.backend_module("cpu").product_dtype(dtype) != dtype
 
 
 def _case(dtype: torch.dtype, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,7 +68,7 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     """Forward and backward of one call; every contender makes its own outputs, as training does."""
     hidden, weight, labels, upstream, mask = _case(dtype)
     leaves = (hidden, weight)
-    h, w = (x.detach().to(cpu.product_dtype(dtype)) for x in leaves)
+    h, w = (x.detach().to(dispatch.backend_module("cpu").product_dtype(dtype)) for x in leaves)
 
     def gemms(count: int) -> tuple[Tensor, ...]:
         logits = h @ w.T
@@ -131,7 +131,7 @@ def few_rows(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
 def frozen_head(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     """linear_logprobs where hidden alone wants a gradient, as under LoRA."""
     hidden, weight, labels, upstream, _ = _case(dtype)
-    h, w = (x.detach().to(cpu.product_dtype(dtype)) for x in (hidden, weight))
+    h, w = (x.detach().to(dispatch.backend_module("cpu").product_dtype(dtype)) for x in (hidden, weight))
     weight.requires_grad_(False)
 
     def logprobs(with_entropy: bool) -> tuple[Tensor, ...]:

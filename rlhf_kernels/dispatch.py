@@ -22,72 +22,56 @@ class Backend(NamedTuple):
     device: str  # device type it serves when nobody forces a backend
     needs: str  # module whose presence makes the backend available
     why_absent: str
-    ops: frozenset[str]
+
+    @property
+    def ops(self) -> frozenset[str]:
+        return frozenset(op for op, kernel in KERNELS.items() if self.name in kernel.backends)
 
 
-# A backend is one module and one line here; for a device the first available one that has the op wins.
+class Kernel(NamedTuple):
+    """What the backends have for one op."""
+
+    module: str  # of that name in each backend's folder
+    functions: tuple[str, ...]  # of that module, called by the op
+    backends: tuple[str, ...]
+    cpu_functions: tuple[str, ...] = ()  # that the CPU's module alone has
+
+
+# For a device the first available backend that has the op wins.
 BACKENDS = (
-    Backend(
-        "triton",
-        "cuda",
-        "triton",
-        "triton is not installed: pip install triton",
-        frozenset(
-            {
-                "full_kl",
-                "gae",
-                "gae_packed",
-                "linear_kl",
-                "linear_logprobs",
-                "linear_policy_loss",
-                "per_token_kl",
-                "policy_loss",
-                "ppo_advantages",
-                "sample_tokens",
-                "selected_logprobs",
-                "shaped_rewards",
-                "value_loss",
-                "whiten",
-            }
-        ),
-    ),
+    Backend("triton", "cuda", "triton", "triton is not installed: pip install triton"),
     Backend(
         "cuda",
         "cuda",
         "rlhf_kernels._cuda",
         "the CUDA module was not built: reinstall where nvcc is, without RLHF_KERNELS_NO_CUDA",
-        frozenset(
-            {
-                "gae",
-                "gae_packed",
-            }
-        ),
     ),
     Backend(
         "cpu",
         "cpu",
         "rlhf_kernels._native",
         "the native module was not built: reinstall with a C++17 compiler and without RLHF_KERNELS_NO_NATIVE",
-        frozenset(
-            {
-                "full_kl",
-                "gae",
-                "gae_packed",
-                "linear_kl",
-                "linear_logprobs",
-                "linear_policy_loss",
-                "per_token_kl",
-                "policy_loss",
-                "ppo_advantages",
-                "sample_tokens",
-                "selected_logprobs",
-                "shaped_rewards",
-                "value_loss",
-                "whiten",
-            }
-        ),
     ),
 )
+_BOTH = ("triton", "cpu")
+_HEAD = ("allocate", "linear_fold", "linear_gradient", "product_dtype")
+# Every op with a kernel, once; a backend's functions are those of the modules that are named here.
+KERNELS = {
+    "full_kl": Kernel("full_kl", ("full_kl_fwd", "full_kl_bwd"), _BOTH),
+    "gae": Kernel("scan", ("gae",), ("triton", "cuda", "cpu")),
+    "gae_packed": Kernel("scan", ("gae_packed",), ("triton", "cuda", "cpu")),
+    "linear_kl": Kernel("linear", _HEAD, _BOTH),
+    "linear_logprobs": Kernel("linear", _HEAD, _BOTH),
+    "linear_policy_loss": Kernel("linear", _HEAD, _BOTH),
+    "per_token_kl": Kernel("tokens", ("per_token_kl_fwd", "per_token_kl_bwd"), _BOTH),
+    "policy_loss": Kernel("losses", ("policy_loss",), _BOTH, ("loss_bwd",)),
+    "ppo_advantages": Kernel("scan", ("ppo_advantages",), _BOTH),
+    "sample_tokens": Kernel("sampling", ("sample_tokens",), _BOTH),
+    "selected_logprobs": Kernel("logits", ("selected_logprobs_fwd", "selected_logprobs_bwd"), _BOTH),
+    "shaped_rewards": Kernel("tokens", ("shaped_rewards",), _BOTH),
+    "value_loss": Kernel("losses", ("value_loss",), _BOTH, ("loss_bwd",)),
+    "whiten": Kernel("whiten", ("whiten_moments", "whiten_fwd", "whiten_bwd"), _BOTH),
+}
 
 
 def _present(module: str) -> bool:
@@ -114,13 +98,15 @@ def available() -> dict[str, str | None]:
 
 def automatic(op: str, device_type: str) -> str | None:
     """Name of the backend that serves `op` on that type of device, None for the reference."""
-    for backend in _AUTOMATIC.get(device_type, ()):
-        if op in backend.ops:
-            return backend.name
+    kernel = KERNELS.get(op)
+    if kernel is not None:
+        for backend in _AUTOMATIC.get(device_type, ()):
+            if backend.name in kernel.backends:
+                return backend.name
     return None
 
 
-def kernel(op: str, tensor: Tensor) -> str | None:
+def select_backend(op: str, tensor: Tensor) -> str | None:
     """Name of the backend whose kernel serves `op` on `tensor`; None means the reference.
 
     float64 goes to the reference also under a forced backend, so that gradcheck works.
@@ -130,7 +116,7 @@ def kernel(op: str, tensor: Tensor) -> str | None:
         return None
     if _forced is None:
         return automatic(op, tensor.device.type)
-    if op not in _BY_NAME[_forced].ops:
+    if op not in KERNELS or _forced not in KERNELS[op].backends:
         raise NotImplementedError(
             f"use_backend({_forced!r}): this backend has no kernel for {op}; "
             f"call it outside the with-block or under use_backend('reference')"
@@ -138,20 +124,26 @@ def kernel(op: str, tensor: Tensor) -> str | None:
     return _forced
 
 
-def required(op: str, tensor: Tensor) -> str:
-    """As `kernel`, for a registered op at run time, when the choice was already made for a kernel at trace time."""
-    name = kernel(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
+def require_backend(op: str, tensor: Tensor) -> str:
+    """As `select_backend`, for a registered op at run time: that it has a kernel was decided at trace time."""
+    name = select_backend(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
     if name is None:
         raise NotImplementedError(f"torch.ops.rlhf_kernels.{op}: no kernel for {tensor.dtype} on {tensor.device}")
     return name
 
 
-def load(name: str) -> ModuleType:
-    """The backend's module, imported at its first use."""
-    module = _modules.get(name)
-    if module is None:
-        module = _modules[name] = importlib.import_module(f"rlhf_kernels.backends.{name}")
-    return module
+def backend_module(name: str) -> ModuleType:
+    """The backend's package with the functions of every kernel it has, imported at its first use."""
+    package = _modules.get(name)
+    if package is None:
+        package = importlib.import_module(f"rlhf_kernels.backends.{name}")
+        for kernel in KERNELS.values():
+            if name in kernel.backends:
+                module = importlib.import_module(f"{package.__name__}.{kernel.module}")
+                for function in kernel.functions + (kernel.cpu_functions if name == "cpu" else ()):
+                    setattr(package, function, getattr(module, function))
+        _modules[name] = package
+    return package
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels.backends import cpu
+from rlhf_kernels import dispatch
 
 
 def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, workspace: int) -> list[Tensor]:
@@ -109,7 +109,7 @@ def layout(x: Tensor) -> tuple[list[int], bool]:
 def measured(op: str, dtype: str, products: str, *sizes: str) -> list[Any]:
     """[bytes, the layouts and dtype of every product that was made]."""
     N, V, D, workspace = map(int, sizes)
-    cpu.product_dtype = lambda _: getattr(torch, products)
+    dispatch.backend_module("cpu").product_dtype = lambda _: getattr(torch, products)
     prepare()
 
     def matrix(rows: int) -> Tensor:

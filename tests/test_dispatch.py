@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Backend
+from conftest import Backend, require_backend
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
@@ -27,29 +27,29 @@ def _python(program: str, **environment: str | None) -> subprocess.CompletedProc
 def test_automatic_choice_follows_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, served in ((True, "cpu"), (False, None)):
         monkeypatch.setattr(dispatch, "_AUTOMATIC", {"cpu": [dispatch._BY_NAME["cpu"]]} if available else {})
-        assert dispatch.kernel("gae", BT) == served
-        assert dispatch.kernel("gae", BT.half()) == served
-        assert dispatch.kernel("gae", BT.double()) is None
-        assert dispatch.kernel("pairwise_loss", BT) is None
+        assert dispatch.select_backend("gae", BT) == served
+        assert dispatch.select_backend("gae", BT.half()) == served
+        assert dispatch.select_backend("gae", BT.double()) is None
+        assert dispatch.select_backend("pairwise_loss", BT) is None
 
 
 def test_forced_choice_is_undone(backend: Backend) -> None:
     expected = None if backend.name == "reference" else backend.name
-    assert dispatch.kernel("gae", BT) == expected
-    assert dispatch.kernel("gae", BT.double()) is None
+    assert dispatch.select_backend("gae", BT) == expected
+    assert dispatch.select_backend("gae", BT.double()) is None
     with rk.use_backend("reference"):
-        assert dispatch.kernel("gae", BT) is None
+        assert dispatch.select_backend("gae", BT) is None
         with rk.use_backend(None):
-            assert dispatch.kernel("gae", BT) == dispatch.automatic("gae", "cpu")
-        assert dispatch.kernel("gae", BT) is None
-    assert dispatch.kernel("gae", BT) == expected
+            assert dispatch.select_backend("gae", BT) == dispatch.automatic("gae", "cpu")
+        assert dispatch.select_backend("gae", BT) is None
+    assert dispatch.select_backend("gae", BT) == expected
     with pytest.raises(KeyError), rk.use_backend("reference"):
         raise KeyError
-    assert dispatch.kernel("gae", BT) == expected
+    assert dispatch.select_backend("gae", BT) == expected
 
 
 def test_the_forced_backend_is_the_one_that_runs(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = dispatch.load(kernel_backend.name), []
+    module, calls = dispatch.backend_module(kernel_backend.name), []
     for name in ("selected_logprobs_fwd", "selected_logprobs_bwd", "gae"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, name=name: (calls.append(name), f(*a))[1])
@@ -98,6 +98,25 @@ def test_import_loads_no_optional_package() -> None:
     )
     done = _python(program)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in dispatch.BACKENDS])
+def test_a_backend_has_the_functions_that_the_table_names(name: str) -> None:
+    """A kernel that the table promises and no module holds is named at the backend's first use."""
+    require_backend(name)
+    package = dispatch.backend_module(name)
+    kernels = [kernel for kernel in dispatch.KERNELS.values() if name in kernel.backends]
+    assert kernels
+    assert all(callable(getattr(package, function)) for kernel in kernels for function in kernel.functions)
+
+
+def test_a_forgotten_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_backend("cpu")
+    forgotten = dispatch.Kernel("scan", ("gae_backwards",), ("cpu",))
+    monkeypatch.setattr(dispatch, "KERNELS", {**dispatch.KERNELS, "gae_backwards": forgotten})
+    monkeypatch.setattr(dispatch, "_modules", {})
+    with pytest.raises(AttributeError, match="gae_backwards"):
+        dispatch.backend_module("cpu")
 
 
 def test_info_names_backends_and_ops(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from test_linear import SCALARS, head
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_kernels import dispatch
 from rlhf_kernels.ops import linear_sweep
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -28,9 +29,7 @@ WAYS = {"in 16 bits": None, "widened": torch.float32}
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The native backend, made to multiply in one of the ways; tiles of the weight are 64 rows at most."""
     require_backend("cpu")
-    from rlhf_kernels.backends import cpu as native
-
-    monkeypatch.setattr(native, "product_dtype", lambda dtype: WAYS[request.param] or dtype)
+    monkeypatch.setattr(dispatch.backend_module("cpu"), "product_dtype", lambda dtype: WAYS[request.param] or dtype)
     monkeypatch.setattr(linear_sweep, "WIDE_BYTES", 1)
     with rk.use_backend("cpu"):
         yield Backend("cpu", "cpu")
@@ -82,9 +81,7 @@ def test_adapter_on_the_head(cpu: Backend, of_adapter: torch.dtype) -> None:
 @pytest.fixture
 def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     require_backend("cpu")
-    from rlhf_kernels.backends import cpu as native
-
-    monkeypatch.setattr(native, "product_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(dispatch.backend_module("cpu"), "product_dtype", lambda _: torch.float32)
     with rk.use_backend("cpu"):
         yield
 
