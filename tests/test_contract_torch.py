@@ -135,7 +135,9 @@ OPS = {
         lambda mask, labels, s, v, old, r: rk.value_loss(v, old, r, mask, clip=0.1 + s)[0], ("nt",), ("nt", "nt")
     ),
     "dpo_loss": Op(
-        lambda mask, labels, s, a, b, c, d: rk.dpo_loss(a, b, c, d, beta=0.1 + s, label_smoothing=s),
+        lambda mask, labels, s, a, b, c, d: rk.dpo_loss(
+            a, b, c, d, beta=0.1 + s, label_smoothing=s, label=0.8, reduction="none"
+        ),
         ("n", "n"),
         ("n", "n"),
     ),

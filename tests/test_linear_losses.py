@@ -303,7 +303,8 @@ def test_cross_entropy_of_an_empty_batch(backend: Backend) -> None:
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 @pytest.mark.parametrize("length_normalised", [False, True])
-def test_dpo(backend: Backend, kind: str, length_normalised: bool) -> None:
+@pytest.mark.parametrize("asked", [{}, {"label": 0.7, "reduction": "none"}], ids=["mean", "labels"])
+def test_dpo(backend: Backend, kind: str, length_normalised: bool, asked: dict[str, object]) -> None:
     chosen, rejected = head(6, D, V), head(8, D, V, seed=1)
     masks = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
     leaves = [chosen.hidden.view(2, 3, D), rejected.hidden.view(2, 4, D), chosen.weight, chosen.bias]
@@ -316,7 +317,12 @@ def test_dpo(backend: Backend, kind: str, length_normalised: bool) -> None:
         refs = [x.to(device, torch.float32 if direct else dtype) for x in ref]
         if direct:
             out = rk.linear_dpo_loss(
-                *(c, r, w, *labels, *refs, *moved), kind=kind, length_normalised=length_normalised, bias=b, beta=0.2
+                *(c, r, w, *labels, *refs, *moved),
+                kind=kind,
+                length_normalised=length_normalised,
+                bias=b,
+                beta=0.2,
+                **asked,
             )
         else:
             sums = []
@@ -325,8 +331,8 @@ def test_dpo(backend: Backend, kind: str, length_normalised: bool) -> None:
                 total = (log_p * mask).sum(-1)
                 sums.append(total / mask.sum(-1) if length_normalised else total)
             with rk.use_backend("reference"):
-                out = rk.dpo_loss(*sums, *refs, kind=kind, beta=0.2)
-        return out, list(torch.autograd.grad(out[0], (c, r, w, b)))
+                out = rk.dpo_loss(*sums, *refs, kind=kind, beta=0.2, **asked)
+        return out, list(torch.autograd.grad(out[0].sum(), (c, r, w, b)))
 
     got, grads = loss_of(torch.float32, backend.device, True)
     expected, expected_grads = loss_of(torch.float64, "cpu", False)

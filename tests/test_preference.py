@@ -18,8 +18,8 @@ def _softplus(x: float) -> float:
 
 
 def _formula(chosen: float, rejected: float, margin: float = 0.0, label: float = 1.0) -> float:
-    d = chosen - rejected - margin
-    return label * _softplus(-d) + (1 - label) * _softplus(d)
+    d = chosen - rejected
+    return label * _softplus(margin - d) + (1 - label) * _softplus(margin + d)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -39,17 +39,20 @@ def test_values_and_gradients(dtype: torch.dtype, margin: float | str | None, la
     assert losses.dtype == torch.float32
     tokens = (x.detach().double().tolist() for x in (chosen, rejected, margins, labels))
     expected = torch.tensor([_formula(*pair) for pair in zip(*tokens, strict=True)], dtype=torch.float64)
-    d = chosen.detach().float() - rejected.detach().float() - margins.float()
+    d, m = chosen.detach().float() - rejected.detach().float(), margins.float()
     q = labels.float()
-    plain = -q * logsigmoid(d) - (1 - q) * logsigmoid(-d)
+    plain = -q * logsigmoid(d - m) - (1 - q) * logsigmoid(-d - m)
     truth.assert_accurate(losses, expected, truth.max_error(plain, expected))
 
     mean = rk.pairwise_loss(chosen, rejected, margin=given_margin, label=given_label)
     assert mean.item() == pytest.approx(expected.mean().item(), rel=1e-6)
     grad, rejected_grad = torch.autograd.grad(losses.sum(), [chosen, rejected])
-    exact_d = chosen.detach().double() - rejected.detach().double() - margins
-    slope = torch.sigmoid(exact_d) - labels
-    truth.assert_accurate(grad, slope, truth.max_error((torch.sigmoid(d) - q).to(dtype), slope))
+
+    def slope_of(d: Tensor, m: Tensor, q: Tensor) -> Tensor:
+        return (1 - q) * torch.sigmoid(d + m) - q * torch.sigmoid(m - d)
+
+    slope = slope_of(chosen.detach().double() - rejected.detach().double(), margins, labels)
+    truth.assert_accurate(grad, slope, truth.max_error(slope_of(d, m, q).to(dtype), slope))
     assert torch.equal(grad, -rejected_grad)
 
 
@@ -59,10 +62,18 @@ def test_known_values() -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
 
 
-def test_a_tie_pulls_both_ways_alike() -> None:
+@pytest.mark.parametrize("margin", [None, 0.0, 3.0])
+def test_a_tie_pulls_both_ways_alike(margin: float | None) -> None:
     chosen = torch.tensor([2.0], requires_grad=True)
-    (grad,) = torch.autograd.grad(rk.pairwise_loss(chosen, torch.tensor([2.0]), label=0.5), chosen)
+    (grad,) = torch.autograd.grad(rk.pairwise_loss(chosen, torch.tensor([2.0]), label=0.5, margin=margin), chosen)
     assert grad.item() == 0
+
+
+def test_a_pair_turned_round_has_the_same_loss() -> None:
+    chosen, rejected, label = (torch.rand(20, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    losses = rk.pairwise_loss(chosen, rejected, margin=0.4, label=label, reduction="none")
+    turned = rk.pairwise_loss(rejected, chosen, margin=0.4, label=1 - label, reduction="none")
+    torch.testing.assert_close(losses, turned)
 
 
 @pytest.mark.parametrize("gap", [1e4, -1e4, 3e38, -3e38])
@@ -154,6 +165,35 @@ def test_dpo_of_extreme_gaps_is_finite(gap: float) -> None:
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("kind", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
+def test_dpo_with_labels(kind: str, label_smoothing: float) -> None:
+    """A label of q: q of the pair as it stands, 1 - q of it turned round; one call for all labels."""
+    generator = torch.Generator().manual_seed(5)
+    pairs = [torch.randn(8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(4)]
+    labels = torch.tensor([1.0, 0.0, 0.5, 0.9, 0.25, 1.0, 0.7, 0.0], dtype=torch.float64)
+    options = {"beta": 0.3, "label_smoothing": label_smoothing, "kind": kind}
+    losses, *rewards = rk.dpo_loss(*pairs, **options, label=labels, reduction="none")
+    alone = [
+        q * rk.dpo_loss(*row, **options)[0] + (1 - q) * rk.dpo_loss(*(row[i] for i in (1, 0, 3, 2)), **options)[0]
+        for q, *row in zip(labels, *(x.split(1) for x in pairs), strict=True)
+    ]
+    torch.testing.assert_close(losses, torch.stack(alone))
+    for found, expected in zip(rewards, rk.dpo_loss(*pairs, **options)[1:], strict=True):
+        assert torch.equal(found, expected)
+    mean = rk.dpo_loss(*pairs, **options, label=labels)[0]
+    assert mean.item() == pytest.approx(losses.mean().item())
+    grads, expected = (torch.autograd.grad(x.sum(), pairs[:2]) for x in (losses, torch.stack(alone)))
+    for found, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, right)
+    ref = [x.detach() for x in pairs[2:]]
+    assert torch.autograd.gradcheck(
+        lambda *x: rk.dpo_loss(*x, *ref, **options, label=labels, reduction="none")[0], pairs[:2]
+    )
+    half = rk.dpo_loss(*pairs, **options, label=0.5, reduction="none")[0]
+    turned = rk.dpo_loss(*(pairs[i] for i in (1, 0, 3, 2)), **options, label=0.5, reduction="none")[0]
+    torch.testing.assert_close(half, turned)
+
+
 def test_dpo_without_pairs() -> None:
     empty = torch.empty(0, requires_grad=True)
     loss, chosen, rejected = rk.dpo_loss(empty, *(torch.empty(0) for _ in range(3)))
@@ -171,6 +211,10 @@ def test_dpo_refuses() -> None:
         (TypeError, "beta is a str", {"beta": "0.1"}),
         (ValueError, "label_smoothing is 0.6", {"label_smoothing": 0.6}),
         (ValueError, "kind is 'hinge'", {"kind": "hinge"}),
+        (ValueError, "label is 1.5", {"label": 1.5}),
+        (ValueError, "label holds a value outside", {"label": torch.full((3,), -0.1)}),
+        (ValueError, r"label has shape \[2\]", {"label": torch.zeros(2)}),
+        (ValueError, "reduction is 'sum'", {"reduction": "sum"}),
         (ValueError, r"label_smoothing is 0.1; with kind='ipo'", {"kind": "ipo", "label_smoothing": 0.1}),
     ):
         tensors = dict.fromkeys(("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"), x)

@@ -120,24 +120,17 @@ def all_logprobs(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_i
 
 
 def pair_losses(policy: Tensor, reference: Tensor, labels: Sequence[float], cfg: DPOConfig) -> Tensor:
-    """[M] losses whose sum is the pairs' sum; policy, reference [2, M]: logprobs of chosen and rejected.
-
-    A label q is q of a pair that `chosen` won and 1 - q of one that `rejected` won. The op's mean is over the pairs of
-    one label, and each of these gets it.
-    """
-    means = {}
-    for label in sorted(set(labels)):
-        rows = [i for i, other in enumerate(labels) if other == label]
-        (chosen, rejected), (ref_chosen, ref_rejected) = policy[:, rows], reference[:, rows]
-        won, lost = (chosen, rejected, ref_chosen, ref_rejected), (rejected, chosen, ref_rejected, ref_chosen)
-        options: dict[str, Any] = {
-            "beta": cfg.beta,
-            "label_smoothing": cfg.label_smoothing,
-            "kind": cfg.loss_type,
-        }
-        sides = ((label, won), (1 - label, lost))
-        means[label] = sum(weight * dpo_loss(*side, **options)[0] for weight, side in sides if weight)
-    return torch.stack([torch.as_tensor(means[label]) for label in labels])
+    """[M] losses; policy, reference [2, M]: logprobs of chosen and rejected. A label is the share that `chosen` won."""
+    losses, _, _ = dpo_loss(
+        *policy,
+        *reference,
+        beta=cfg.beta,
+        label_smoothing=cfg.label_smoothing,
+        kind=cfg.loss_type,
+        label=policy.new_tensor(labels),
+        reduction="none",
+    )
+    return losses
 
 
 class PairLoss:

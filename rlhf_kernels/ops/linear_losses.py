@@ -18,11 +18,10 @@ from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, 
 from rlhf_kernels.ops.linear_gradients import Gradients
 from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows, Sweep
 from rlhf_kernels.ops.losses import Aggregate, check_aggregate
-from rlhf_kernels.ops.preference import check_dpo
+from rlhf_kernels.ops.preference import checked_dpo_loss
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
 from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference import losses as reference_losses
-from rlhf_kernels.reference import preference as reference_preference
 from rlhf_kernels.reference.common import EXPONENT_LIMIT, exp_minus_one_minus
 
 if TYPE_CHECKING:
@@ -187,6 +186,8 @@ def linear_dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    label: float | Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
     length_normalised: bool = False,
     bias: Tensor | None = None,
     lora: Lora | Sequence[Lora] | None = None,
@@ -207,7 +208,7 @@ def linear_dpo_loss(
         chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
         ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
         chosen_mask, rejected_mask: true at the answer's tokens; others (the prompt) cost nothing.
-        beta, label_smoothing, kind: as in `dpo_loss`.
+        beta, label_smoothing, kind, label, reduction: as in `dpo_loss`.
         length_normalised: take means instead of sums over an answer's tokens (IPO as TRL has it, SimPO's reward).
 
     Returns:
@@ -232,9 +233,18 @@ def linear_dpo_loss(
         if length_normalised:
             total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))
         sums.append(total)
-    op = "linear_dpo_loss"
-    check_dpo(op, sums[0], sums[1], ref_chosen, ref_rejected, beta, label_smoothing, kind)
-    return reference_preference.dpo_loss(sums[0], sums[1], ref_chosen, ref_rejected, beta, label_smoothing, kind)
+    return checked_dpo_loss(
+        "linear_dpo_loss",
+        policy_chosen=sums[0],
+        policy_rejected=sums[1],
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        kind=kind,
+        label=label,
+        reduction=reduction,
+    )
 
 
 def _per_token(op: str, labels: Tensor, **tensors: Tensor | None) -> None:

@@ -22,12 +22,13 @@ def pairwise_loss(
 ) -> Tensor:
     """Bradley-Terry loss of a reward model (Ouyang et al. 2022, arXiv:2203.02155; margin: arXiv:2307.09288).
 
-    Equals `-logsigmoid(chosen - rejected - margin).mean()`; with `label=q`:
-    `-q * logsigmoid(d) - (1 - q) * logsigmoid(-d)`.
+    Equals `-logsigmoid(d - margin).mean()` with `d = chosen - rejected`; with `label=q`:
+    `-q * logsigmoid(d - margin) - (1 - q) * logsigmoid(-d - margin)`, so that a tie (q = 0.5) is at its minimum where
+    both rewards are equal, whatever the margin.
 
     Args:
         chosen, rejected: [M] float, rewards of the two answers of each pair.
-        margin: by how much the chosen reward shall win, in reward units; a number or [M].
+        margin: by how much the better answer's reward shall win, in reward units; a number or [M].
         label: probability that `chosen` is truly the better one, in [0, 1]; a number or [M]. 0.5 is a tie.
         reduction: "mean" over the pairs (0 if there are none) or "none".
 
@@ -56,6 +57,8 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    label: float | Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Direct preference optimisation over pairs of sequence logprobs.
 
@@ -66,28 +69,44 @@ def dpo_loss(
     - "ipo": `(h - 1 / (2 * beta)) ** 2` (Azar et al. 2023, arXiv:2310.12036; pass logprobs per token, as TRL does, if
       the loss shall not depend on length).
 
+    With `label=q` a pair's loss is q times that of h and 1 - q times that of -h, as if it stood there both ways round.
+
     Args:
         policy_chosen, policy_rejected: [M] float, logprob of each answer under the policy, nats; differentiable.
         ref_chosen, ref_rejected: [M] float, the same under the frozen reference; constants.
         beta: > 0, strength of the pull towards the reference.
         label_smoothing: probability in [0, 0.5] that a pair's label is wrong; "sigmoid" only.
         kind: "sigmoid" or "ipo".
+        label: probability that `chosen` is truly the better one, in [0, 1]; a number or [M]. 0.5 is a tie.
+        reduction: "mean" over the pairs (0 if there are none) or "none".
 
     Returns:
-        (loss, chosen_rewards, rejected_rewards): a scalar, 0 if there are no pairs, and `beta * (policy - ref)` of each
-        answer [M], detached; float32 (float64 for float64 inputs). Gradients in the inputs' dtypes.
+        (loss, chosen_rewards, rejected_rewards): a scalar, or [M] for reduction="none", and `beta * (policy - ref)` of
+        each answer [M], detached; float32 (float64 for float64 inputs). Gradients in the inputs' dtypes.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option; label smoothing with "ipo".
     """
     op = "dpo_loss"
-    check_dpo(op, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
+    validate.float_tensor(op, "policy_chosen", policy_chosen)
     dispatch.select_backend(op, policy_chosen)
-    return reference.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
+    return checked_dpo_loss(
+        op,
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        kind=kind,
+        label=label,
+        reduction=reduction,
+    )
 
 
-def check_dpo(
+def checked_dpo_loss(
     op: str,
+    *,
     policy_chosen: Tensor,
     policy_rejected: Tensor,
     ref_chosen: Tensor,
@@ -95,7 +114,10 @@ def check_dpo(
     beta: float,
     label_smoothing: float,
     kind: str,
-) -> None:
+    label: float | Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dpo_loss with errors that name `op`."""
     validate.float_tensor(op, "policy_chosen", policy_chosen)
     for name, x in (("policy_rejected", policy_rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         validate.like(op, name, x, "policy_chosen", policy_chosen)
@@ -108,6 +130,19 @@ def check_dpo(
     validate.choice(op, "kind", kind, ("sigmoid", "ipo"))
     if kind == "ipo" and label_smoothing != 0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; with kind='ipo' it must be 0")
+    validate.number_or_like(op, "label", label, "policy_chosen", policy_chosen, low=0.0, high=1.0)
+    validate.choice(op, "reduction", reduction, ("mean", "none"))
+    return reference.dpo_loss(
+        policy_chosen,
+        policy_rejected,
+        ref_chosen,
+        ref_rejected,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        kind=kind,
+        label=label,
+        reduction=reduction,
+    )
 
 
 def group_advantages(

@@ -13,6 +13,16 @@ def _as(x: float | Tensor, like: Tensor) -> float | Tensor:
     return x.to(like.dtype) if isinstance(x, Tensor) else x
 
 
+def _either_way(label: float | Tensor, won: Tensor, lost: Tensor) -> Tensor:
+    """The expected loss of each pair where `chosen` is the better one with probability `label`."""
+    label = _as(label, won)
+    return label * won + (1 - label) * lost
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)
+
+
 def pairwise_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -20,15 +30,13 @@ def pairwise_loss(
     label: float | Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """chosen, rejected [M] -> -q log sigmoid(d) - (1-q) log sigmoid(-d), d = chosen - rejected - margin."""
+    """chosen, rejected [M] -> -q log sigmoid(d - margin) - (1-q) log sigmoid(-d - margin), d = chosen - rejected."""
     d = upcast(chosen) - upcast(rejected)
-    if margin is not None:
-        d = d - _as(margin, d)
-    losses = -logsigmoid(d)
+    margin = 0.0 if margin is None else _as(margin, d)
+    losses = -logsigmoid(d - margin)
     if label is not None:
-        label = _as(label, d)
-        losses = label * losses - (1 - label) * logsigmoid(-d)
-    return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)
+        losses = _either_way(label, losses, -logsigmoid(-d - margin))
+    return _reduced(losses, reduction)
 
 
 def dpo_loss(
@@ -39,18 +47,22 @@ def dpo_loss(
     beta: float,
     label_smoothing: float,
     kind: str,
+    label: float | Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[M] sequence logprobs -> (mean loss, beta * (policy - ref) of the chosen [M], of the rejected [M])."""
+    """[M] sequence logprobs -> (loss, beta * (policy - ref) of the chosen [M], of the rejected [M])."""
     # Policy minus reference first: they are close, so that the difference of two long sums loses nothing.
     chosen = upcast(policy_chosen) - upcast(ref_chosen.detach())
     rejected = upcast(policy_rejected) - upcast(ref_rejected.detach())
     h = chosen - rejected
-    if kind == "ipo":
-        losses = (h - 1 / (2 * beta)).square()
-    else:
-        losses = -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
-    loss = losses.sum() / max(losses.numel(), 1)
-    return loss, (beta * chosen).detach(), (beta * rejected).detach()
+
+    def losses_of(h: Tensor) -> Tensor:
+        if kind == "ipo":
+            return (h - 1 / (2 * beta)).square()
+        return -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
+
+    losses = losses_of(h) if label is None else _either_way(label, losses_of(h), losses_of(-h))
+    return _reduced(losses, reduction), (beta * chosen).detach(), (beta * rejected).detach()
 
 
 def group_advantages(scores: Tensor, group_ids: Tensor | None, group_size: int, kind: str, eps: float) -> Tensor:

@@ -53,9 +53,7 @@ def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: f
     """
     labels = chosen.new_tensor([pair.label for pair in pairs])
     margins = chosen.new_tensor([pair.margin + margin for pair in pairs])
-    both = ((chosen, rejected), (rejected, chosen))
-    won, lost = (pairwise_loss(*sides, margin=margins, reduction="none") for sides in both)
-    return labels * won + (1 - labels) * lost
+    return pairwise_loss(chosen, rejected, margin=margins, label=labels, reduction="none")
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> dict[str, Any]:
