@@ -9,10 +9,11 @@ CXX_FILES := $(shell find csrc tests/cuda_on_cpu tests/arm64 -name '*.cpp' -o -n
 # Where nvcc is, the CUDA module must have been built too.
 REQUIRE := cpu,triton$(if $(shell command -v nvcc),$(shell echo ,)cuda)
 
-.PHONY: help demo test bench lint format sanitize clean
+.PHONY: help demo test test-all test-avx2 sweeps bench lint format sanitize clean
 help:
 	@echo "make demo    align a tiny model end to end on the CPU (about 3 minutes), report in runs/demo"
-	@echo "make test    the whole test suite"
+	@echo "make test    every feature, in at most 8 minutes on 2 cores; the slowest tests are printed"
+	@echo "make test-all  that and the long sweeps, each with its time; test-avx2  the numerical tests as on an AVX2 CPU"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   speed against eager, torch.compile and peers; table and JSON in bench/results"
 	@echo "make lint    ruff, mypy, clang-format     make format   let ruff and clang-format rewrite"
@@ -20,8 +21,24 @@ help:
 demo: $(VENV)/trainer.stamp
 	$(BIN)/rlhf demo --output_dir runs/demo
 
+PYTEST := RLHF_KERNELS_REQUIRE=$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: $(VENV)/dev.stamp
-	RLHF_KERNELS_REQUIRE=$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not sweep" --durations=20
+
+test-all: test sweeps
+
+# What `make test` leaves out, and the random tests with all of their cases.
+sweeps: $(VENV)/dev.stamp
+	RLHF_KERNELS_ALL_CASES=1 $(PYTEST) -m "sweep or random" --durations=0 --durations-min=5
+
+# What torch, oneDNN and MKL do on a CPU without AVX-512, on one that has it; where rounding differs, tests may not.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+NUMERICAL := tests/test_linear.py tests/test_linear_losses.py tests/test_linear_system.py tests/test_contract_bits.py \
+  tests/test_logits.py tests/test_losses.py tests/test_preference.py tests/trainer/base/test_distributed.py \
+  tests/trainer/verification tests/trainer/test_verify.py
+test-avx2: $(VENV)/dev.stamp
+	$(AVX2) RLHF_KERNELS_ISA=x86-64-v3 $(PYTEST) -m "not sweep" $(NUMERICAL)
 
 # A second copy of the package with an instrumented module; the editable install stays as it is.
 SANITIZED := $(abspath build/sanitized)
@@ -34,7 +51,7 @@ sanitize: $(VENV)/dev.stamp
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DRLHF_NATIVE_DIR=$(SANITIZED)/rlhf_kernels \
 	  -DRLHF_NATIVE_NAME=_native.so && cmake --build $(SANITIZED)/cmake
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	  $(BIN)/pytest -n auto -k "$(INSTRUMENTED)" tests --ignore=tests/trainer
+	  $(BIN)/pytest -n auto -m "not sweep" -k "$(INSTRUMENTED)" tests --ignore=tests/trainer
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/compare.py

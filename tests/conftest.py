@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,20 @@ if not HAS_GPU:
 
 from rlhf_kernels import dispatch  # noqa: E402
 
+# `make test-all` sets it: random tests take all of their cases, not a quarter.
+ALL_CASES = os.environ.get("RLHF_KERNELS_ALL_CASES") == "1"
+# Parts of node ids that are long sweeps beside what stays in every run: the native backend's guard pages and compiled
+# graphs, one instruction set's far offsets, two shards.
+SWEEPS = re.compile(
+    r"test_guard_pages\[.*triton"
+    r"|test_offsets_past_31_bits\[triton"
+    r"|test_memory\[x86-64-v\d-(before|far)"
+    r"|test_compiles_whole_and_once\[triton-"
+    r"|test_compiles_whole_and_once\[reference-(?!pairwise_loss|dpo_loss|group_advantages|gae|policy_loss)"
+    r"|test_inductor\[reference"
+    r"|test_vocabulary_sharded_over_processes\[4"
+)
+
 # Backends that must be here; `make test` names them, so that a failed build is not a skipped test.
 REQUIRED = set(filter(None, os.environ.get("RLHF_KERNELS_REQUIRE", "").split(",")))
 
@@ -24,6 +39,17 @@ REQUIRED = set(filter(None, os.environ.get("RLHF_KERNELS_REQUIRE", "").split(","
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of what IEEE arithmetic does silently on a GPU: inf - inf, log(0), 0 / 0.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SWEEPS.search(item.name):
+            item.add_marker(pytest.mark.sweep)
+
+
+def cases(most: int) -> int:
+    """How many cases a random test takes."""
+    return most if ALL_CASES else max(5, most // 4)
 
 
 def pytest_report_header() -> str:

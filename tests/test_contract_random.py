@@ -14,16 +14,18 @@ import test_scan
 import test_scan_packed
 import test_tokens
 import torch
-from conftest import Backend
+from conftest import Backend, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_truth import Case
 
 import rlhf_kernels as rk
 
+pytestmark = pytest.mark.random
+
 # Derandomised: CI runs the same cases each time, and a failure is a fact rather than weather.
 SLICE = settings(
-    max_examples=200,
+    max_examples=cases(200),
     derandomize=True,
     deadline=None,
     database=None,
@@ -38,13 +40,13 @@ def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategie
     test_logits.check(backend, call.logits, call.labels, call.mask, call.temperature)
 
 
-@settings(SLICE, max_examples=60)
+@settings(SLICE, max_examples=cases(60))
 @given(call=strategies.kl_calls())
 def test_full_kl(backend: Backend, small_blocks: None, call: strategies.KlCall) -> None:
     test_full_kl_.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
 
 
-@settings(SLICE, max_examples=40)
+@settings(SLICE, max_examples=cases(40))
 @given(call=strategies.head_calls())
 def test_linear_logprobs(backend: Backend, small_blocks: None, call: strategies.HeadCall) -> None:
     case = Case(call.hidden, call.weight, call.labels, call.bias, **call.scalars)
@@ -57,35 +59,35 @@ def test_gae(backend: Backend, small_blocks: None, call: strategies.GaeCall) -> 
     test_scan.check(backend, *call)
 
 
-@settings(SLICE, max_examples=50)
+@settings(SLICE, max_examples=cases(50))
 @given(call=strategies.packed_calls())
 def test_gae_packed(backend: Backend, small_blocks: None, call: strategies.PackedCall) -> None:
     test_scan_packed.check(backend, *call)
 
 
-@settings(SLICE, max_examples=50)
+@settings(SLICE, max_examples=cases(50))
 @given(call=strategies.rollout_calls())
 def test_ppo_advantages(backend: Backend, small_blocks: None, call: strategies.RolloutCall) -> None:
     rollouts.check(backend, call.tensors, *call[1:])
 
 
-@settings(SLICE, max_examples=15)
+@settings(SLICE, max_examples=cases(15))
 @given(call=strategies.sampling_calls())
 def test_sample_tokens(kernel_backend: Backend, small_blocks: None, call: strategies.SamplingCall) -> None:
     soaked_sampling.SOAKED["sample_tokens"].check(call, kernel_backend.name, kernel_backend.device)
 
 
 @pytest.mark.parametrize("op", ["pairwise_loss", "dpo_loss", "group_advantages"])
-@settings(SLICE, max_examples=100)
+@settings(SLICE, max_examples=cases(100))
 @given(data=st.data())
 def test_preference(op: str, data: st.DataObject) -> None:
     """No kernel serves these; what plain PyTorch makes of every dtype against float64."""
     soaked.SOAKED[op].check(data.draw(soaked.SOAKED[op].calls), "reference", "cpu")
 
 
-@pytest.mark.parametrize(("op", "cases"), [("policy_loss", 30), ("value_loss", 10)])
-def test_losses_against_truth(kernel_backend: Backend, small_blocks: None, op: str, cases: int) -> None:
-    @settings(SLICE, max_examples=cases)
+@pytest.mark.parametrize(("op", "most"), [("policy_loss", 30), ("value_loss", 10)])
+def test_losses_against_truth(kernel_backend: Backend, small_blocks: None, op: str, most: int) -> None:
+    @settings(SLICE, max_examples=cases(most))
     @given(call=soaked.SOAKED[op].calls)
     def check(call: object) -> None:
         soaked.SOAKED[op].check(call, kernel_backend.name, kernel_backend.device)
@@ -117,7 +119,7 @@ def test_losses(call: strategies.TokenCall) -> None:
         _assert_finite_and_masked([loss, *stats.values()], mask, grad)
 
 
-@settings(SLICE, max_examples=60)
+@settings(SLICE, max_examples=cases(60))
 @given(call=strategies.token_calls())
 def test_token_ops(backend: Backend, small_blocks: None, call: strategies.TokenCall) -> None:
     x, kl, _ = (tensor.to(backend.device) for tensor in call.tensors)

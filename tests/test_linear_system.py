@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import linear_truth
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from conftest import Backend, require_backend
 from test_linear import head, run
 
@@ -62,16 +64,27 @@ CASES = {
 PEAKS = {(name, products): case for name, case in CASES.items() for products in sorted({case.dtype, "float32"})}
 
 
+# In every run; the others are a sweep.
+QUICK = ("logprobs, 16-bit logits made again", "logprobs, accumulator", "policy, 16-bit, one chunk", "kl, 16-bit")
+
+
+def named_peaks() -> Iterator[ParameterSet]:
+    for name, products in PEAKS:
+        yield pytest.param(name, products, marks=[] if name in QUICK else pytest.mark.sweep)
+
+
 @pytest.fixture(scope="module")
-def peaks() -> dict[tuple[str, str], list[int]]:
+def peaks(request: pytest.FixtureRequest) -> dict[tuple[str, str], list[int]]:
     """Bytes beyond inputs and gradients in each of PEAKS, and the library's share of them."""
     require_backend("cpu")
-    cases = (":".join(map(str, (*peak[:2], products, *peak[2:6]))) for (_, products), peak in PEAKS.items())
+    wanted = {item.callspec.id for item in request.session.items if item.name.startswith("test_peak_memory[")}
+    chosen = {key: peak for key, peak in PEAKS.items() if "-".join(key) in wanted}
+    cases = (":".join(map(str, (*peak[:2], products, *peak[2:6]))) for (_, products), peak in chosen.items())
     lines = _run("linear_memory.py", *cases).splitlines()
-    return {name: list(map(int, line.split())) for name, line in zip(PEAKS, lines, strict=True)}
+    return {name: list(map(int, line.split())) for name, line in zip(chosen, lines, strict=True)}
 
 
-@pytest.mark.parametrize(("name", "products"), PEAKS)
+@pytest.mark.parametrize(("name", "products"), named_peaks())
 def test_peak_memory(peaks: dict[tuple[str, str], list[int]], name: str, products: str) -> None:
     """At most the workspace and 32 MiB beyond what the library takes for one product by itself.
 

@@ -278,7 +278,7 @@ def test_bare_fork_does_not_hang() -> None:
         "    before = rk.selected_logprobs(x, labels)\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
-        "        backend = rk.dispatch.load('cpu')\n"
+        "        backend = rk.dispatch.backend_module('cpu')\n"
         "        after, _, _ = backend.selected_logprobs_fwd(x[None], labels, None, 1.0, None, False)\n"
         "        os._exit(0 if after.tolist() == before.tolist() else 1)\n"
         "    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"

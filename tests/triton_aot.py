@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -251,7 +252,7 @@ def main() -> None:
     compiled = []
     run = JITFunction.run
     JITFunction.run = lambda *args, **kwargs: compiled.append(run(*args, **{**kwargs, "warmup": True}))
-    for target_name, target in TARGETS.items():
+    for target_name, target in ((name, TARGETS[name]) for name in sys.argv[1:]):
         triton.runtime.driver.set_active(DeviceFreeDriver(target))
         for description, call in _cases():
             compiled.clear()
