@@ -120,7 +120,7 @@ def automatic(op: str, device_type: str) -> str | None:
     return None
 
 
-def kernel(op: str, tensor: Tensor) -> str | None:
+def select_backend(op: str, tensor: Tensor) -> str | None:
     """Name of the backend whose kernel serves `op` on `tensor`; None means the reference.
 
     float64 goes to the reference also under a forced backend, so that gradcheck works.
@@ -138,15 +138,15 @@ def kernel(op: str, tensor: Tensor) -> str | None:
     return _forced
 
 
-def required(op: str, tensor: Tensor) -> str:
-    """As `kernel`, for a registered op at run time, when the choice was already made for a kernel at trace time."""
-    name = kernel(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
+def require_backend(op: str, tensor: Tensor) -> str:
+    """As `select_backend`, for a registered op at run time: that a kernel serves the call was chosen at trace time."""
+    name = select_backend(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
     if name is None:
         raise NotImplementedError(f"torch.ops.rlhf_kernels.{op}: no kernel for {tensor.dtype} on {tensor.device}")
     return name
 
 
-def load(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     """The backend's module, imported at its first use."""
     module = _modules.get(name)
     if module is None:

@@ -18,7 +18,7 @@ def info() -> None:
         f"python {platform.python_version()}, {platform.machine()}"
     )
     for name, missing in dispatch.available().items():
-        detail = missing or (dispatch.load("cpu").describe() if name == "cpu" else "available")
+        detail = missing or (dispatch.backend_module("cpu").describe() if name == "cpu" else "available")
         if name in ("triton", "cuda") and missing is None and not torch.cuda.is_available():
             detail = "available, no GPU found"
         print(f"backend {name}: {detail}")

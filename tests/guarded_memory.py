@@ -54,7 +54,7 @@ def _same(a: Tensor, b: Tensor) -> None:
 
 def check_logits(backend: str, side: str) -> int:
     """The backend's own functions, so that bad labels reach the kernel."""
-    module, calls = dispatch.load(backend), 0
+    module, calls = dispatch.backend_module(backend), 0
     for V in (1, 37, 128, 4097):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for label_dtype in (torch.int64, torch.int32):
@@ -92,7 +92,7 @@ def check_logits(backend: str, side: str) -> int:
 
 
 def check_full_kl(backend: str, side: str) -> int:
-    module, calls = dispatch.load(backend), 0
+    module, calls = dispatch.backend_module(backend), 0
     for V in (1, 37, 128, 4097):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for direction in range(3):
@@ -164,7 +164,7 @@ def check_gae_packed(backend: str, side: str) -> int:
 
 def _gae_packed(backend: str, rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, offsets: Tensor):
     """The backend's own function, so that wrong offsets reach the kernel."""
-    module = dispatch.load(backend)
+    module = dispatch.backend_module(backend)
     return module.gae_packed(rewards, values, mask, bootstrap, offsets, 0.9, 0.95, 0)
 
 
@@ -184,7 +184,7 @@ def check_far(backend: str) -> int:
         far = flat.as_strided(shape, strides)
         results = []
         for logits in (near.view(shape), far.copy_(near.view(shape))):
-            module = dispatch.load(backend)
+            module = dispatch.backend_module(backend)
             arguments = (logits, labels, None, 0.7, None)
             logprobs, entropy, stats = module.selected_logprobs_fwd(*arguments, True)
             g = torch.ones(3)
@@ -258,7 +258,7 @@ def check_ppo_advantages(backend: str, side: str) -> int:
 
 def check_tokens(backend: str, side: str) -> int:
     """per_token_kl, shaped_rewards and whiten with their gradients, on whole and on ragged chunks."""
-    module, calls = dispatch.load(backend), 0
+    module, calls = dispatch.backend_module(backend), 0
     for time in (1, 8, 37, 1025):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x, ref, grad = edge_cases.logits_of("normal", (3, 2, time), torch.float32)
@@ -280,7 +280,7 @@ def check_tokens(backend: str, side: str) -> int:
 
 def check_linear(backend: str, side: str) -> int:
     """Both epilogues of a tile, bare and with bias, softcap and labels outside the tile."""
-    module, calls = dispatch.load(backend), 0
+    module, calls = dispatch.backend_module(backend), 0
     for width in (1, 37, 128, 1100):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for dressed in (False, True):
@@ -304,7 +304,7 @@ def check_linear(backend: str, side: str) -> int:
 
 def check_sampling(backend: str, side: str) -> int:
     """Every filter on whole and on ragged blocks, a row in the middle that nobody may read."""
-    module, calls = dispatch.load(backend), 0
+    module, calls = dispatch.backend_module(backend), 0
     sizes, dtypes = (1, 37, 128, 4097), (torch.float32, torch.float16, torch.bfloat16)
     filters = ((0, 1.0), (1, 1.0), (0, 0.8), (30, 0.8))
     if backend == "triton":  # the filters take several passes over a row, at the interpreter's price

@@ -16,7 +16,7 @@ import rlhf_kernels as rk
 from rlhf_kernels import dispatch
 
 B, T, V, D = 3, 70, 300, 24  # long enough for several tasks where a kernel hands them out by element
-ISAS = dispatch.load("cpu")._native.available_isas() if dispatch.available()["cpu"] is None else ["not built"]
+ISAS = dispatch.backend_module("cpu")._native.available_isas() if dispatch.available()["cpu"] is None else ["not built"]
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -98,7 +98,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native = dispatch.load("cpu")._native
+    native = dispatch.backend_module("cpu")._native
     before = native.isa()
     native.set_isa(request.param)
     yield request.param

@@ -27,29 +27,29 @@ def _python(program: str, **environment: str | None) -> subprocess.CompletedProc
 def test_automatic_choice_follows_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, served in ((True, "cpu"), (False, None)):
         monkeypatch.setattr(dispatch, "_AUTOMATIC", {"cpu": [dispatch._BY_NAME["cpu"]]} if available else {})
-        assert dispatch.kernel("gae", BT) == served
-        assert dispatch.kernel("gae", BT.half()) == served
-        assert dispatch.kernel("gae", BT.double()) is None
-        assert dispatch.kernel("pairwise_loss", BT) is None
+        assert dispatch.select_backend("gae", BT) == served
+        assert dispatch.select_backend("gae", BT.half()) == served
+        assert dispatch.select_backend("gae", BT.double()) is None
+        assert dispatch.select_backend("pairwise_loss", BT) is None
 
 
 def test_forced_choice_is_undone(backend: Backend) -> None:
     expected = None if backend.name == "reference" else backend.name
-    assert dispatch.kernel("gae", BT) == expected
-    assert dispatch.kernel("gae", BT.double()) is None
+    assert dispatch.select_backend("gae", BT) == expected
+    assert dispatch.select_backend("gae", BT.double()) is None
     with rk.use_backend("reference"):
-        assert dispatch.kernel("gae", BT) is None
+        assert dispatch.select_backend("gae", BT) is None
         with rk.use_backend(None):
-            assert dispatch.kernel("gae", BT) == dispatch.automatic("gae", "cpu")
-        assert dispatch.kernel("gae", BT) is None
-    assert dispatch.kernel("gae", BT) == expected
+            assert dispatch.select_backend("gae", BT) == dispatch.automatic("gae", "cpu")
+        assert dispatch.select_backend("gae", BT) is None
+    assert dispatch.select_backend("gae", BT) == expected
     with pytest.raises(KeyError), rk.use_backend("reference"):
         raise KeyError
-    assert dispatch.kernel("gae", BT) == expected
+    assert dispatch.select_backend("gae", BT) == expected
 
 
 def test_the_forced_backend_is_the_one_that_runs(kernel_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = dispatch.load(kernel_backend.name), []
+    module, calls = dispatch.backend_module(kernel_backend.name), []
     for name in ("selected_logprobs_fwd", "selected_logprobs_bwd", "gae"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, name=name: (calls.append(name), f(*a))[1])

@@ -248,7 +248,7 @@ def test_guard_pages(kernel_backend: Backend, small_blocks: None, side: str) -> 
         pytest.skip("guard pages are CPU memory")
     import guarded_memory  # sets Triton to interpret
 
-    module = dispatch.load(kernel_backend.name)
+    module = dispatch.backend_module(kernel_backend.name)
     for T, dtype in itertools.product((1, 15, 16, 33, 257), DTYPES):
         x = [_normal(2, T, seed=s).to(dtype) for s in range(4)]
         mask = edge_cases.MASKS["holes"](x[0].shape)

@@ -26,7 +26,7 @@ from rlhf_kernels import dispatch
 
 CPU = Backend("cpu", "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ISAS = dispatch.load("cpu")._native.available_isas() if dispatch.available()["cpu"] is None else ["not built"]
+ISAS = dispatch.backend_module("cpu")._native.available_isas() if dispatch.available()["cpu"] is None else ["not built"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def _forced() -> Iterator[None]:
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn, restored after."""
-    native = dispatch.load("cpu")._native
+    native = dispatch.backend_module("cpu")._native
     before = native.isa()
     native.set_isa(request.param)
     yield request.param
@@ -190,7 +190,7 @@ def test_gradients_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype) -> 
     g = (bits[:, None] + half).view(torch.float32).flatten()  # numbers, midpoints, and their neighbours
     g = g[g.isfinite()]
     N = len(g)
-    grad = dispatch.load("cpu").selected_logprobs_bwd(
+    grad = dispatch.backend_module("cpu").selected_logprobs_bwd(
         -g, None, torch.zeros(1, N, 2, dtype=dtype), torch.zeros(N, dtype=torch.int64), None, 1.0, None,
         torch.zeros(N, 2), torch.zeros(N), False,
     )  # fmt: skip
@@ -204,7 +204,7 @@ def test_in_place_gradient_has_the_same_bits_and_skipped_rows_are_not_read(isa: 
     mask = torch.tensor([True, False, True, True, True])
     logits[1] = logits[3] = float("nan")
     g = torch.tensor([1.0, 2.0, -1.0, 0.0, 3.0])
-    backend = dispatch.load("cpu")
+    backend = dispatch.backend_module("cpu")
     arguments = (labels, mask, 1.0, None)
     _, _, stats = backend.selected_logprobs_fwd(logits[None], *arguments, False)
     fresh = backend.selected_logprobs_bwd(g, None, logits[None], *arguments, stats, stats[:0, 0], False)
@@ -278,7 +278,7 @@ def test_bare_fork_does_not_hang() -> None:
         "    before = rk.selected_logprobs(x, labels)\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
-        "        backend = rk.dispatch.load('cpu')\n"
+        "        backend = rk.dispatch.backend_module('cpu')\n"
         "        after, _, _ = backend.selected_logprobs_fwd(x[None], labels, None, 1.0, None, False)\n"
         "        os._exit(0 if after.tolist() == before.tolist() else 1)\n"
         "    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
@@ -310,7 +310,7 @@ def test_environment_names_an_unknown_instruction_set() -> None:
     assert message.startswith("ImportError: RLHF_KERNELS_ISA: 'x86-64-v9'")
     assert all(name in message for name in ISAS)
     with pytest.raises(ValueError, match="'sse9' is not an instruction set of this machine"):
-        dispatch.load("cpu")._native.set_isa("sse9")
+        dispatch.backend_module("cpu")._native.set_isa("sse9")
 
 
 def test_the_best_instruction_set_is_chosen() -> None:

@@ -64,7 +64,7 @@ def full_kl(
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
 
-    if dispatch.kernel(OP, logits) is None:
+    if dispatch.select_backend(OP, logits) is None:
         return reference.full_kl(
             logits, ref_logits, mask, temperature if row_temperature is None else row_temperature, direction
         )
@@ -90,7 +90,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """logits, ref_logits [O, I, V], temperature [], mask, row_temperature [N = O*I] -> KL [N] and, for the gradient,
     (max, log s) of both rows and a mean over pi [N, 5]."""
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     return backend.full_kl_fwd(logits, ref_logits, mask, temperature.item(), row_temperature, direction)
 
 
@@ -111,7 +111,7 @@ def _backward(
     direction: int,
     stats: Tensor,
 ) -> Tensor:
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     return backend.full_kl_bwd(grad, logits, ref_logits, mask, temperature.item(), row_temperature, direction, stats)
 
 

@@ -127,7 +127,7 @@ def linear_logprobs(
 def logprobs_of(call: Call, with_entropy: bool | Literal["detached"]) -> tuple[Tensor, Tensor | None]:
     """linear_logprobs of a checked call."""
     shape = call.labels.shape
-    if dispatch.kernel(OP, call.hidden) is None:
+    if dispatch.select_backend(OP, call.hidden) is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         scalars = (call.divisor, call.softcap, call.logit_scale)

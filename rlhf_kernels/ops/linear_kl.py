@@ -79,7 +79,7 @@ def linear_kl(
             f"{OP}: ref_weight is {list(ref_weight.shape)} {ref.hidden.dtype}; with this weight it takes "
             f"[{call.weight.shape[0]}, D'] {call.hidden.dtype}"
         )
-    if dispatch.kernel(OP, call.hidden) is None:
+    if dispatch.select_backend(OP, call.hidden) is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         logits, ref_logits = (head_logits(*x.leaves, x.mask, softcap, logit_scale) for x in (call, ref))
@@ -95,7 +95,9 @@ class _Pair:
     def __init__(self, call: Inputs, ref: Inputs, direction: int) -> None:
         # Logits of both, and the gradient beside them.
         per_row = 3 * call.widest + call.hidden.shape[-1] + ref.hidden.shape[-1]
-        size = dispatch.load(dispatch.required(OP, call.hidden)).product_dtype(call.hidden.dtype).itemsize
+        size = (
+            dispatch.backend_module(dispatch.require_backend(OP, call.hidden)).product_dtype(call.hidden.dtype).itemsize
+        )
         rows = max(1, call.workspace // (per_row * size))
         self.own, self.other = (x.sweep(OP, keep=True, rows=rows) for x in (call, ref))
         self._group, self._direction = call.group, direction

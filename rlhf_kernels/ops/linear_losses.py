@@ -109,7 +109,7 @@ def linear_policy_loss(
             *(entropy_coef, kl_coef, kl_estimator, aggregate, denominator),
         )
 
-    if ratio == "sequence" or dispatch.kernel(OP, call.hidden) is None:
+    if ratio == "sequence" or dispatch.select_backend(OP, call.hidden) is None:
         return from_logprobs(*linear.logprobs_of(call, entropy_coef != 0))
 
     factor = token_weights(mask, labels, aggregate, denominator)
@@ -166,7 +166,7 @@ def linear_cross_entropy(
         *(op, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
-    if dispatch.kernel(OP, call.hidden) is None:  # logprobs_of refuses a group there
+    if dispatch.select_backend(OP, call.hidden) is None:  # logprobs_of refuses a group there
         logprobs, _ = linear.logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)

@@ -85,7 +85,7 @@ class Sweep:
         store: where the first chunk's products are, or are to stay; see `fits_weight_gradient`.
         """
         self.store = store
-        self.backend: ModuleType = dispatch.load(dispatch.required(op, hidden))
+        self.backend: ModuleType = dispatch.backend_module(dispatch.require_backend(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self.dtype = self.backend.product_dtype(hidden.dtype)
         self.widens = self.dtype != hidden.dtype

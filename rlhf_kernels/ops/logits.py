@@ -74,10 +74,10 @@ def selected_logprobs(
     # Inside a trace a bad label gives NaN, as on a GPU.
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
-        if dispatch.kernel(OP, logits) != "cpu":  # the native kernel checks as it goes
+        if dispatch.select_backend(OP, logits) != "cpu":  # the native kernel checks as it goes
             validate.label_in_range(OP, labels, mask, vocab)
 
-    if dispatch.kernel(OP, logits) is None:
+    if dispatch.select_backend(OP, logits) is None:
         logprobs, entropy = reference.selected_logprobs(
             logits, labels, mask, temperature if row_temperature is None else row_temperature, with_entropy
         )
@@ -118,7 +118,7 @@ def _forward(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [O, I, V], temperature [], the rest [N = O*I] -> logprobs [N], entropy [N] or [0], (max, log s) [N, 2]."""
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     return backend.selected_logprobs_fwd(logits, labels, mask, temperature.item(), row_temperature, with_entropy)
 
 
@@ -147,7 +147,7 @@ def _backward(
     stats: Tensor,
     entropy: Tensor,
 ) -> Tensor:
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     return backend.selected_logprobs_bwd(
         *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
         *(row_temperature, stats, entropy, False),
@@ -171,7 +171,7 @@ def _backward_inplace(
     stats: Tensor,
     entropy: Tensor,
 ) -> None:
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     backend.selected_logprobs_bwd(
         *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
         *(row_temperature, stats, entropy, True),

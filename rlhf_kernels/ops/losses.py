@@ -76,7 +76,7 @@ def policy_loss(
     validate.choice(op, "ratio", ratio, ("token", "sequence"))
     check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
     inputs = logprobs, old_logprobs, advantages, importance_weights
-    if dispatch.kernel(op, _widest(inputs)) is None:
+    if dispatch.select_backend(op, _widest(inputs)) is None:
         return reference.policy_loss(
             *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
             *(dual_clip, ratio, importance_weights, aggregate, denominator),
@@ -133,7 +133,7 @@ def value_loss(
     validate.like(op, "returns", returns, "values", values)
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
     check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
-    if dispatch.kernel(op, _widest((values, old_values, returns))) is None:
+    if dispatch.select_backend(op, _widest((values, old_values, returns))) is None:
         return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
     loss, stats, _ = _value_loss_op(
         *map(_rows, (values, old_values, returns, mask)),
@@ -203,7 +203,7 @@ def _policy_loss(
     """Tensors [R, T], scalars: bounds of the ratio, dual_clip, denominator -> loss [], stats [7] (the last is the
     denominator), gradient times the denominator [R, T] or [0]; float32."""
     low, high, dual_clip, known = numbers(scalars)
-    return dispatch.load(dispatch.required("policy_loss", logprobs)).policy_loss(
+    return dispatch.backend_module(dispatch.require_backend("policy_loss", logprobs)).policy_loss(
         *(logprobs, old_logprobs, advantages, mask, weights, low, high, dual_clip),
         *(known if denominator is None else denominator, sequence, row_means, with_grad),
     )
@@ -221,7 +221,7 @@ def _value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As _policy_loss; scalars: clip, denominator; stats [3]."""
     clip, known = numbers(scalars)
-    return dispatch.load(dispatch.required("value_loss", values)).value_loss(
+    return dispatch.backend_module(dispatch.require_backend("value_loss", values)).value_loss(
         *(values, old_values, returns, mask, clip),
         *(known if denominator is None else denominator, row_means, with_grad),
     )
@@ -245,7 +245,7 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats, grad)
         ctx.save_for_backward(grad, stats)
-        ctx.dtype, ctx.native = x.dtype, dispatch.kernel("policy_loss", x) == "cpu"
+        ctx.dtype, ctx.native = x.dtype, dispatch.select_backend("policy_loss", x) == "cpu"
         return loss, stats, grad
 
     @staticmethod
@@ -259,7 +259,7 @@ def _scale(ctx: Any, upstream: Tensor | None) -> tuple[None, Tensor | None, None
         return None, None, None
     grad, stats = ctx.saved_tensors
     if ctx.native and unseen((grad, stats, upstream)):
-        return None, dispatch.load("cpu").loss_bwd(grad, stats, upstream, ctx.dtype), None
+        return None, dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.dtype), None
     return None, saturating_cast(grad * (upstream / stats[-1]), ctx.dtype), None
 
 

@@ -43,7 +43,7 @@ def pairwise_loss(
     validate.choice(op, "reduction", reduction, ("mean", "none"))
     validate.number_or_like(op, "margin", margin, "chosen", chosen)
     validate.number_or_like(op, "label", label, "chosen", chosen, low=0.0, high=1.0)
-    dispatch.kernel(op, chosen)
+    dispatch.select_backend(op, chosen)
     return reference.pairwise_loss(chosen, rejected, margin, label, reduction)
 
 
@@ -82,7 +82,7 @@ def dpo_loss(
     """
     op = "dpo_loss"
     check_dpo(op, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
-    dispatch.kernel(op, policy_chosen)
+    dispatch.select_backend(op, policy_chosen)
     return reference.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, kind)
 
 
@@ -150,7 +150,7 @@ def group_advantages(
         validate.same_place(op, "groups", groups, "scores", scores.shape, scores.device)
     else:
         _check_group_size(op, groups, scores.shape[0])
-    dispatch.kernel(op, scores)
+    dispatch.select_backend(op, scores)
     ids, size = (groups, 0) if isinstance(groups, Tensor) else (None, groups)
     return reference.group_advantages(scores.detach(), ids, size, kind, eps)
 

@@ -125,7 +125,7 @@ def _draw(
     shape = logits.shape[:-1]
     if top_p is not None and top_p >= 1:
         top_p = None
-    if dispatch.kernel(OP, logits) is None:
+    if dispatch.select_backend(OP, logits) is None:
         return reference.sample_tokens(logits, uniform.view(shape), mask, temperature, top_k, top_p)
     tokens, logprobs = _sample_tokens(
         rows.as_rows(logits),
@@ -150,7 +150,7 @@ def _sample_tokens(
     top_p: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """logits [O, I, V], scalars [], the rest [N = O*I] -> tokens, logprobs [N]; top_k 0 and top_p 1 keep everything."""
-    backend = dispatch.load(dispatch.required(OP, logits))
+    backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     keep = min(int(top_k.item()), logits.shape[-1]), top_p.item()
     return backend.sample_tokens(logits, uniform, mask, temperature.item(), row_temperature, *keep)
 

@@ -83,7 +83,7 @@ def gae(
         rewards, values = rewards.reshape(batch, time), values.reshape(batch, time)
         mask = None if mask is None else mask.reshape(batch, time)
 
-    kernel = dispatch.kernel(OP if cu_seqlens is None else PACKED, rewards)
+    kernel = dispatch.select_backend(OP if cu_seqlens is None else PACKED, rewards)
     if kernel is None and not torch.compiler.is_compiling():
         advantages, returns = _plain(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, masked)
     else:
@@ -116,12 +116,12 @@ def _gae(
     if plain:
         return _plain(rewards, values, mask, bootstrap, cu_seqlens, *scalars, MASKED[masked])
     if cu_seqlens is None:
-        backend = dispatch.load(dispatch.required(OP, rewards))
+        backend = dispatch.backend_module(dispatch.require_backend(OP, rewards))
         return backend.gae(rewards, values, mask, bootstrap, *scalars, masked)
-    name = dispatch.required(PACKED, rewards)
+    name = dispatch.require_backend(PACKED, rewards)
     if name != "cpu":  # the native module looks for itself
         _check_offsets(cu_seqlens, rewards)
-    return dispatch.load(name).gae_packed(rewards, values, mask, bootstrap, cu_seqlens, *scalars, masked)
+    return dispatch.backend_module(name).gae_packed(rewards, values, mask, bootstrap, cu_seqlens, *scalars, masked)
 
 
 @_gae.register_fake
@@ -203,7 +203,7 @@ def ppo_advantages(
     logprobs, ref_logprobs, values = (x.detach().to(dtype) for x in (logprobs, ref_logprobs, values))
     scores = scores.detach().to(dtype if dtype == torch.float64 else torch.float32)
     tensors = logprobs, ref_logprobs, scores, values
-    kernel = dispatch.kernel(PPO, logprobs)
+    kernel = dispatch.select_backend(PPO, logprobs)
     if kernel is None and not torch.compiler.is_compiling():
         return reference.ppo_advantages(*tensors, mask, kl_coef, gamma, lam, eps)
     scalars = (validate.runtime_scalar(x) for x in (kl_coef, gamma, lam))
@@ -230,7 +230,7 @@ def _ppo_advantages(
     arguments = (logprobs, ref_logprobs, scores, values, mask, kl_coef.item(), gamma.item(), lam.item(), eps)
     if plain:
         return reference.ppo_advantages(*arguments)
-    return dispatch.load(dispatch.required(PPO, logprobs)).ppo_advantages(*arguments)
+    return dispatch.backend_module(dispatch.require_backend(PPO, logprobs)).ppo_advantages(*arguments)
 
 
 @_ppo_advantages.register_fake

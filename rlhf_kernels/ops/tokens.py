@@ -40,7 +40,7 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator
     validate.float_tensor(KL, "logprobs", logprobs)
     validate.like(KL, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
     validate.choice(KL, "estimator", estimator, ESTIMATORS)
-    if dispatch.kernel(KL, _widest(logprobs, ref_logprobs)) is None:
+    if dispatch.select_backend(KL, _widest(logprobs, ref_logprobs)) is None:
         return reference.per_token_kl(logprobs, ref_logprobs, estimator)
     with_slope = torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)
     return _per_token_kl(logprobs, ref_logprobs, ESTIMATORS.index(estimator), with_slope)[0]
@@ -54,7 +54,7 @@ def _widest(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.custom_op("rlhf_kernels::per_token_kl", mutates_args=())
 def _per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, with_slope: bool) -> tuple[Tensor, Tensor]:
     """logprobs, ref_logprobs [...] -> kl [...], and its slope in logprobs [...] or [0]; `estimator`: of ESTIMATORS."""
-    backend = dispatch.load(dispatch.required(KL, logprobs))
+    backend = dispatch.backend_module(dispatch.require_backend(KL, logprobs))
     return backend.per_token_kl_fwd(logprobs, ref_logprobs, estimator, with_slope)
 
 
@@ -71,7 +71,7 @@ def _per_token_kl_backward(
     grad: Tensor, slope: Tensor, dtype: torch.dtype | None, ref_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """grad, slope [...] -> gradients of logprobs and ref_logprobs, each [...] in its dtype, [0] where that is None."""
-    backend = dispatch.load(dispatch.required(KL, slope))
+    backend = dispatch.backend_module(dispatch.require_backend(KL, slope))
     return backend.per_token_kl_bwd(grad, slope, dtype, ref_dtype)
 
 
@@ -130,7 +130,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
     if clip is not None:
         validate.number(REWARDS, "clip", clip, above=0)
     scores, kl = scores.detach(), kl.detach()
-    if dispatch.kernel(REWARDS, _widest(kl, scores)) is None:
+    if dispatch.select_backend(REWARDS, _widest(kl, scores)) is None:
         return reference.shaped_rewards(scores, kl, mask, kl_coef, clip)
     bound = validate.runtime_scalar(math.inf if clip is None else clip)
     return _shaped_rewards(scores, kl, mask, validate.runtime_scalar(kl_coef), bound)
@@ -139,7 +139,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
 @torch.library.custom_op("rlhf_kernels::shaped_rewards", mutates_args=())
 def _shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: Tensor, clip: Tensor) -> Tensor:
     """scores [B], kl, mask [B, T], kl_coef, clip [] -> rewards [B, T]; clip inf is none."""
-    backend = dispatch.load(dispatch.required(REWARDS, kl))
+    backend = dispatch.backend_module(dispatch.require_backend(REWARDS, kl))
     return backend.shaped_rewards(scores, kl, mask, kl_coef.item(), clip.item())
 
 
@@ -179,7 +179,7 @@ def whiten(
     validate.number(WHITEN, "eps", eps, above=0)
     if process_group is not None and x.requires_grad:
         raise ValueError(f"{WHITEN}: x requires grad; with process_group whiten is not differentiable, pass x.detach()")
-    if dispatch.kernel(WHITEN, x) is None:
+    if dispatch.select_backend(WHITEN, x) is None:
         return reference.whiten(x, mask, shift_mean, eps, process_group)
     parts = None
     if process_group is not None:
@@ -190,7 +190,7 @@ def whiten(
 @torch.library.custom_op("rlhf_kernels::whiten_moments", mutates_args=())
 def _whiten_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """x, mask [...] -> [3] float64: count, mean and sum of squared distances to it, of what counts."""
-    return dispatch.load(dispatch.required(WHITEN, x)).whiten_moments(x, mask)
+    return dispatch.backend_module(dispatch.require_backend(WHITEN, x)).whiten_moments(x, mask)
 
 
 @_whiten_moments.register_fake
@@ -203,7 +203,7 @@ def _whiten(
     x: Tensor, mask: Tensor | None, parts: Tensor | None, eps: Tensor, shift_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """x, mask [...], eps [] -> x whitened [...], and the moments [3] used: x's, or those of `parts` [R, 3] merged."""
-    backend = dispatch.load(dispatch.required(WHITEN, x))
+    backend = dispatch.backend_module(dispatch.require_backend(WHITEN, x))
     return backend.whiten_fwd(x, mask, parts, eps.item(), shift_mean)
 
 
@@ -216,7 +216,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _whiten_backward(
     grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: Tensor, shift_mean: bool
 ) -> Tensor:
-    backend = dispatch.load(dispatch.required(WHITEN, x))
+    backend = dispatch.backend_module(dispatch.require_backend(WHITEN, x))
     return backend.whiten_bwd(grad, x, mask, moments, eps.item(), shift_mean)
 
 
