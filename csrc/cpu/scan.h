@@ -58,3 +58,8 @@ struct Advantages {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_SCAN_KERNELS(X) \
+  X(gae, Gae)              \
+  X(ppo_advantages, Advantages)

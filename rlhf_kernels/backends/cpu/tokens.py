@@ -28,12 +28,22 @@ def per_token_kl_fwd(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, wit
     slope = empty(logprobs.shape if with_slope else (0,))
     if kl.numel() == 0:
         return kl, slope
-    logprobs, columns, stride = flat_rows(logprobs)
-    ref_logprobs, ref_columns, ref_stride = flat_rows(ref_logprobs)
+    logprobs, logprobs_columns, logprobs_stride = flat_rows(logprobs)
+    ref_logprobs, ref_logprobs_columns, ref_logprobs_stride = flat_rows(ref_logprobs)
     _native.per_token_kl_fwd(
-        *(logprobs.data_ptr(), DTYPES[logprobs.dtype], columns, stride),
-        *(ref_logprobs.data_ptr(), DTYPES[ref_logprobs.dtype], ref_columns, ref_stride),
-        *(estimator, kl.numel(), kl.data_ptr(), slope.data_ptr() if with_slope else 0, torch.get_num_threads()),
+        logprobs.data_ptr(),
+        DTYPES[logprobs.dtype],
+        logprobs_columns,
+        logprobs_stride,
+        ref_logprobs.data_ptr(),
+        DTYPES[ref_logprobs.dtype],
+        ref_logprobs_columns,
+        ref_logprobs_stride,
+        estimator,
+        kl.numel(),
+        kl.data_ptr(),
+        slope.data_ptr() if with_slope else 0,
+        torch.get_num_threads(),
     )
     return kl, slope
 
@@ -43,14 +53,21 @@ def per_token_kl_bwd(
 ) -> tuple[Tensor, Tensor]:
     """grad, slope [...] -> grad * slope and -grad * slope [...] in the dtypes given, [0] where that is None."""
     grad = grad.contiguous()
-    grads = [empty(slope.shape if wanted else (0,), wanted or torch.float32) for wanted in (dtype, ref_dtype)]
+    grad_logprobs, grad_ref_logprobs = (
+        empty(slope.shape if wanted else (0,), wanted or torch.float32) for wanted in (dtype, ref_dtype)
+    )
     if slope.numel():
-        addressed = ((address(g if g.numel() else None), DTYPES[g.dtype]) for g in grads)
         _native.per_token_kl_bwd(
-            *(grad.data_ptr(), slope.data_ptr(), slope.numel(), *next(addressed), *next(addressed)),
+            grad.data_ptr(),
+            slope.data_ptr(),
+            slope.numel(),
+            grad_logprobs.data_ptr() if dtype else 0,
+            DTYPES[grad_logprobs.dtype],
+            grad_ref_logprobs.data_ptr() if ref_dtype else 0,
+            DTYPES[grad_ref_logprobs.dtype],
             torch.get_num_threads(),
         )
-    return grads[0], grads[1]
+    return grad_logprobs, grad_ref_logprobs
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, clip: float) -> Tensor:
@@ -60,8 +77,18 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, cli
     if rewards.numel():
         kl, mask, scores = last_contiguous(kl), last_contiguous(mask), scores.float().contiguous()
         _native.shaped_rewards(
-            *(kl.data_ptr(), DTYPES[kl.dtype], batch, time, kl.stride(0), mask.data_ptr(), mask.stride(0)),
-            *(scores.data_ptr(), kl_coef, clip, rewards.data_ptr(), torch.get_num_threads()),
+            kl.data_ptr(),
+            DTYPES[kl.dtype],
+            batch,
+            time,
+            kl.stride(0),
+            mask.data_ptr(),
+            mask.stride(0),
+            scores.data_ptr(),
+            kl_coef,
+            clip,
+            rewards.data_ptr(),
+            torch.get_num_threads(),
         )
     return rewards
 
@@ -71,8 +98,21 @@ def whiten_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     moments = torch.zeros(3, dtype=torch.float64)
     if x.numel():
         partials = torch.empty((-(-x.numel() // _CHUNK), 3), dtype=torch.float64)
-        x, mask, layout = _whiten_layout(x, mask)
-        _native.whiten_moments(*layout, partials.data_ptr(), moments.data_ptr(), torch.get_num_threads())
+        x, x_columns, x_stride = flat_rows(x)
+        mask, mask_columns, mask_stride = _flat_mask(mask, x.numel())
+        _native.whiten_moments(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            x_columns,
+            x_stride,
+            address(mask),
+            mask_columns,
+            mask_stride,
+            x.numel(),
+            partials.data_ptr(),
+            moments.data_ptr(),
+            torch.get_num_threads(),
+        )
     return moments
 
 
@@ -82,35 +122,74 @@ def whiten_fwd(
     """x, mask [...] -> x whitened [...] float32, and moments [3] float64; those of `parts` [R, 3] merged, if given."""
     moments = whiten_moments(x, mask) if parts is None else torch.empty(3, dtype=torch.float64)
     y = empty(x.shape)
-    x, mask, layout = _whiten_layout(x, mask)
-    parts = contiguous(parts)
-    _native.whiten_fwd(
-        *(*layout, address(parts), 0 if parts is None else len(parts), moments.data_ptr()),
-        *(eps, not shift_mean, y.data_ptr(), torch.get_num_threads()),
-    )
+    whiten_into(x, mask=mask, parts=contiguous(parts), moments=moments, eps=eps, keep_mean=not shift_mean, y=y)
     return y, moments
+
+
+def whiten_into(
+    x: Tensor,
+    *,
+    mask: Tensor | None,
+    parts: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    keep_mean: bool,
+    y: Tensor,
+) -> None:
+    """x, mask [...] whitened into y [...] float32 contiguous, which may be x.
+
+    parts: [R, 3] float64 contiguous, merged into moments [3] first; None: moments hold already.
+    """
+    x, x_columns, x_stride = flat_rows(x)
+    mask, mask_columns, mask_stride = _flat_mask(mask, x.numel())
+    parts_count = 0 if parts is None else len(parts)
+    _native.whiten_fwd(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x_columns,
+        x_stride,
+        address(mask),
+        mask_columns,
+        mask_stride,
+        x.numel(),
+        address(parts),
+        parts_count,
+        moments.data_ptr(),
+        eps,
+        keep_mean,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def whiten_bwd(grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool) -> Tensor:
     """grad, x, mask [...], moments [3] -> gradient [...] in x's dtype."""
     grad_x = empty_like(x)
     if x.numel():
-        grad = grad.contiguous()
+        grad, keep_mean = grad.contiguous(), not shift_mean
         partials = torch.empty((-(-x.numel() // _CHUNK), 2), dtype=torch.float64)
-        x, mask, layout = _whiten_layout(x, mask)
+        x, x_columns, x_stride = flat_rows(x)
+        mask, mask_columns, mask_stride = _flat_mask(mask, x.numel())
         _native.whiten_bwd(
-            *(*layout, grad.data_ptr(), moments.data_ptr(), eps, not shift_mean, partials.data_ptr()),
-            *(grad_x.data_ptr(), torch.get_num_threads()),
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            x_columns,
+            x_stride,
+            address(mask),
+            mask_columns,
+            mask_stride,
+            x.numel(),
+            grad.data_ptr(),
+            moments.data_ptr(),
+            eps,
+            keep_mean,
+            partials.data_ptr(),
+            grad_x.data_ptr(),
+            torch.get_num_threads(),
         )
     return grad_x
 
 
-def _whiten_layout(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """x and mask, copied where their layout asks for it, and the arguments that all of whiten's kernels start with."""
-    size = x.numel()
-    x, columns, stride = flat_rows(x)
-    layout = x.data_ptr(), DTYPES[x.dtype], columns, stride
-    if mask is None:
-        return x, mask, (*layout, 0, size, size, size)
-    mask, mask_columns, mask_stride = flat_rows(mask)
-    return x, mask, (*layout, mask.data_ptr(), mask_columns, mask_stride, size)
+def _flat_mask(mask: Tensor | None, size: int) -> tuple[Tensor | None, int, int]:
+    """As flat_rows; None counts as one row of `size`."""
+    return (None, size, size) if mask is None else flat_rows(mask)
