@@ -15,6 +15,36 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class Kernels(NamedTuple):
+    """The kernels of one op."""
+
+    file: str  # NAME of rlhf_kernels/backends/<backend>/NAME.py, in each backend
+    backends: tuple[str, ...]
+    functions: tuple[str, ...]  # what that file defines for `ops` to call
+
+
+_BOTH = ("triton", "cpu")
+_ALL = ("triton", "cuda", "cpu")
+_LINEAR = Kernels("linear", _BOTH, ("allocate", "linear_fold", "linear_gradient", "product_dtype"))
+# Every op with kernels is one line here; what is not here, the reference serves.
+OPS = {
+    "full_kl": Kernels("full_kl", _BOTH, ("full_kl_fwd", "full_kl_bwd")),
+    "gae": Kernels("scan", _ALL, ("gae",)),
+    "gae_packed": Kernels("scan", _ALL, ("gae_packed",)),
+    "linear_kl": _LINEAR,
+    "linear_logprobs": _LINEAR,
+    "linear_policy_loss": _LINEAR,
+    "per_token_kl": Kernels("tokens", _BOTH, ("per_token_kl_fwd", "per_token_kl_bwd")),
+    "policy_loss": Kernels("losses", _BOTH, ("policy_loss",)),
+    "ppo_advantages": Kernels("scan", _BOTH, ("ppo_advantages",)),
+    "sample_tokens": Kernels("sampling", _BOTH, ("sample_tokens",)),
+    "selected_logprobs": Kernels("logits", _BOTH, ("selected_logprobs_fwd", "selected_logprobs_bwd")),
+    "shaped_rewards": Kernels("tokens", _BOTH, ("shaped_rewards",)),
+    "value_loss": Kernels("losses", _BOTH, ("value_loss",)),
+    "whiten": Kernels("whiten", _BOTH, ("whiten_moments", "whiten_fwd", "whiten_bwd")),
+}
+
+
 class Backend(NamedTuple):
     """One folder under rlhf_kernels/backends."""
 
@@ -22,72 +52,29 @@ class Backend(NamedTuple):
     device: str  # device type it serves when nobody forces a backend
     needs: str  # module whose presence makes the backend available
     why_absent: str
-    ops: frozenset[str]
+
+    @property
+    def ops(self) -> frozenset[str]:
+        return _SERVED[self.name]
 
 
-# A backend is one module and one line here; for a device the first available one that has the op wins.
+# For a device the first available one that has the op wins.
 BACKENDS = (
-    Backend(
-        "triton",
-        "cuda",
-        "triton",
-        "triton is not installed: pip install triton",
-        frozenset(
-            {
-                "full_kl",
-                "gae",
-                "gae_packed",
-                "linear_kl",
-                "linear_logprobs",
-                "linear_policy_loss",
-                "per_token_kl",
-                "policy_loss",
-                "ppo_advantages",
-                "sample_tokens",
-                "selected_logprobs",
-                "shaped_rewards",
-                "value_loss",
-                "whiten",
-            }
-        ),
-    ),
+    Backend("triton", "cuda", "triton", "triton is not installed: pip install triton"),
     Backend(
         "cuda",
         "cuda",
         "rlhf_kernels._cuda",
         "the CUDA module was not built: reinstall where nvcc is, without RLHF_KERNELS_NO_CUDA",
-        frozenset(
-            {
-                "gae",
-                "gae_packed",
-            }
-        ),
     ),
     Backend(
         "cpu",
         "cpu",
         "rlhf_kernels._native",
         "the native module was not built: reinstall with a C++17 compiler and without RLHF_KERNELS_NO_NATIVE",
-        frozenset(
-            {
-                "full_kl",
-                "gae",
-                "gae_packed",
-                "linear_kl",
-                "linear_logprobs",
-                "linear_policy_loss",
-                "per_token_kl",
-                "policy_loss",
-                "ppo_advantages",
-                "sample_tokens",
-                "selected_logprobs",
-                "shaped_rewards",
-                "value_loss",
-                "whiten",
-            }
-        ),
     ),
 )
+_SERVED = {b.name: frozenset(op for op, kernels in OPS.items() if b.name in kernels.backends) for b in BACKENDS}
 
 
 def _present(module: str) -> bool:
@@ -147,10 +134,15 @@ def require_backend(op: str, tensor: Tensor) -> str:
 
 
 def backend_module(name: str) -> ModuleType:
-    """The backend's module, imported at its first use."""
+    """The backend's package, imported at its first use, with the functions that OPS lists for it."""
     module = _modules.get(name)
     if module is None:
-        module = _modules[name] = importlib.import_module(f"rlhf_kernels.backends.{name}")
+        module = importlib.import_module(f"rlhf_kernels.backends.{name}")
+        for op in sorted(_SERVED[name]):
+            file = importlib.import_module(f"{module.__name__}.{OPS[op].file}")
+            for function in OPS[op].functions:
+                setattr(module, function, getattr(file, function))
+        _modules[name] = module
     return module
 
 

@@ -22,25 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from rlhf_kernels.backends.triton import (
-    full_kl_bwd,
-    full_kl_fwd,
-    gae,
-    gae_packed,
-    linear_fold,
-    linear_gradient,
-    per_token_kl_bwd,
-    per_token_kl_fwd,
-    ppo_advantages,
-    sample_tokens,
-    selected_logprobs_bwd,
-    selected_logprobs_fwd,
-    shaped_rewards,
-    whiten_bwd,
-    whiten_fwd,
-)
-from rlhf_kernels.backends.triton import policy_loss as policy_loss_kernel
-from rlhf_kernels.backends.triton import value_loss as value_loss_kernel
+from rlhf_kernels.backends.triton.full_kl import full_kl_bwd, full_kl_fwd
+from rlhf_kernels.backends.triton.linear import linear_fold, linear_gradient
+from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
+from rlhf_kernels.backends.triton.losses import policy_loss as policy_loss_kernel
+from rlhf_kernels.backends.triton.losses import value_loss as value_loss_kernel
+from rlhf_kernels.backends.triton.sampling import sample_tokens
+from rlhf_kernels.backends.triton.scan import gae, gae_packed, ppo_advantages
+from rlhf_kernels.backends.triton.tokens import per_token_kl_bwd, per_token_kl_fwd, shaped_rewards
+from rlhf_kernels.backends.triton.whiten import whiten_bwd, whiten_fwd
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.common import DTYPES, address, contiguous, last_contiguous
-from rlhf_kernels.backends.cpu.tokens import whiten_into
+from rlhf_kernels.backends.cpu.whiten import whiten_into
 
 
 def gae(
