@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint: refusal costs speed
-// alone.
+// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint:
+// refusal costs speed alone.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
@@ -28,8 +28,8 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
-// What the files in bind/ add to the module. A function's own variable: it exists before their constructors
-// run.
+// What the files in bind/ add to the module. A function's own variable:
+// it exists before their constructors run.
 std::vector<void (*)(py::module_&)>& registered() {
   static std::vector<void (*)(py::module_&)> bindings;
   return bindings;

@@ -1,5 +1,5 @@
-// Shared by the bindings: a function of the module, its kernels' table, and a kernel run over rows on torch's
-// threads.
+// Shared by the bindings: a function of the module, its kernels' table,
+// and a kernel run over rows on torch's threads.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -254,8 +254,8 @@ struct Exp {
 
   // 2^(d * c) = fraction * scale for clamped d <= 0. Kept apart so that a sum takes the product in one fma.
   void split(vf d, vf& fraction, vf& scale) const {
-    // 1.5 * 2^23 makes the addition round to an integer; + 127 leaves that integer already biased as an
-    // exponent.
+    // 1.5 * 2^23 makes the addition round to an integer;
+    // + 127 leaves that integer already biased as an exponent.
     constexpr float kRound = 12582912.0f + 127.0f;
     const vf rounded = d * c + kRound;
     const vf f = d * c - (rounded - kRound);

@@ -13,8 +13,8 @@ struct Range {
   int64_t end;
 };
 
-// Padded: sequence b is row b of `time` positions. Packed: it is positions [offset b, offset b + 1) of one
-// row.
+// Padded: sequence b is row b of `time` positions.
+// Packed: it is positions [offset b, offset b + 1) of one row.
 struct Gae {
   const void* rewards;     // [B, T], rows stride_rewards apart; or [total] contiguous, as all that follow
   const void* values;      // [B, T]

@@ -40,8 +40,8 @@ struct ShapedRewards {
   float clip;  // bound on |score|; infinite = none
 };
 
-// What is whitened, and by what; mean = high + low, because x - mean would lose the digits of a mean rounded
-// once.
+// What is whitened, and by what; mean = high + low, because x - mean would lose the digits
+// of a mean rounded once.
 struct Whitening {
   Flat x;
   FlatMask mask;
