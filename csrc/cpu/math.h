@@ -241,8 +241,8 @@ class DoubleSum {
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {
   float c;
-  float floor;  // the d at which the result has reached 0: clamping there keeps d * c and entropy's e * d
-                // finite
+  // The d at which the result has reached 0: clamping there keeps d * c and entropy's e * d finite.
+  float floor;
 
   explicit Exp(double temperature) {
     c = static_cast<float>(1.4426950408889634 / temperature);

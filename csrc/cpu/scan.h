@@ -44,8 +44,8 @@ struct Advantages {
   float* advantages;
   float* returns;
   float* kl;
-  double* moments;  // [B, 3]: count, mean and sum of squared deviations of the row's advantages; null = not
-                    // wanted
+  // [B, 3]: count, mean and sum of squared deviations of the row's advantages; null = not wanted.
+  double* moments;
   int64_t stride_logprobs;
   int64_t stride_ref_logprobs;
   int64_t stride_values;
