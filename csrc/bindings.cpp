@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint: refusal costs speed
-// alone.
+// Asks for huge pages under [address, address + bytes), not touched yet. Only a hint:
+// refusal costs speed alone.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
@@ -28,7 +28,16 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
+// What the files in bind/ add to the module. A function's own variable:
+// it exists before their constructors run.
+std::vector<void (*)(py::module_&)>& registered() {
+  static std::vector<void (*)(py::module_&)> bindings;
+  return bindings;
+}
+
 }  // namespace
+
+rk::Binding::Binding(void (*add)(py::module_&)) { registered().push_back(add); }
 
 PYBIND11_MODULE(_native, m) {
   const char* forced = std::getenv("RLHF_KERNELS_ISA");
@@ -40,13 +49,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels over raw pointers; called by rlhf_kernels.backends.cpu alone.";
   m.def("isa", &rk::isa);
   m.def("available_isas", &rk::available_isas);
-  m.def("set_isa", &rk::set_isa);
-  m.def("advise_huge_pages", &advise_huge_pages, rk::NoGil());
-  rk::bind_full_kl(m);
-  rk::bind_linear(m);
-  rk::bind_logits(m);
-  rk::bind_losses(m);
-  rk::bind_sampling(m);
-  rk::bind_scan(m);
-  rk::bind_tokens(m);
+  m.def("set_isa", &rk::set_isa, py::arg("name"));
+  m.def("advise_huge_pages", &advise_huge_pages, rk::NoGil(), py::arg("address"), py::arg("bytes"));
+  for (const auto add : registered()) add(m);
 }

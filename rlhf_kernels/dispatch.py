@@ -11,8 +11,43 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+# Asked in every call: looking them up costs as much as calling them.
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Kernels(NamedTuple):
+    """The kernels of one op."""
+
+    file: str  # NAME of rlhf_kernels/backends/<backend>/NAME.py, in each backend
+    backends: tuple[str, ...]
+    functions: tuple[str, ...]  # what that file defines for `ops` to call
+
+
+_BOTH = ("triton", "cpu")
+_ALL = ("triton", "cuda", "cpu")
+_LINEAR = Kernels("linear", _BOTH, ("allocate", "linear_fold", "linear_gradient", "product_dtype"))
+# Every op with kernels is one line here; what is not here, the reference serves.
+OPS = {
+    "full_kl": Kernels("full_kl", _BOTH, ("full_kl_fwd", "full_kl_bwd")),
+    "gae": Kernels("scan", _ALL, ("gae",)),
+    "gae_packed": Kernels("scan", _ALL, ("gae_packed",)),
+    "linear_kl": _LINEAR,
+    "linear_logprobs": _LINEAR,
+    "linear_policy_loss": _LINEAR,
+    "per_token_kl": Kernels("tokens", _BOTH, ("per_token_kl_fwd", "per_token_kl_bwd")),
+    "policy_loss": Kernels("losses", _BOTH, ("policy_loss",)),
+    "ppo_advantages": Kernels("scan", _BOTH, ("ppo_advantages",)),
+    "sample_tokens": Kernels("sampling", _BOTH, ("sample_tokens",)),
+    "selected_logprobs": Kernels("logits", _BOTH, ("selected_logprobs_fwd", "selected_logprobs_bwd")),
+    "shaped_rewards": Kernels("tokens", _BOTH, ("shaped_rewards",)),
+    "value_loss": Kernels("losses", _BOTH, ("value_loss",)),
+    "whiten": Kernels("whiten", _BOTH, ("whiten_moments", "whiten_fwd", "whiten_bwd")),
+}
 
 
 class Backend(NamedTuple):
@@ -25,19 +60,10 @@ class Backend(NamedTuple):
 
     @property
     def ops(self) -> frozenset[str]:
-        return frozenset(op for op, kernel in KERNELS.items() if self.name in kernel.backends)
+        return _SERVED[self.name]
 
 
-class Kernel(NamedTuple):
-    """What the backends have for one op."""
-
-    module: str  # of that name in each backend's folder
-    functions: tuple[str, ...]  # of that module, called by the op
-    backends: tuple[str, ...]
-    cpu_functions: tuple[str, ...] = ()  # that the CPU's module alone has
-
-
-# For a device the first available backend that has the op wins.
+# For a device the first available one that has the op wins.
 BACKENDS = (
     Backend("triton", "cuda", "triton", "triton is not installed: pip install triton"),
     Backend(
@@ -53,25 +79,7 @@ BACKENDS = (
         "the native module was not built: reinstall with a C++17 compiler and without RLHF_KERNELS_NO_NATIVE",
     ),
 )
-_BOTH = ("triton", "cpu")
-_HEAD = ("allocate", "linear_fold", "linear_gradient", "product_dtype")
-# Every op with a kernel, once; a backend's functions are those of the modules that are named here.
-KERNELS = {
-    "full_kl": Kernel("full_kl", ("full_kl_fwd", "full_kl_bwd"), _BOTH),
-    "gae": Kernel("scan", ("gae",), ("triton", "cuda", "cpu")),
-    "gae_packed": Kernel("scan", ("gae_packed",), ("triton", "cuda", "cpu")),
-    "linear_kl": Kernel("linear", _HEAD, _BOTH),
-    "linear_logprobs": Kernel("linear", _HEAD, _BOTH),
-    "linear_policy_loss": Kernel("linear", _HEAD, _BOTH),
-    "per_token_kl": Kernel("tokens", ("per_token_kl_fwd", "per_token_kl_bwd"), _BOTH),
-    "policy_loss": Kernel("losses", ("policy_loss",), _BOTH, ("loss_bwd",)),
-    "ppo_advantages": Kernel("scan", ("ppo_advantages",), _BOTH),
-    "sample_tokens": Kernel("sampling", ("sample_tokens",), _BOTH),
-    "selected_logprobs": Kernel("logits", ("selected_logprobs_fwd", "selected_logprobs_bwd"), _BOTH),
-    "shaped_rewards": Kernel("tokens", ("shaped_rewards",), _BOTH),
-    "value_loss": Kernel("losses", ("value_loss",), _BOTH, ("loss_bwd",)),
-    "whiten": Kernel("whiten", ("whiten_moments", "whiten_fwd", "whiten_bwd"), _BOTH),
-}
+_SERVED = {b.name: frozenset(op for op, kernels in OPS.items() if b.name in kernels.backends) for b in BACKENDS}
 
 
 def _present(module: str) -> bool:
@@ -98,25 +106,32 @@ def available() -> dict[str, str | None]:
 
 def automatic(op: str, device_type: str) -> str | None:
     """Name of the backend that serves `op` on that type of device, None for the reference."""
-    kernel = KERNELS.get(op)
-    if kernel is not None:
-        for backend in _AUTOMATIC.get(device_type, ()):
-            if backend.name in kernel.backends:
-                return backend.name
+    for backend in _AUTOMATIC.get(device_type, ()):
+        if op in backend.ops:
+            return backend.name
     return None
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD looks at what is computed: they see through the reference, not a kernel."""
+    return not _is_compiling() and (_transforms_active() or forward_ad._current_level >= 0)
 
 
 def select_backend(op: str, tensor: Tensor) -> str | None:
     """Name of the backend whose kernel serves `op` on `tensor`; None means the reference.
 
-    float64 goes to the reference also under a forced backend, so that gradcheck works.
+    float64, torch.func (grad, vmap, jvp, ...) and forward-mode AD go to the reference, also under a forced backend.
     Raises NotImplementedError when a forced backend has no kernel for `op`.
     """
+    return None if transformed() else _backend_of(op, tensor)
+
+
+def _backend_of(op: str, tensor: Tensor) -> str | None:
     if tensor.dtype not in KERNEL_DTYPES or _forced == "reference":
         return None
     if _forced is None:
         return automatic(op, tensor.device.type)
-    if op not in KERNELS or _forced not in KERNELS[op].backends:
+    if op not in _BY_NAME[_forced].ops:
         raise NotImplementedError(
             f"use_backend({_forced!r}): this backend has no kernel for {op}; "
             f"call it outside the with-block or under use_backend('reference')"
@@ -125,25 +140,24 @@ def select_backend(op: str, tensor: Tensor) -> str | None:
 
 
 def require_backend(op: str, tensor: Tensor) -> str:
-    """As `select_backend`, for a registered op at run time: that it has a kernel was decided at trace time."""
-    name = select_backend(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
+    """As `select_backend`, for a registered op at run time: that a kernel serves the call was chosen at trace time."""
+    name = _backend_of(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
     if name is None:
         raise NotImplementedError(f"torch.ops.rlhf_kernels.{op}: no kernel for {tensor.dtype} on {tensor.device}")
     return name
 
 
 def backend_module(name: str) -> ModuleType:
-    """The backend's package with the functions of every kernel it has, imported at its first use."""
-    package = _modules.get(name)
-    if package is None:
-        package = importlib.import_module(f"rlhf_kernels.backends.{name}")
-        for kernel in KERNELS.values():
-            if name in kernel.backends:
-                module = importlib.import_module(f"{package.__name__}.{kernel.module}")
-                for function in kernel.functions + (kernel.cpu_functions if name == "cpu" else ()):
-                    setattr(package, function, getattr(module, function))
-        _modules[name] = package
-    return package
+    """The backend's package, imported at its first use, with the functions that OPS lists for it."""
+    module = _modules.get(name)
+    if module is None:
+        module = importlib.import_module(f"rlhf_kernels.backends.{name}")
+        for op in sorted(_SERVED[name]):
+            file = importlib.import_module(f"{module.__name__}.{OPS[op].file}")
+            for function in OPS[op].functions:
+                setattr(module, function, getattr(file, function))
+        _modules[name] = module
+    return module
 
 
 @contextmanager

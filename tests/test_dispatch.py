@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Backend, require_backend
+from conftest import Backend
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
@@ -98,25 +98,6 @@ def test_import_loads_no_optional_package() -> None:
     )
     done = _python(program)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("name", [backend.name for backend in dispatch.BACKENDS])
-def test_a_backend_has_the_functions_that_the_table_names(name: str) -> None:
-    """A kernel that the table promises and no module holds is named at the backend's first use."""
-    require_backend(name)
-    package = dispatch.backend_module(name)
-    kernels = [kernel for kernel in dispatch.KERNELS.values() if name in kernel.backends]
-    assert kernels
-    assert all(callable(getattr(package, function)) for kernel in kernels for function in kernel.functions)
-
-
-def test_a_forgotten_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_backend("cpu")
-    forgotten = dispatch.Kernel("scan", ("gae_backwards",), ("cpu",))
-    monkeypatch.setattr(dispatch, "KERNELS", {**dispatch.KERNELS, "gae_backwards": forgotten})
-    monkeypatch.setattr(dispatch, "_modules", {})
-    with pytest.raises(AttributeError, match="gae_backwards"):
-        dispatch.backend_module("cpu")
 
 
 def test_info_names_backends_and_ops(capsys: pytest.CaptureFixture[str]) -> None:

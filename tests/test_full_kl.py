@@ -239,12 +239,9 @@ def test_gradients_of_a_row_sum_to_zero(backend: Backend) -> None:
         assert (grad.double().sum(-1).abs() <= 1e-6 * grad.double().abs().sum(-1)).all()
 
 
-def test_backward_twice_gives_the_same_and_double_backward_says_that_it_is_missing(kernel_backend: Backend) -> None:
+def test_backward_twice_gives_the_same(kernel_backend: Backend) -> None:
     x, y = (row.to(kernel_backend.device) for row in _pair("normal", (2, 60), torch.float32))
     kl = rk.full_kl(x.requires_grad_(), y)
     first, second = (torch.autograd.grad(kl.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert first is not second
-    (grad,) = torch.autograd.grad(kl.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"full_kl_backward.*no autograd formula"):
-        grad.sum().backward()

@@ -358,11 +358,3 @@ def test_errors_name_the_argument() -> None:
             rk.linear_policy_loss(hidden, weight, labels, *arguments, **options)
     with pytest.raises(IndexError, match="linear_cross_entropy: label 5 at row 0"):
         rk.linear_cross_entropy(hidden, weight, labels + 5)
-
-
-def test_double_backward_says_that_it_is_missing(kernel_backend: Backend) -> None:
-    data = rollout()
-    leaves = leaves_of(kernel_backend, data)
-    grads = torch.autograd.grad(call(kernel_backend, data, leaves)[0].square(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grads[0].sum().backward()

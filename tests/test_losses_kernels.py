@@ -232,15 +232,6 @@ def test_opcheck(kernel_backend: Backend) -> None:
     torch.library.opcheck(ops.value_loss.default, (leaf, old, advantages, mask, scalars[2:], given, True, True))
 
 
-def test_double_backward_raises(kernel_backend: Backend) -> None:
-    x = [_normal(2, 5, seed=s).to(kernel_backend.device) for s in range(3)]
-    for loss_of in (rk.policy_loss, rk.value_loss):
-        leaf = x[0].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(leaf, *x[1:])[0].square(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grad.sum().backward()
-
-
 @pytest.mark.parametrize("side", ["behind", "before"])
 def test_guard_pages(kernel_backend: Backend, small_blocks: None, side: str) -> None:
     """An access outside an input ends the process: with it, this test."""

@@ -90,6 +90,16 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.whl"))
 
 
+def test_kernels_without_a_binding_are_named(source: Path, tmp_path: Path) -> None:
+    (source / "csrc" / "cpu" / "extra.cpp").touch()
+    try:
+        done = _build(source, tmp_path)
+    finally:
+        (source / "csrc" / "cpu" / "extra.cpp").unlink()
+    assert done.returncode != 0
+    assert "csrc/bind/extra.cpp is missing: csrc/cpu/extra.cpp has kernels" in " ".join(done.stderr.split())
+
+
 def test_native_sources_include_no_torch_header() -> None:
     files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert len(files) > 5

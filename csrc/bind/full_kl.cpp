@@ -1,4 +1,8 @@
+#include "../cpu/full_kl.h"
+
 #include "bind.h"
+
+RK_KERNEL_TABLE(RK_FULL_KL_KERNELS)
 
 namespace rk {
 namespace {
@@ -17,22 +21,22 @@ FullKlArgs full_kl_args(uintptr_t logits, int64_t stride_outer, int64_t stride_i
           temperature};
 }
 
-void full_kl_fwd(uintptr_t logits, int64_t stride_outer, int64_t stride_inner, uintptr_t ref,
-                 int64_t ref_stride_outer, int64_t ref_stride_inner, int dtype, int64_t outer, int64_t inner,
-                 int64_t vocab, int direction, uintptr_t mask, double temperature, uintptr_t row_temperature,
-                 uintptr_t kl, uintptr_t stats, int threads) {
+RK_KEYWORDS(void, full_kl_fwd, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, uintptr_t ref,
+            int64_t ref_stride_outer, int64_t ref_stride_inner, int dtype, int64_t outer, int64_t inner,
+            int64_t vocab, int direction, uintptr_t mask, double temperature, uintptr_t row_temperature,
+            uintptr_t kl, uintptr_t stats, int threads) {
   const FullKlFwd args = {
       full_kl_args(logits, stride_outer, stride_inner, ref, ref_stride_outer, ref_stride_inner, dtype, inner,
                    vocab, direction, mask, temperature, row_temperature),
       pointer<float>(kl), pointer<float>(stats)};
   const int64_t rows = outer * inner;
-  run<&Kernels::full_kl_fwd>(args, rows, rows_per_task(rows, 2 * vocab, threads), threads);
+  parallel_for_rows(kernels().full_kl_fwd, args, rows, rows_per_task(rows, 2 * vocab, threads), threads);
 }
 
-void full_kl_bwd(uintptr_t logits, int64_t stride_outer, int64_t stride_inner, uintptr_t ref,
-                 int64_t ref_stride_outer, int64_t ref_stride_inner, int dtype, int64_t outer, int64_t inner,
-                 int64_t vocab, int direction, uintptr_t mask, double temperature, uintptr_t row_temperature,
-                 uintptr_t grad_kl, uintptr_t stats, uintptr_t grad, int threads) {
+RK_KEYWORDS(void, full_kl_bwd, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, uintptr_t ref,
+            int64_t ref_stride_outer, int64_t ref_stride_inner, int dtype, int64_t outer, int64_t inner,
+            int64_t vocab, int direction, uintptr_t mask, double temperature, uintptr_t row_temperature,
+            uintptr_t grad_kl, uintptr_t stats, uintptr_t grad, int threads) {
   // The gradient is contiguous.
   const FullKlBwd args = {
       full_kl_args(logits, stride_outer, stride_inner, ref, ref_stride_outer, ref_stride_inner, dtype, inner,
@@ -41,14 +45,8 @@ void full_kl_bwd(uintptr_t logits, int64_t stride_outer, int64_t stride_inner, u
       pointer<float>(stats),
       {pointer<void>(grad), inner, inner * vocab, vocab}};
   const int64_t rows = outer * inner;
-  run<&Kernels::full_kl_bwd>(args, rows, rows_per_task(rows, 2 * vocab, threads), threads);
+  parallel_for_rows(kernels().full_kl_bwd, args, rows, rows_per_task(rows, 2 * vocab, threads), threads);
 }
 
 }  // namespace
-
-void bind_full_kl(py::module_& m) {
-  m.def("full_kl_fwd", &full_kl_fwd, NoGil());
-  m.def("full_kl_bwd", &full_kl_bwd, NoGil());
-}
-
 }  // namespace rk

@@ -1,4 +1,8 @@
+#include "../cpu/linear.h"
+
 #include "bind.h"
+
+RK_KERNEL_TABLE(RK_LINEAR_KERNELS)
 
 namespace rk {
 namespace {
@@ -19,29 +23,23 @@ HeadTile head_tile(uintptr_t data, int dtype, int64_t stride, int64_t width, int
           temperature};
 }
 
-void linear_fold(uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width, int64_t first,
-                 uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
-                 double temperature, uintptr_t row_temperature, uintptr_t state, bool entropy, int threads) {
+RK_KEYWORDS(void, linear_fold, uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width,
+            int64_t first, uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
+            double temperature, uintptr_t row_temperature, uintptr_t state, bool entropy, int threads) {
   const LinearFold args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
                                      label_bytes, temperature, row_temperature),
                            pointer<double>(state), entropy};
-  run<&Kernels::linear_fold>(args, rows, rows_per_task(rows, width, threads), threads);
+  parallel_for_rows(kernels().linear_fold, args, rows, rows_per_task(rows, width, threads), threads);
 }
 
-void linear_gradient(uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width, int64_t first,
-                     uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
-                     double temperature, uintptr_t row_temperature, uintptr_t coefficients, int threads) {
+RK_KEYWORDS(void, linear_gradient, uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width,
+            int64_t first, uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
+            double temperature, uintptr_t row_temperature, uintptr_t coefficients, int threads) {
   const LinearGradient args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
                                          label_bytes, temperature, row_temperature),
                                pointer<float>(coefficients)};
-  run<&Kernels::linear_gradient>(args, rows, rows_per_task(rows, width, threads), threads);
+  parallel_for_rows(kernels().linear_gradient, args, rows, rows_per_task(rows, width, threads), threads);
 }
 
 }  // namespace
-
-void bind_linear(py::module_& m) {
-  m.def("linear_fold", &linear_fold, NoGil());
-  m.def("linear_gradient", &linear_gradient, NoGil());
-}
-
 }  // namespace rk

@@ -1,4 +1,8 @@
+#include "../cpu/logits.h"
+
 #include "bind.h"
+
+RK_KERNEL_TABLE(RK_LOGITS_KERNELS)
 
 namespace rk {
 namespace {
@@ -25,10 +29,10 @@ LogprobsArgs logprobs_args(uintptr_t logits, int dtype, int64_t inner, int64_t s
 }
 
 // Returns the first row with a bad label, and then has computed nothing; -1 when all is done.
-int64_t selected_logprobs_fwd(uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                              int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
-                              uintptr_t mask, double temperature, uintptr_t row_temperature,
-                              uintptr_t logprobs, uintptr_t entropy, uintptr_t stats, int threads) {
+RK_KEYWORDS(int64_t, selected_logprobs_fwd, uintptr_t logits, int dtype, int64_t outer, int64_t inner,
+            int64_t stride_outer, int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
+            uintptr_t mask, double temperature, uintptr_t row_temperature, uintptr_t logprobs,
+            uintptr_t entropy, uintptr_t stats, int threads) {
   LogprobsFwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels,
                                     label_bytes, mask, temperature, row_temperature),
                       pointer<float>(logprobs), pointer<float>(entropy), pointer<float>(stats)};
@@ -37,16 +41,15 @@ int64_t selected_logprobs_fwd(uintptr_t logits, int dtype, int64_t outer, int64_
       (label_bytes == 4 ? first_bad_label<int32_t> : first_bad_label<int64_t>)(args.in.labels.data,
                                                                                args.in.mask, rows, vocab);
   if (bad >= 0) return bad;
-  run<&Kernels::logprobs_fwd>(args, rows, rows_per_task(rows, vocab, threads), threads);
+  parallel_for_rows(kernels().logprobs_fwd, args, rows, rows_per_task(rows, vocab, threads), threads);
   return -1;
 }
 
-void selected_logprobs_bwd(uintptr_t logits, int dtype, int64_t outer, int64_t inner, int64_t stride_outer,
-                           int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
-                           uintptr_t mask, double temperature, uintptr_t row_temperature,
-                           uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t stats,
-                           uintptr_t entropy, uintptr_t grad, int64_t grad_stride_outer,
-                           int64_t grad_stride_inner, int threads) {
+RK_KEYWORDS(void, selected_logprobs_bwd, uintptr_t logits, int dtype, int64_t outer, int64_t inner,
+            int64_t stride_outer, int64_t stride_inner, int64_t vocab, uintptr_t labels, int label_bytes,
+            uintptr_t mask, double temperature, uintptr_t row_temperature, uintptr_t grad_logprobs,
+            uintptr_t grad_entropy, uintptr_t stats, uintptr_t entropy, uintptr_t grad,
+            int64_t grad_stride_outer, int64_t grad_stride_inner, int threads) {
   LogprobsBwd args = {logprobs_args(logits, dtype, inner, stride_outer, stride_inner, vocab, labels,
                                     label_bytes, mask, temperature, row_temperature),
                       pointer<float>(grad_logprobs),
@@ -55,14 +58,8 @@ void selected_logprobs_bwd(uintptr_t logits, int dtype, int64_t outer, int64_t i
                       pointer<float>(entropy),
                       {pointer<void>(grad), inner, grad_stride_outer, grad_stride_inner}};
   const int64_t rows = outer * inner;
-  run<&Kernels::logprobs_bwd>(args, rows, rows_per_task(rows, vocab, threads), threads);
+  parallel_for_rows(kernels().logprobs_bwd, args, rows, rows_per_task(rows, vocab, threads), threads);
 }
 
 }  // namespace
-
-void bind_logits(py::module_& m) {
-  m.def("selected_logprobs_fwd", &selected_logprobs_fwd, NoGil());
-  m.def("selected_logprobs_bwd", &selected_logprobs_bwd, NoGil());
-}
-
 }  // namespace rk

@@ -1,8 +1,12 @@
+#include "../cpu/losses.h"
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "bind.h"
+
+RK_KERNEL_TABLE(RK_LOSSES_KERNELS)
 
 namespace rk {
 namespace {
@@ -67,14 +71,15 @@ Matrix matrix(uintptr_t data, int dtype, int64_t stride) {
 }
 
 // denominator: NaN = the number of counted tokens.
-void run_policy_loss(uintptr_t logprobs, int logprobs_dtype, int64_t logprobs_stride, uintptr_t old_logprobs,
-                     int old_dtype, int64_t old_stride, uintptr_t advantages, int advantages_dtype,
-                     int64_t advantages_stride, uintptr_t weights, int weights_dtype, int64_t weights_stride,
-                     uintptr_t mask, int64_t mask_stride, int64_t rows, int64_t time, int64_t tile,
-                     double low, double high, double dual_clip, bool sequence, bool row_means,
-                     double denominator, uintptr_t loss, uintptr_t stats, uintptr_t grad, int threads) {
+RK_POSITIONS(void, policy_loss, uintptr_t logprobs, int logprobs_dtype, int64_t logprobs_stride,
+             uintptr_t old_logprobs, int old_logprobs_dtype, int64_t old_logprobs_stride,
+             uintptr_t advantages, int advantages_dtype, int64_t advantages_stride, uintptr_t weights,
+             int weights_dtype, int64_t weights_stride, uintptr_t mask, int64_t mask_stride, int64_t rows,
+             int64_t time, int64_t tile, double low, double high, double dual_clip, bool sequence,
+             bool row_means, double denominator, uintptr_t loss, uintptr_t stats, uintptr_t grad,
+             int threads) {
   PolicyLoss args = {matrix(logprobs, logprobs_dtype, logprobs_stride),
-                     matrix(old_logprobs, old_dtype, old_stride),
+                     matrix(old_logprobs, old_logprobs_dtype, old_logprobs_stride),
                      matrix(advantages, advantages_dtype, advantages_stride),
                      matrix(weights, weights_dtype, weights_stride),
                      {time, tile, pointer<uint8_t>(mask), mask_stride, pointer<float>(grad)},
@@ -87,17 +92,17 @@ void run_policy_loss(uintptr_t logprobs, int logprobs_dtype, int64_t logprobs_st
   const int64_t count = units(args.tiles, rows);
   std::vector<PolicyPartial> partials(count);
   args.partials = partials.data();
-  run<&Kernels::policy_loss>(args, count, rows_per_task(count, tile, threads), threads);
+  parallel_for_rows(kernels().policy_loss, args, count, rows_per_task(count, tile, threads), threads);
   finish_policy(args.partials, count, denominator, pointer<float>(loss), pointer<float>(stats));
 }
 
-void run_value_loss(uintptr_t values, int values_dtype, int64_t values_stride, uintptr_t old_values,
-                    int old_dtype, int64_t old_stride, uintptr_t returns, int returns_dtype,
-                    int64_t returns_stride, uintptr_t mask, int64_t mask_stride, int64_t rows, int64_t time,
-                    int64_t tile, double clip, bool row_means, double denominator, uintptr_t loss,
-                    uintptr_t stats, uintptr_t grad, int threads) {
+RK_POSITIONS(void, value_loss, uintptr_t values, int values_dtype, int64_t values_stride,
+             uintptr_t old_values, int old_values_dtype, int64_t old_values_stride, uintptr_t returns,
+             int returns_dtype, int64_t returns_stride, uintptr_t mask, int64_t mask_stride, int64_t rows,
+             int64_t time, int64_t tile, double clip, bool row_means, double denominator, uintptr_t loss,
+             uintptr_t stats, uintptr_t grad, int threads) {
   ValueLoss args = {matrix(values, values_dtype, values_stride),
-                    matrix(old_values, old_dtype, old_stride),
+                    matrix(old_values, old_values_dtype, old_values_stride),
                     matrix(returns, returns_dtype, returns_stride),
                     {time, tile, pointer<uint8_t>(mask), mask_stride, pointer<float>(grad)},
                     static_cast<float>(clip),
@@ -106,24 +111,17 @@ void run_value_loss(uintptr_t values, int values_dtype, int64_t values_stride, u
   const int64_t count = units(args.tiles, rows);
   std::vector<ValuePartial> partials(count);
   args.partials = partials.data();
-  run<&Kernels::value_loss>(args, count, rows_per_task(count, tile, threads), threads);
+  parallel_for_rows(kernels().value_loss, args, count, rows_per_task(count, tile, threads), threads);
   finish_value(args.partials, count, denominator, pointer<float>(loss), pointer<float>(stats));
 }
 
 // grad_x = grad * upstream / denominator.
-void run_loss_bwd(uintptr_t grad, int64_t size, uintptr_t upstream, uintptr_t denominator, uintptr_t grad_x,
-                  int dtype, int threads) {
+RK_POSITIONS(void, loss_bwd, uintptr_t grad, int64_t size, uintptr_t upstream, uintptr_t denominator,
+             uintptr_t grad_x, int dtype, int threads) {
   const LossBwd args = {pointer<float>(grad), *pointer<float>(upstream) / *pointer<float>(denominator),
                         pointer<void>(grad_x), static_cast<Dtype>(dtype)};
-  run<&Kernels::loss_bwd>(args, size, rows_per_task(size, 1, threads), threads);
+  parallel_for_rows(kernels().loss_bwd, args, size, rows_per_task(size, 1, threads), threads);
 }
 
 }  // namespace
-
-void bind_losses(py::module_& m) {
-  m.def("policy_loss", &run_policy_loss, NoGil());
-  m.def("value_loss", &run_value_loss, NoGil());
-  m.def("loss_bwd", &run_loss_bwd, NoGil());
-}
-
 }  // namespace rk

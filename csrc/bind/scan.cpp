@@ -1,6 +1,10 @@
+#include "../cpu/scan.h"
+
 #include <vector>
 
 #include "bind.h"
+
+RK_KERNEL_TABLE(RK_SCAN_KERNELS)
 
 namespace rk {
 namespace {
@@ -19,7 +23,7 @@ int64_t first_bad_offset(const Offset* offsets, int64_t sequences, int64_t total
 template <class Offset>
 std::vector<Range> split(const Offset* offsets, int64_t sequences, int threads) {
   const int64_t share =
-      threads > 1 ? std::max<int64_t>(kGrain, offsets[sequences] / (4 * threads)) : INT64_MAX;
+      threads > 1 ? std::max<int64_t>(kMinElementsPerTask, offsets[sequences] / (4 * threads)) : INT64_MAX;
   std::vector<Range> ranges;
   for (int64_t first = 0, end = 0; first < sequences; first = end) {
     while (end < sequences && offsets[end] - offsets[first] < share) ++end;
@@ -31,9 +35,9 @@ std::vector<Range> split(const Offset* offsets, int64_t sequences, int threads) 
   return ranges;
 }
 
-void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
-             int64_t batch, int64_t time, int64_t stride_rewards, int64_t stride_values, int64_t stride_mask,
-             double gamma, double lam, int holes, uintptr_t advantages, uintptr_t returns, int threads) {
+RK_POSITIONS(void, gae, uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
+             int64_t batch, int64_t time, int64_t rewards_stride, int64_t values_stride, int64_t mask_stride,
+             double gamma, double lam, int masked, uintptr_t advantages, uintptr_t returns, int threads) {
   Gae args = {};
   args.rewards = pointer<void>(rewards);
   args.values = pointer<void>(values);
@@ -41,21 +45,22 @@ void run_gae(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uin
   args.bootstrap = pointer<float>(bootstrap);
   args.advantages = pointer<float>(advantages);
   args.returns = pointer<float>(returns);
-  args.stride_rewards = stride_rewards;
-  args.stride_values = stride_values;
-  args.stride_mask = stride_mask;
+  args.stride_rewards = rewards_stride;
+  args.stride_values = values_stride;
+  args.stride_mask = mask_stride;
   args.time = time;
   args.dtype = static_cast<Dtype>(dtype);
-  args.holes = static_cast<Holes>(holes);
+  args.holes = static_cast<Holes>(masked);
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
-  run<&Kernels::gae>(args, batch, rows_per_task(batch, time, threads), threads);
+  parallel_for_rows(kernels().gae, args, batch, rows_per_task(batch, time, threads), threads);
 }
 
 // Returns the first place where the offsets are wrong, and then has computed nothing; -1 when all is done.
-int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask, uintptr_t bootstrap,
-                       int64_t total, uintptr_t offsets, int offset_bytes, int64_t sequences, double gamma,
-                       double lam, int holes, uintptr_t advantages, uintptr_t returns, int threads) {
+RK_POSITIONS(int64_t, gae_packed, uintptr_t rewards, uintptr_t values, int dtype, uintptr_t mask,
+             uintptr_t bootstrap, int64_t total, uintptr_t cu_seqlens, int cu_seqlens_bytes,
+             int64_t sequences, double gamma, double lam, int masked, uintptr_t advantages, uintptr_t returns,
+             int threads) {
   Gae args = {};
   args.rewards = pointer<void>(rewards);
   args.values = pointer<void>(values);
@@ -64,30 +69,30 @@ int64_t run_gae_packed(uintptr_t rewards, uintptr_t values, int dtype, uintptr_t
   args.advantages = pointer<float>(advantages);
   args.returns = pointer<float>(returns);
   args.dtype = static_cast<Dtype>(dtype);
-  args.holes = static_cast<Holes>(holes);
+  args.holes = static_cast<Holes>(masked);
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
-  args.offsets = {pointer<void>(offsets), offset_bytes};
+  args.offsets = {pointer<void>(cu_seqlens), cu_seqlens_bytes};
   std::vector<Range> ranges;
   const auto plan = [&](auto* bounds) {
     const int64_t bad = first_bad_offset(bounds, sequences, total);
     if (bad < 0) ranges = split(bounds, sequences, threads);
     return bad;
   };
-  const int64_t bad =
-      offset_bytes == 4 ? plan(pointer<const int32_t>(offsets)) : plan(pointer<const int64_t>(offsets));
+  const int64_t bad = cu_seqlens_bytes == 4 ? plan(pointer<const int32_t>(cu_seqlens))
+                                            : plan(pointer<const int64_t>(cu_seqlens));
   if (bad >= 0) return bad;
   args.ranges = ranges.data();
-  run<&Kernels::gae>(args, static_cast<int64_t>(ranges.size()), 1, threads);
+  parallel_for_rows(kernels().gae, args, static_cast<int64_t>(ranges.size()), 1, threads);
   return -1;
 }
 
 // moments: room for three doubles a row, which whiten_fwd takes as its parts; or null.
-void run_ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t scores, uintptr_t values,
-                        int dtype, uintptr_t mask, int64_t batch, int64_t time, int64_t stride_logprobs,
-                        int64_t stride_ref_logprobs, int64_t stride_values, int64_t stride_mask,
-                        double kl_coef, double gamma, double lam, uintptr_t advantages, uintptr_t returns,
-                        uintptr_t kl, uintptr_t moments, int threads) {
+RK_POSITIONS(void, ppo_advantages, uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t scores,
+             uintptr_t values, int dtype, uintptr_t mask, int64_t batch, int64_t time,
+             int64_t logprobs_stride, int64_t ref_logprobs_stride, int64_t values_stride, int64_t mask_stride,
+             double kl_coef, double gamma, double lam, uintptr_t advantages, uintptr_t returns, uintptr_t kl,
+             uintptr_t moments, int threads) {
   Advantages args = {};
   args.logprobs = pointer<void>(logprobs);
   args.ref_logprobs = pointer<void>(ref_logprobs);
@@ -98,25 +103,18 @@ void run_ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t sc
   args.returns = pointer<float>(returns);
   args.kl = pointer<float>(kl);
   args.moments = pointer<double>(moments);
-  args.stride_logprobs = stride_logprobs;
-  args.stride_ref_logprobs = stride_ref_logprobs;
-  args.stride_values = stride_values;
-  args.stride_mask = stride_mask;
+  args.stride_logprobs = logprobs_stride;
+  args.stride_ref_logprobs = ref_logprobs_stride;
+  args.stride_values = values_stride;
+  args.stride_mask = mask_stride;
   args.time = time;
   args.dtype = static_cast<Dtype>(dtype);
   args.kl_coef = static_cast<float>(kl_coef);
   args.gamma = static_cast<float>(gamma);
   args.lam = static_cast<float>(lam);
   if (batch == 0 || time == 0) return;
-  run<&Kernels::ppo_advantages>(args, batch, rows_per_task(batch, time, threads), threads);
+  parallel_for_rows(kernels().ppo_advantages, args, batch, rows_per_task(batch, time, threads), threads);
 }
 
 }  // namespace
-
-void bind_scan(py::module_& m) {
-  m.def("gae", &run_gae, NoGil());
-  m.def("gae_packed", &run_gae_packed, NoGil());
-  m.def("ppo_advantages", &run_ppo_advantages, NoGil());
-}
-
 }  // namespace rk

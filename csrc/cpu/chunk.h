@@ -63,8 +63,8 @@ inline const T* in_place(const void* data, int64_t columns, int64_t stride, int6
   return fits ? static_cast<const T*>(data) + row * stride + column : nullptr;
 }
 
-// Elements [begin, begin + count), count <= kChunk, followed by 0 up to whole vectors: in place or in
-// `buffer`.
+// Elements [begin, begin + count), count <= kChunk, followed by 0 up to whole vectors:
+// in place or in `buffer`.
 inline const float* read(const Flat& x, int64_t begin, int count, Buffer& buffer) {
   switch (x.dtype) {
     case Dtype::kFloat32:
@@ -109,8 +109,8 @@ inline void narrow(const float* from, int count, T* to) {
 
 inline void narrow(const float* from, int count, float* to) { memcpy(to, from, count * sizeof(float)); }
 
-// Elements [begin, begin + count) of a contiguous tensor to be written: fill `floats` in whole vectors, then
-// flush().
+// Elements [begin, begin + count) of a contiguous tensor to be written: fill `floats` in whole vectors,
+// then flush().
 class Sink {
  public:
   float* floats;

@@ -1,7 +1,7 @@
 // full_kl of rows p = softmax(x / T) and q = softmax(y / T), with d = x - max(x) and d' = y - max(y):
 // KL(p || q) = sum(e^(d/T) * (d - d')) / (T s) - (log(s) - log(s')), and with the rows exchanged KL(q || p);
-// jsd = (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2. KL reads both rows once, jsd a second time from the
-// cache.
+// jsd = (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2. KL reads both rows once,
+// jsd a second time from the cache.
 #include "full_kl.h"
 
 #include "softmax.h"
@@ -13,8 +13,8 @@ namespace {
 // The running sums of two rows and of what KL(first || second) needs of both.
 struct Pair {
   float m[2] = {-kInf, -kInf};
-  Lanes s[2];
-  Lanes w;  // sum(exp(d / T) * (d - d')); infinite or NaN where only the second row is -inf
+  LaneSums s[2];
+  LaneSums w;  // sum(exp(d / T) * (d - d')); infinite or NaN where only the second row is -inf
 };
 
 inline void add_pair_step(const float* x, const float* y, vf m, vf m_second, const Exp& exp, vf (&s)[kUnroll],
@@ -90,17 +90,17 @@ Pair sum_pair(const T* x, const T* y, int64_t vocab, double temperature) {
 }
 
 // Only -inf: no distribution. (+inf and NaN have made s NaN already.)
-double log_of_sum(float m, const Lanes& s) {
+double log_of_sum(float m, const LaneSums& s) {
   return m == -kInf ? static_cast<double>(NAN) : std::log(s.total());
 }
 
 // A row's numbers in stats.
 struct RowStats {
-  float m, log_s, m_ref, log_s_ref, inner;
+  float m, log_s, m_ref, log_s_ref, mean_log_ratio;
 };
 
-// KL(first || second). What stats hold of each: maximum and log of the sum; the mean of d - d' over the
-// first.
+// KL(first || second). What stats hold of each: maximum and log of the sum;
+// the mean of d - d' over the first.
 struct PairResult {
   float kl;
   float m[2];
@@ -114,8 +114,8 @@ PairResult kl_of_row(const T* first, const T* second, int64_t vocab, double temp
   const double log_s[2] = {log_of_sum(pair.m[0], pair.s[0]), log_of_sum(pair.m[1], pair.s[1])};
   const double difference = log_s[0] - log_s[1];
   double mean = pair.w.total() / pair.s[0].total();
-  // Two proper rows, and yet no finite mean: the first gives a chance, however small, where the second has
-  // none.
+  // Two proper rows, and yet no finite mean: the first gives a chance, however small,
+  // where the second has none.
   if (difference == difference && !std::isfinite(mean)) mean = static_cast<double>(kInf);
   return {static_cast<float>(mean / temperature - difference),
           {pair.m[0], pair.m[1]},
@@ -194,17 +194,17 @@ struct Mixture {
   }
 };
 
-// Half of both divergences from the mixture; row.inner becomes that of p.
+// Half of both divergences from the mixture; row.mean_log_ratio becomes that of p.
 template <class T>
 float jsd_of_row(const T* x, const T* y, int64_t vocab, double temperature, RowStats& row) {
   const Running sums[2] = {sum_row<T, false>(x, vocab, temperature),
                            sum_row<T, false>(y, vocab, temperature)};
   row.m = sums[0].m, row.log_s = static_cast<float>(log_of_sum(sums[0].m, sums[0].s));
   row.m_ref = sums[1].m, row.log_s_ref = static_cast<float>(log_of_sum(sums[1].m, sums[1].s));
-  row.inner = NAN;
+  row.mean_log_ratio = NAN;
   if (row.log_s != row.log_s || row.log_s_ref != row.log_s_ref) return NAN;
   const Mixture mixture(row, temperature);
-  Lanes total[2];
+  LaneSums total[2];
   for (int64_t start = 0; start < vocab; start += kBlock) {
     vf sum[2][kUnroll] = {};
     const int64_t end = vocab - start < kBlock ? vocab : start + kBlock;
@@ -220,7 +220,7 @@ float jsd_of_row(const T* x, const T* y, int64_t vocab, double temperature, RowS
     total[1].add(sum[1]);
   }
   const double of_p = total[0].total() / sums[0].s.total(), of_q = total[1].total() / sums[1].s.total();
-  row.inner = static_cast<float>(of_p);
+  row.mean_log_ratio = static_cast<float>(of_p);
   return static_cast<float>(0.5 * (of_p + of_q));
 }
 
@@ -246,7 +246,7 @@ void forward(const FullKlFwd& args, int64_t begin, int64_t end) {
       }
     }
     args.kl[n] = kl;
-    const float stats[5] = {row.m, row.log_s, row.m_ref, row.log_s_ref, row.inner};
+    const float stats[5] = {row.m, row.log_s, row.m_ref, row.log_s_ref, row.mean_log_ratio};
     memcpy(args.stats + 5 * n, stats, sizeof stats);
   }
 }
@@ -267,7 +267,7 @@ void reverse_gradient(const T* x, const T* y, T* out, int64_t vocab, double temp
   const Exp exp(temperature);
   const double per_s = std::exp(-static_cast<double>(row.log_s));
   const vf weight = splat(static_cast<float>(g * per_s / (temperature * temperature)));
-  const vf m = splat(row.m), m_ref = splat(row.m_ref), mean = splat(row.inner);
+  const vf m = splat(row.m), m_ref = splat(row.m_ref), mean = splat(row.mean_log_ratio);
   for_each_step(x, y, 0, vocab, [&](int64_t i, vf(&step)[kUnroll], const vf(&ref)[kUnroll], int64_t columns) {
     for (int u = 0; u < kUnroll; ++u) {
       const vf d = exp.clamp(step[u] - m);
@@ -308,7 +308,8 @@ void jsd_gradient(const T* x, const T* y, T* out, int64_t vocab, double temperat
                   const RowStats& row) {
   const Mixture mixture(row, temperature);
   const double per_s = std::exp(-static_cast<double>(row.log_s));
-  const vf weight = splat(static_cast<float>(0.5 * g * per_s / temperature)), inner = splat(row.inner);
+  const vf weight = splat(static_cast<float>(0.5 * g * per_s / temperature)),
+           inner = splat(row.mean_log_ratio);
   for_each_step(x, y, 0, vocab, [&](int64_t i, vf(&step)[kUnroll], const vf(&ref)[kUnroll], int64_t columns) {
     for (int u = 0; u < kUnroll; ++u) {
       vf e, f, log_p_m, log_q_m;
@@ -334,8 +335,8 @@ void backward(const FullKlBwd& args, int64_t begin, int64_t end) {
     const RowStats row = {stats[0], stats[1], stats[2], stats[3], stats[4]};
     const T* x = static_cast<const T*>(in.logits.data) + offset(in.logits, n);
     const T* y = static_cast<const T*>(in.ref.data) + offset(in.ref, n);
-    // An infinite reverse KL has no gradient; that of a forward one does not use the KL.
-    const double needed = in.direction == Divergence::kForward ? 0 : row.inner;
+    // Reverse, jsd: where the KL is infinite the gradient is NaN. Forward: its formula has no KL term.
+    const double needed = in.direction == Divergence::kForward ? 0 : row.mean_log_ratio;
     if (!std::isfinite(g * (row.log_s + row.log_s_ref + needed)))
       fill(out, in.vocab, Special<T>::kNan);
     else if (in.direction == Divergence::kReverse)

@@ -34,3 +34,8 @@ struct FullKlBwd {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_FULL_KL_KERNELS(X) \
+  X(full_kl_fwd, FullKlFwd)   \
+  X(full_kl_bwd, FullKlBwd)

@@ -2,28 +2,12 @@
 
 #include <stdexcept>
 
-#define RK_FUNCTION(NAME, ARGS) void NAME(const ARGS&, int64_t, int64_t);
-#define RK_NAME(NAME, ARGS) NAME,
-#define RK_DECLARE(NS)                              \
-  namespace NS {                                    \
-  RK_KERNELS(RK_FUNCTION)                           \
-  constexpr Kernels kTable = {RK_KERNELS(RK_NAME)}; \
-  }
-
 namespace rk {
-#ifdef RK_X86_64
-RK_DECLARE(x86_64_v2)
-RK_DECLARE(x86_64_v3)
-RK_DECLARE(x86_64_v4)
-#else
-RK_DECLARE(baseline)
-#endif
-
 namespace {
 
 struct Isa {
   std::string name;
-  const Kernels* table;
+  int index;
 };
 
 // Best first. libgcc's cpuid code also asks the operating system whether it saves the wide registers.
@@ -41,11 +25,11 @@ std::vector<Isa> detect() {
   const bool v4 = v3 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
                   has(__builtin_cpu_supports("avx512dq")) && has(__builtin_cpu_supports("avx512vl")) &&
                   has(__builtin_cpu_supports("avx512cd"));
-  if (v4) found.push_back({"x86-64-v4", &x86_64_v4::kTable});
-  if (v3) found.push_back({"x86-64-v3", &x86_64_v3::kTable});
-  if (v2) found.push_back({"x86-64-v2", &x86_64_v2::kTable});
+  if (v4) found.push_back({"x86-64-v4", 2});
+  if (v3) found.push_back({"x86-64-v3", 1});
+  if (v2) found.push_back({"x86-64-v2", 0});
 #else
-  found.push_back({"baseline", &baseline::kTable});
+  found.push_back({"baseline", 0});
 #endif
   return found;
 }
@@ -67,7 +51,7 @@ std::vector<std::string> available_isas() {
 
 const std::string& isa() { return chosen->name; }
 
-const Kernels& kernels() { return *chosen->table; }
+int isa_index() { return chosen->index; }
 
 void set_isa(const std::string& name) {
   std::string takes;

@@ -4,8 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-
 namespace rk {
 
 // Names that this machine can run, best first.
@@ -16,6 +14,7 @@ const std::string& isa();
 // Throws std::invalid_argument for a name that is unknown or that this machine cannot run.
 void set_isa(const std::string& name);
 
-const Kernels& kernels();
+// Its place among those that this build has, narrowest first: x86_64_v2, v3, v4, or baseline alone.
+int isa_index();
 
 }  // namespace rk

@@ -35,3 +35,8 @@ struct LinearGradient {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_LINEAR_KERNELS(X) \
+  X(linear_fold, LinearFold) \
+  X(linear_gradient, LinearGradient)

@@ -1,6 +1,6 @@
 // selected_logprobs: logp = (x[label] - m) / T - log(s), s = sum(exp((x - m) / T)), m = max(x);
-// entropy = log(s) - sum(e * (x - m) / T) / s. One read of the logits; the running max is raised block by
-// block.
+// entropy = log(s) - sum(e * (x - m) / T) / s. One read of the logits;
+// the running max is raised block by block.
 #include "logits.h"
 
 #include "softmax.h"

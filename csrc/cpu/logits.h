@@ -32,3 +32,8 @@ struct LogprobsBwd {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_LOGITS_KERNELS(X)   \
+  X(logprobs_fwd, LogprobsFwd) \
+  X(logprobs_bwd, LogprobsBwd)

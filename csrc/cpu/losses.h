@@ -58,3 +58,9 @@ struct LossBwd {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_LOSSES_KERNELS(X) \
+  X(policy_loss, PolicyLoss) \
+  X(value_loss, ValueLoss)   \
+  X(loss_bwd, LossBwd)

@@ -241,8 +241,8 @@ class DoubleSum {
 // exp((x - m) / T) written as 2^(d * c), d = x - m, c = log2(e) / T. Below 2^-126.5 the result is exactly 0.
 struct Exp {
   float c;
-  float floor;  // the d at which the result has reached 0: clamping there keeps d * c and entropy's e * d
-                // finite
+  // The d at which the result has reached 0: clamping there keeps d * c and entropy's e * d finite.
+  float floor;
 
   explicit Exp(double temperature) {
     c = static_cast<float>(1.4426950408889634 / temperature);
@@ -254,8 +254,8 @@ struct Exp {
 
   // 2^(d * c) = fraction * scale for clamped d <= 0. Kept apart so that a sum takes the product in one fma.
   void split(vf d, vf& fraction, vf& scale) const {
-    // 1.5 * 2^23 makes the addition round to an integer; + 127 leaves that integer already biased as an
-    // exponent.
+    // 1.5 * 2^23 makes the addition round to an integer;
+    // + 127 leaves that integer already biased as an exponent.
     constexpr float kRound = 12582912.0f + 127.0f;
     const vf rounded = d * c + kRound;
     const vf f = d * c - (rounded - kRound);

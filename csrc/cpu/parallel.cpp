@@ -22,15 +22,15 @@ GompParallel find_gomp() {
   return torch ? reinterpret_cast<GompParallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
 }
 
-// A forked child has none of its parent's threads and an OpenMP runtime that waits for them: there, run
-// serially.
+// A forked child has none of its parent's threads and an OpenMP runtime that waits for them: there,
+// run serially.
 std::atomic<bool> forked{false};
 const int fork_hook = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 struct Work {
   std::atomic<int64_t> next{0};
   int64_t rows;
-  int64_t chunk;
+  int64_t rows_per_task;
   RangeFn fn;
   const void* args;
 };
@@ -38,28 +38,28 @@ struct Work {
 void drain(void* pointer) {
   Work& work = *static_cast<Work*>(pointer);
   for (;;) {
-    const int64_t begin = work.next.fetch_add(work.chunk, std::memory_order_relaxed);
+    const int64_t begin = work.next.fetch_add(work.rows_per_task, std::memory_order_relaxed);
     if (begin >= work.rows) return;
-    work.fn(work.args, begin, std::min(begin + work.chunk, work.rows));
+    work.fn(work.args, begin, std::min(begin + work.rows_per_task, work.rows));
   }
 }
 
 }  // namespace
 
-void parallel_rows(int64_t rows, int64_t chunk, int threads, RangeFn fn, const void* args) {
-  if (threads <= 1 || rows <= chunk || forked) {
+void parallel_rows(int64_t rows, int64_t rows_per_task, int threads, RangeFn fn, const void* args) {
+  if (threads <= 1 || rows <= rows_per_task || forked) {
     if (rows > 0) fn(args, 0, rows);
     return;
   }
   Work work;
   work.rows = rows;
-  work.chunk = chunk;
+  work.rows_per_task = rows_per_task;
   work.fn = fn;
   work.args = args;
   static const GompParallel gomp = find_gomp();
   if (gomp) {
-    // The whole team even where fewer threads would do: libgomp ends and restarts threads when the size
-    // changes.
+    // The whole team even where fewer threads would do:
+    // libgomp ends and restarts threads when the size changes.
     gomp(drain, &work, static_cast<unsigned>(threads), 0);
     return;
   }

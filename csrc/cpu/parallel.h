@@ -8,8 +8,8 @@ namespace rk {
 
 using RangeFn = void (*)(const void* args, int64_t begin, int64_t end);
 
-// Calls fn on disjoint ranges that cover [0, rows), `chunk` rows at a time, on up to `threads` threads.
-// Ranges are handed out as threads ask for them; what a row computes never depends on its range.
-void parallel_rows(int64_t rows, int64_t chunk, int threads, RangeFn fn, const void* args);
+// Calls fn on disjoint ranges that cover [0, rows), `rows_per_task` rows at a time, on up to `threads`
+// threads. Ranges are handed out as threads ask for them; what a row computes never depends on its range.
+void parallel_rows(int64_t rows, int64_t rows_per_task, int threads, RangeFn fn, const void* args);
 
 }  // namespace rk

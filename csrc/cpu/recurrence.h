@@ -111,8 +111,8 @@ inline void fill_zero(float* p, int64_t begin, int64_t end) {
   if (begin < end) memset(p + begin, 0, (end - begin) * sizeof(float));
 }
 
-// For every set of lanes: which of them go to the upper lanes if the others are left out, and where each then
-// is.
+// For every set of lanes: which of them go to the upper lanes if the others are left out,
+// and where each then is.
 struct Packing {
   uint8_t together[kEvery + 1][kLanes] = {}, apart[kEvery + 1][kLanes] = {};
 
@@ -163,8 +163,8 @@ struct Recurrence {
     }
   }
 
-  // Lane i of every four takes lane i + kBy, 0 comes in. (The zeros are picked where one instruction finds
-  // them.)
+  // Lane i of every four takes lane i + kBy, 0 comes in.
+  // (The zeros are picked where one instruction finds them.)
   template <int kBy, size_t... I>
   static vf down(vf x, std::index_sequence<I...>) {
     return RK_SHUFFLE(x, vf{}, (int(I) % 4 + kBy < 4 ? int(I) + kBy : kLanes + int(I) + kBy - 4)...);

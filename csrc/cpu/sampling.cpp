@@ -1,7 +1,7 @@
 // sample_tokens: the first column at which the running sum of e = exp((x - m) / T) exceeds u times the total.
 // One read of the row keeps the sum of each segment; the segment that u falls into is read again and walked.
-// top-k and top-p are a threshold each, found digit by digit on keys that order as the logits do, without a
-// sort.
+// top-k and top-p are a threshold each, found digit by digit on keys that order as the logits do,
+// without a sort.
 #include "sampling.h"
 
 #include "softmax.h"
@@ -233,8 +233,8 @@ float kth_largest(const T* x, int64_t vocab, int64_t k) {
   return threshold<T, false>(x, vocab, One(), rank);
 }
 
-// The smallest logit of the nucleus: of the columns not below `least`, the largest that weigh `top_p` of them
-// all.
+// The smallest logit of the nucleus: of the columns not below `least`,
+// the largest that weigh `top_p` of them all.
 template <class T>
 float nucleus(const T* x, int64_t vocab, double top_p, double temperature, float m, float least,
               double total) {
@@ -259,7 +259,7 @@ Segments sum_kept(const T* x, int64_t vocab, const Weight& weight, float m) {
   Block<T> block;
   for (int64_t start = 0; start < vocab; start += segments.width) {
     const int64_t end = start + segments.width < vocab ? start + segments.width : vocab;
-    Lanes sum;
+    LaneSums sum;
     for (int64_t column = start; column < end; column += kBlock) {
       block.open(x + column, end - column);
       block.read();

@@ -20,3 +20,6 @@ struct SampleTokens {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_SAMPLING_KERNELS(X) X(sample_tokens, SampleTokens)

@@ -13,8 +13,8 @@ struct Range {
   int64_t end;
 };
 
-// Padded: sequence b is row b of `time` positions. Packed: it is positions [offset b, offset b + 1) of one
-// row.
+// Padded: sequence b is row b of `time` positions.
+// Packed: it is positions [offset b, offset b + 1) of one row.
 struct Gae {
   const void* rewards;     // [B, T], rows stride_rewards apart; or [total] contiguous, as all that follow
   const void* values;      // [B, T]
@@ -44,8 +44,8 @@ struct Advantages {
   float* advantages;
   float* returns;
   float* kl;
-  double* moments;  // [B, 3]: count, mean and sum of squared deviations of the row's advantages; null = not
-                    // wanted
+  // [B, 3]: count, mean and sum of squared deviations of the row's advantages; null = not wanted.
+  double* moments;
   int64_t stride_logprobs;
   int64_t stride_ref_logprobs;
   int64_t stride_values;
@@ -58,3 +58,8 @@ struct Advantages {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_SCAN_KERNELS(X) \
+  X(gae, Gae)              \
+  X(ppo_advantages, Advantages)

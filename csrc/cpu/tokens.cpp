@@ -156,8 +156,8 @@ void shaped_rewards(const ShapedRewards& args, int64_t begin, int64_t end) {
 
 namespace {
 
-// Sums over a chunk: add(i, sums) adds the terms of lanes i and on. Four sets of sums hide the latency of
-// addition.
+// Sums over a chunk: add(i, sums) adds the terms of lanes i and on.
+// Four sets of sums hide the latency of addition.
 template <int kSums, class Add>
 inline void sum_chunk(int count, Add add, float (&totals)[kSums]) {
   vf sums[4][kSums] = {};

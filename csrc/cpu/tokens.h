@@ -40,8 +40,8 @@ struct ShapedRewards {
   float clip;  // bound on |score|; infinite = none
 };
 
-// What is whitened, and by what; mean = high + low, because x - mean would lose the digits of a mean rounded
-// once.
+// What is whitened, and by what; mean = high + low, because x - mean would lose the digits
+// of a mean rounded once.
 struct Whitening {
   Flat x;
   FlatMask mask;
@@ -80,3 +80,13 @@ struct WhitenBwd {
 };
 
 }  // namespace rk
+
+// X(kernel, arguments): one line for each kernel of the family's .cpp.
+#define RK_TOKENS_KERNELS(X)         \
+  X(per_token_kl_fwd, PerTokenKlFwd) \
+  X(per_token_kl_bwd, PerTokenKlBwd) \
+  X(shaped_rewards, ShapedRewards)   \
+  X(whiten_moments, WhitenMoments)   \
+  X(whiten_apply, WhitenApply)       \
+  X(whiten_sums, WhitenSums)         \
+  X(whiten_bwd, WhitenBwd)

@@ -27,8 +27,8 @@ struct Labels {
   int bytes;  // 4 or 8
 };
 
-// A float tensor [R, C] as one sequence of R * C elements: element i lies at (i / columns) * stride + i %
-// columns.
+// A float tensor [R, C] as one sequence of R * C elements:
+// element i lies at (i / columns) * stride + i % columns.
 struct Flat {
   const void* data;
   Dtype dtype;

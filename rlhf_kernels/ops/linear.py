@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
+from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
 from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE
@@ -288,14 +289,14 @@ def graph_is_kept() -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, entropy, stats, kept = output
+    logprobs, entropy, stats, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats, kept)
     *ctx.scalars, ctx.with_entropy, ctx.keep = inputs[TENSORS:]
     if ctx.keep == "unit":
-        ctx.save_for_backward(kept, inputs[Inputs._fields.index("mask")])
+        ctx.save_for_backward(inputs[Inputs._fields.index("mask")], kept, logprobs)
     else:
-        ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept)
+        ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept, logprobs)
 
 
 def _autograd(
@@ -306,18 +307,19 @@ def _autograd(
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_logprobs is None and grad_entropy is None:
         return tuple(grads)
-    kept = ctx.saved_tensors[0 if ctx.keep == "unit" else -1]
+    *saved, kept, logprobs = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
+    grad_logprobs, grad_entropy = (None if x is None else x.detach() for x in (grad_logprobs, grad_entropy))
     # Another backward may need it once more; a graph (a fake or functional tensor) must not write into what it saved.
     in_place = type(kept) is Tensor and not graph_is_kept()
     if ctx.keep == "unit":
         assert grad_logprobs is not None
-        mask = ctx.saved_tensors[1]
+        (mask,) = saved
         if in_place:
             _from_unit_in_place(kept, grad_logprobs, mask)
         grads[0] = kept if in_place else _from_unit(kept, grad_logprobs, mask)
-        return tuple(grads)
+        return first_derivative(OP, logprobs, *grads)
     wanted = list(ctx.needs_input_grad[:LEAVES])
-    *tensors, entropy, stats, kept = ctx.saved_tensors
+    *tensors, entropy, stats = (None if x is None else x.detach() for x in saved)
     arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted, kept)
     if wanted[1] and kept.numel() and in_place:
         found = list(_backward_in_place(*arguments))
@@ -325,7 +327,7 @@ def _autograd(
     else:
         found = list(_backward(*arguments))
     grads[:LEAVES] = [x if want else None for x, want in zip(found, wanted, strict=True)]
-    return tuple(grads)
+    return first_derivative(OP, logprobs, *grads)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
+from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.full_kl import DIRECTIONS
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
@@ -216,7 +217,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call, (*constants, direction) = split(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*call[:TENSORS], *constants, output[1])
+    ctx.save_for_backward(*call[:TENSORS], *constants, output[1], output[0])
     ctx.scalars, ctx.direction = call[TENSORS:], direction
 
 
@@ -224,10 +225,12 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor 
     wanted = list(ctx.needs_input_grad[:LEAVES])
     grads: list[Tensor | None] = [None] * LEAVES
     if grad is not None:
-        *tensors, stats = ctx.saved_tensors
+        *saved, stats, kl = ctx.saved_tensors
+        tensors = [None if x is None else x.detach() for x in saved]
         arguments = (*tensors[:TENSORS], *ctx.scalars, *tensors[TENSORS:], ctx.direction)
-        found = _backward(*arguments, grad, stats, wanted)
-        grads = [x if want else None for x, want in zip(found, wanted, strict=True)]
+        found = _backward(*arguments, grad.detach(), stats, wanted)
+        chosen = (x if want else None for x, want in zip(found, wanted, strict=True))
+        grads = list(first_derivative(OP, kl, *chosen))
     return *grads, *(None,) * (len(ctx.needs_input_grad) - LEAVES)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import linear, validate
+from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
 from rlhf_kernels.ops.linear_gradients import Gradients
 from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows, Sweep
@@ -287,17 +288,18 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *grads_and_leaves: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*grads_and_leaves[:LEAVES])
-        return loss.clone()
+        found = loss.clone()
+        ctx.save_for_backward(*grads_and_leaves[:LEAVES], found)
+        return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, loss = ctx.saved_tensors
         scaled = [
-            _scaled(grad, grad_loss) if need else None
-            for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 + LEAVES :], strict=True)
+            _scaled(grad.detach(), grad_loss.detach()) if need else None
+            for grad, need in zip(grads, ctx.needs_input_grad[1 + LEAVES :], strict=True)
         ]
-        return *(None,) * (1 + LEAVES), *scaled
+        return *(None,) * (1 + LEAVES), *first_derivative(OP, loss, *scaled)
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import rows, validate
+from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.reference import logits as reference
 
 OP = "selected_logprobs"
@@ -185,23 +186,25 @@ def _(*arguments: Any) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, mask, temperature, row_temperature, with_entropy, inplace = inputs
-    _, entropy, stats = output
+    logprobs, entropy, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, labels, mask, temperature, row_temperature, stats, entropy)
+    ctx.save_for_backward(logits, labels, mask, temperature, row_temperature, stats, entropy, logprobs)
     ctx.with_entropy, ctx.inplace = with_entropy, inplace
 
 
 def _autograd(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: None
 ) -> tuple[Tensor | None, ...]:
-    logits, labels, mask, temperature, row_temperature, stats, entropy = ctx.saved_tensors
+    logits, labels, mask, temperature, row_temperature, stats, entropy, logprobs = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
+        logits = logits.detach()
+        upstream = (None if x is None else x.detach() for x in (grad_logprobs, grad_entropy))
         arguments = (
-            *(grad_logprobs, grad_entropy, logits, labels, mask),
+            *(*upstream, logits, labels, mask),
             *(temperature, row_temperature, stats, entropy),
         )
         if ctx.inplace:
@@ -209,7 +212,7 @@ def _autograd(
             grad = logits
         else:
             grad = _backward(*arguments)
-    return grad, None, None, None, None, None, None
+    return *first_derivative(OP, logprobs, grad), None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
+from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.registration import numbers, register, unseen
 from rlhf_kernels.reference import losses as reference
 from rlhf_kernels.reference.common import saturating_cast
@@ -236,35 +236,41 @@ def _fake(stats: int, x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-class _Loss(torch.autograd.Function):
-    """loss's gradient is what the forward left, times upstream / denominator; double backward raises."""
+def _differentiable(op: str) -> type[torch.autograd.Function]:
+    """The op's autograd: loss's gradient is what the forward left, times upstream / denominator."""
 
-    @staticmethod
-    def forward(ctx: Any, op: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        loss, stats, grad = op(x, *rest)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats, grad)
-        ctx.save_for_backward(grad, stats)
-        ctx.dtype, ctx.native = x.dtype, dispatch.select_backend("policy_loss", x) == "cpu"
-        return loss, stats, grad
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, call: Any, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+            loss, stats, grad = call(x, *rest)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(stats, grad)
+            ctx.save_for_backward(grad, stats, loss)
+            ctx.dtype, ctx.native = x.dtype, dispatch.require_backend(op, x) == "cpu"
+            return loss, stats, grad
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[None, Tensor | None, None]:
-        # The wrapper's no_grad costs as much as the kernel and is for double backward alone.
-        return (_scale_once if torch.is_grad_enabled() else _scale)(ctx, upstream)
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+            if upstream is None:
+                return None, None, None
+            grad, stats, loss = ctx.saved_tensors
+            # no_grad costs as much as the kernel, and is for create_graph=True alone.
+            if not torch.is_grad_enabled():
+                return None, _scaled(ctx, grad, stats, upstream), None
+            with torch.no_grad():
+                found = _scaled(ctx, grad, stats, upstream)
+            return None, *first_derivative(op, loss, found), None
+
+    return Loss
 
 
-def _scale(ctx: Any, upstream: Tensor | None) -> tuple[None, Tensor | None, None]:
-    if upstream is None:
-        return None, None, None
-    grad, stats = ctx.saved_tensors
+def _scaled(ctx: Any, grad: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
     if ctx.native and unseen((grad, stats, upstream)):
-        return None, dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.dtype), None
-    return None, saturating_cast(grad * (upstream / stats[-1]), ctx.dtype), None
+        return dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.dtype)
+    return saturating_cast(grad * (upstream / stats[-1]), ctx.dtype)
 
 
-_scale_once = once_differentiable(_scale)
-
-
-_policy_loss_op = register(_policy_loss, lambda logprobs, *rest: _fake(7, logprobs, rest[-1]), _Loss)
-_value_loss_op = register(_value_loss, lambda values, *rest: _fake(3, values, rest[-1]), _Loss)
+_policy_loss_op = register(
+    _policy_loss, lambda logprobs, *rest: _fake(7, logprobs, rest[-1]), _differentiable("policy_loss")
+)
+_value_loss_op = register(_value_loss, lambda values, *rest: _fake(3, values, rest[-1]), _differentiable("value_loss"))

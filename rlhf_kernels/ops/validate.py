@@ -10,6 +10,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from rlhf_kernels import dispatch
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int64, torch.int32)
 
@@ -17,6 +19,11 @@ INTS = (torch.int64, torch.int32)
 def checks_forced() -> bool:
     """RLHF_KERNELS_CHECK=1: also checks that need the values on a GPU, at the price of a sync."""
     return os.environ.get("RLHF_KERNELS_CHECK", "0") not in ("", "0")
+
+
+def readable() -> bool:
+    """Whether a tensor has values here: not in a trace, and not in torch.func's transforms."""
+    return not torch.compiler.is_compiling() and not dispatch.transformed()
 
 
 def float_tensor(op: str, name: str, x: object) -> Tensor:
@@ -95,8 +102,7 @@ def number_or_like(
     if value.dim():
         same_place(op, name, value, like_name, reference.shape, reference.device)
     bounded = low > -math.inf or high < math.inf
-    readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    if bounded and readable and not bool(((value >= low) & (value <= high)).all()):
+    if bounded and value.device.type == "cpu" and readable() and not bool(((value >= low) & (value <= high)).all()):
         raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
 
 

@@ -1,16 +1,29 @@
 // Runs every native kernel once on made-up rows and prints what it wrote, a number a line. Built for this
 // machine and, by tests/test_arm64.py, for arm64: the two must print the same to within rounding.
-#include "../../csrc/cpu/kernels.h"
 
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "../../csrc/cpu/full_kl.h"
+#include "../../csrc/cpu/linear.h"
+#include "../../csrc/cpu/logits.h"
+#include "../../csrc/cpu/losses.h"
+#include "../../csrc/cpu/sampling.h"
+#include "../../csrc/cpu/scan.h"
+#include "../../csrc/cpu/tokens.h"
+
 namespace rk {
 namespace RK_ISA {
 #define RK_FUNCTION(NAME, ARGS) void NAME(const ARGS&, int64_t, int64_t);
-RK_KERNELS(RK_FUNCTION)
+RK_FULL_KL_KERNELS(RK_FUNCTION)
+RK_LINEAR_KERNELS(RK_FUNCTION)
+RK_LOGITS_KERNELS(RK_FUNCTION)
+RK_LOSSES_KERNELS(RK_FUNCTION)
+RK_SAMPLING_KERNELS(RK_FUNCTION)
+RK_SCAN_KERNELS(RK_FUNCTION)
+RK_TOKENS_KERNELS(RK_FUNCTION)
 }  // namespace RK_ISA
 }  // namespace rk
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def full_kl_fwd(
     logits, ref_logits = last_contiguous(logits), last_contiguous(ref_logits)
     mask, row_temperature = contiguous(mask), contiguous(row_temperature)
     _native.full_kl_fwd(
-        *_full_kl_family(logits, ref_logits, mask, temperature, row_temperature, direction),
-        kl.data_ptr(),
-        stats.data_ptr(),
-        torch.get_num_threads(),
+        **_full_kl_family(logits, ref_logits, mask, temperature, row_temperature, direction),
+        kl=kl.data_ptr(),
+        stats=stats.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return kl, stats
 
@@ -52,11 +54,11 @@ def full_kl_bwd(
     mask, row_temperature, grad = contiguous(mask), contiguous(row_temperature), grad.contiguous()
     grad_logits = empty_like(logits)
     _native.full_kl_bwd(
-        *_full_kl_family(logits, ref_logits, mask, temperature, row_temperature, direction),
-        grad.data_ptr(),
-        stats.data_ptr(),
-        grad_logits.data_ptr(),
-        torch.get_num_threads(),
+        **_full_kl_family(logits, ref_logits, mask, temperature, row_temperature, direction),
+        grad_kl=grad.data_ptr(),
+        stats=stats.data_ptr(),
+        grad=grad_logits.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return grad_logits
 
@@ -68,22 +70,22 @@ def _full_kl_family(
     temperature: float,
     row_temperature: Tensor | None,
     direction: int,
-) -> tuple[int | float, ...]:
-    """The arguments that both kernels start with."""
+) -> dict[str, Any]:
+    """The arguments that both kernels take."""
     outer, inner, vocab = logits.shape
-    return (
-        logits.data_ptr(),
-        logits.stride(0),
-        logits.stride(1),
-        ref_logits.data_ptr(),
-        ref_logits.stride(0),
-        ref_logits.stride(1),
-        DTYPES[logits.dtype],
-        outer,
-        inner,
-        vocab,
-        direction,
-        address(mask),
-        temperature,
-        address(row_temperature),
-    )
+    return {
+        "logits": logits.data_ptr(),
+        "stride_outer": logits.stride(0),
+        "stride_inner": logits.stride(1),
+        "ref": ref_logits.data_ptr(),
+        "ref_stride_outer": ref_logits.stride(0),
+        "ref_stride_inner": ref_logits.stride(1),
+        "dtype": DTYPES[logits.dtype],
+        "outer": outer,
+        "inner": inner,
+        "vocab": vocab,
+        "direction": direction,
+        "mask": address(mask),
+        "temperature": temperature,
+        "row_temperature": address(row_temperature),
+    }

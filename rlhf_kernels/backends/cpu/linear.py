@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def linear_fold(
     bias: [W] float32. softcap: 0 for none. state: max m, sum(e), sum(e * (z - m)), the label's logit.
     """
     arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
-    _native.linear_fold(*arguments, state.data_ptr(), with_entropy, torch.get_num_threads())
+    _native.linear_fold(**arguments, state=state.data_ptr(), entropy=with_entropy, threads=torch.get_num_threads())
 
 
 def linear_gradient(
@@ -64,7 +65,7 @@ def linear_gradient(
 ) -> None:
     """Replaces tile by its gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx; coefficients [R, 4]: a, b, c, m."""
     arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
-    _native.linear_gradient(*arguments, coefficients.data_ptr(), torch.get_num_threads())
+    _native.linear_gradient(**arguments, coefficients=coefficients.data_ptr(), threads=torch.get_num_threads())
 
 
 def _tile(
@@ -76,20 +77,20 @@ def _tile(
     labels: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
-) -> tuple[int | float, ...]:
-    """The arguments that both kernels start with. Every tensor is contiguous but for the tile's rows."""
-    return (
-        tile.data_ptr(),
-        DTYPES[tile.dtype],
-        tile.shape[0],
-        tile.stride(0),
-        tile.shape[1],
-        first,
-        address(bias),
-        softcap,
-        logit_scale,
-        labels.data_ptr(),
-        labels.element_size(),
-        temperature,
-        address(row_temperature),
-    )
+) -> dict[str, Any]:
+    """The arguments that both kernels take. Every tensor is contiguous but for the tile's rows."""
+    return {
+        "data": tile.data_ptr(),
+        "dtype": DTYPES[tile.dtype],
+        "rows": tile.shape[0],
+        "stride": tile.stride(0),
+        "width": tile.shape[1],
+        "first": first,
+        "bias": address(bias),
+        "softcap": softcap,
+        "scale": logit_scale,
+        "labels": labels.data_ptr(),
+        "label_bytes": labels.element_size(),
+        "temperature": temperature,
+        "row_temperature": address(row_temperature),
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,11 +30,11 @@ def selected_logprobs_fwd(
     logits, labels = last_contiguous(logits), labels.contiguous()
     mask, row_temperature = contiguous(mask), contiguous(row_temperature)
     bad = _native.selected_logprobs_fwd(
-        *_logits_family(logits, labels, mask, temperature, row_temperature),
-        logprobs.data_ptr(),
-        address(entropy if with_entropy else None),
-        stats.data_ptr(),
-        torch.get_num_threads(),
+        **_logits_family(logits, labels, mask, temperature, row_temperature),
+        logprobs=logprobs.data_ptr(),
+        entropy=address(entropy if with_entropy else None),
+        stats=stats.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     if bad >= 0:
         raise IndexError(
@@ -60,35 +62,35 @@ def selected_logprobs_bwd(
     grad_logprobs, grad_entropy = contiguous(grad_logprobs), contiguous(grad_entropy)
     grad = logits if inplace else empty_like(logits)
     _native.selected_logprobs_bwd(
-        *_logits_family(logits, labels, mask, temperature, row_temperature),
-        address(grad_logprobs),
-        address(grad_entropy),
-        stats.data_ptr(),
-        entropy.data_ptr(),
-        grad.data_ptr(),
-        grad.stride(0),
-        grad.stride(1),
-        torch.get_num_threads(),
+        **_logits_family(logits, labels, mask, temperature, row_temperature),
+        grad_logprobs=address(grad_logprobs),
+        grad_entropy=address(grad_entropy),
+        stats=stats.data_ptr(),
+        entropy=entropy.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_stride_outer=grad.stride(0),
+        grad_stride_inner=grad.stride(1),
+        threads=torch.get_num_threads(),
     )
     return grad
 
 
 def _logits_family(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, row_temperature: Tensor | None
-) -> tuple[int | float, ...]:
-    """The arguments that every kernel of the family starts with."""
+) -> dict[str, Any]:
+    """The arguments that both kernels take."""
     outer, inner, vocab = logits.shape
-    return (
-        logits.data_ptr(),
-        DTYPES[logits.dtype],
-        outer,
-        inner,
-        logits.stride(0),
-        logits.stride(1),
-        vocab,
-        labels.data_ptr(),
-        labels.element_size(),
-        address(mask),
-        temperature,
-        address(row_temperature),
-    )
+    return {
+        "logits": logits.data_ptr(),
+        "dtype": DTYPES[logits.dtype],
+        "outer": outer,
+        "inner": inner,
+        "stride_outer": logits.stride(0),
+        "stride_inner": logits.stride(1),
+        "vocab": vocab,
+        "labels": labels.data_ptr(),
+        "label_bytes": labels.element_size(),
+        "mask": address(mask),
+        "temperature": temperature,
+        "row_temperature": address(row_temperature),
+    }

@@ -36,13 +36,28 @@ def policy_loss(
     rows, time = logprobs.shape
     tile = max(1, time if sequence or row_means else min(time, TILE))
     loss, stats, grad = _outputs(rows, time, 7, with_grad)
-    new, old, mask = last_contiguous(logprobs), last_contiguous(old_logprobs), _last_contiguous(mask)
+    logprobs, old_logprobs, mask = last_contiguous(logprobs), last_contiguous(old_logprobs), _last_contiguous(mask)
     advantages, weights = last_contiguous(advantages), _last_contiguous(weights)
     _native.policy_loss(
-        *(*_matrix(new), *_matrix(old), *_matrix(advantages), *_matrix(weights)),
-        *(address(mask), 0 if mask is None else mask.stride(0), rows, time, tile),
-        *(low, high, dual_clip, sequence, row_means, float(denominator)),
-        *(loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0, torch.get_num_threads()),
+        *_matrix(logprobs),
+        *_matrix(old_logprobs),
+        *_matrix(advantages),
+        *_matrix(weights),
+        address(mask),
+        0 if mask is None else mask.stride(0),
+        rows,
+        time,
+        tile,
+        low,
+        high,
+        dual_clip,
+        sequence,
+        row_means,
+        float(denominator),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr() if with_grad else 0,
+        torch.get_num_threads(),
     )
     return loss, stats, grad
 
@@ -64,10 +79,21 @@ def value_loss(
     values, returns, mask = last_contiguous(values), last_contiguous(returns), _last_contiguous(mask)
     old_values = None if math.isinf(clip) else _last_contiguous(old_values)
     _native.value_loss(
-        *(*_matrix(values), *_matrix(old_values), *_matrix(returns)),
-        *(address(mask), 0 if mask is None else mask.stride(0), rows, time, tile),
-        *(clip, row_means, float(denominator)),
-        *(loss.data_ptr(), stats.data_ptr(), grad.data_ptr() if with_grad else 0, torch.get_num_threads()),
+        *_matrix(values),
+        *_matrix(old_values),
+        *_matrix(returns),
+        address(mask),
+        0 if mask is None else mask.stride(0),
+        rows,
+        time,
+        tile,
+        clip,
+        row_means,
+        float(denominator),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr() if with_grad else 0,
+        torch.get_num_threads(),
     )
     return loss, stats, grad
 
@@ -76,13 +102,18 @@ def loss_bwd(grad: Tensor, stats: Tensor, upstream: Tensor, dtype: torch.dtype) 
     """grad [R, T] and stats as either loss leaves them, upstream [] float32 -> grad * (upstream / denominator) [R, T];
     a finite number beyond the dtype's range becomes its largest."""
     grad = grad.contiguous()  # a hook on saved tensors may have brought it back otherwise
-    out = torch.empty_like(grad, dtype=dtype)
+    grad_x = torch.empty_like(grad, dtype=dtype)
     denominator = stats.data_ptr() + stats.nbytes - stats.itemsize
     _native.loss_bwd(
-        *(grad.data_ptr(), grad.numel(), upstream.data_ptr(), denominator),
-        *(out.data_ptr(), DTYPES[dtype], torch.get_num_threads()),
+        grad.data_ptr(),
+        grad.numel(),
+        upstream.data_ptr(),
+        denominator,
+        grad_x.data_ptr(),
+        DTYPES[dtype],
+        torch.get_num_threads(),
     )
-    return out
+    return grad_x
 
 
 def _last_contiguous(x: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlhf_kernels import _native
 from rlhf_kernels.backends.cpu.common import DTYPES, address, contiguous, last_contiguous
+from rlhf_kernels.backends.cpu.whiten import whiten_into
 
 
 def gae(
@@ -66,16 +67,17 @@ def gae_packed(
     returns = torch.empty(rewards.shape, dtype=torch.float32)
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     mask, bootstrap = contiguous(mask), contiguous(bootstrap)
+    total, sequences = rewards.numel(), cu_seqlens.numel() - 1
     bad = _native.gae_packed(
         rewards.data_ptr(),
         values.data_ptr(),
         DTYPES[rewards.dtype],
         address(mask),
         address(bootstrap),
-        rewards.numel(),
+        total,
         cu_seqlens.data_ptr(),
         cu_seqlens.element_size(),
-        cu_seqlens.numel() - 1,
+        sequences,
         gamma,
         lam,
         masked,
@@ -86,7 +88,7 @@ def gae_packed(
     if bad >= 0:
         raise ValueError(
             f"gae: cu_seqlens holds {int(cu_seqlens[bad])} at {bad}; it takes offsets that start at 0, never fall and "
-            f"end at {rewards.numel()}"
+            f"end at {total}"
         )
     return advantages, returns
 
@@ -109,20 +111,31 @@ def ppo_advantages(
     batch, time = logprobs.shape
     advantages, returns, kl = (torch.empty((batch, time), dtype=torch.float32) for _ in range(3))
     moments = None if eps is None else torch.empty((batch, 3), dtype=torch.float64)
-    rows = tuple(last_contiguous(x) for x in (logprobs, ref_logprobs, values, mask))
-    scores = scores.contiguous()
+    logprobs, ref_logprobs, scores = last_contiguous(logprobs), last_contiguous(ref_logprobs), scores.contiguous()
+    values, mask = last_contiguous(values), last_contiguous(mask)
     _native.ppo_advantages(
-        *(rows[0].data_ptr(), rows[1].data_ptr(), scores.data_ptr(), rows[2].data_ptr(), DTYPES[logprobs.dtype]),
-        rows[3].data_ptr(),
-        *(batch, time, *(x.stride(0) for x in rows)),
-        *(kl_coef, gamma, lam),
-        *(advantages.data_ptr(), returns.data_ptr(), kl.data_ptr(), address(moments), torch.get_num_threads()),
+        logprobs.data_ptr(),
+        ref_logprobs.data_ptr(),
+        scores.data_ptr(),
+        values.data_ptr(),
+        DTYPES[logprobs.dtype],
+        mask.data_ptr(),
+        batch,
+        time,
+        logprobs.stride(0),
+        ref_logprobs.stride(0),
+        values.stride(0),
+        mask.stride(0),
+        kl_coef,
+        gamma,
+        lam,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        kl.data_ptr(),
+        address(moments),
+        torch.get_num_threads(),
     )
-    if moments is not None and eps is not None:  # in place
-        merged, size = torch.empty(3, dtype=torch.float64), batch * time
-        _native.whiten_fwd(
-            *(advantages.data_ptr(), DTYPES[torch.float32], size, size, rows[3].data_ptr(), time, rows[3].stride(0)),
-            *(size, moments.data_ptr(), batch, merged.data_ptr(), eps, False, advantages.data_ptr()),
-            torch.get_num_threads(),
-        )
+    if moments is not None and eps is not None:
+        merged = torch.empty(3, dtype=torch.float64)
+        whiten_into(advantages, mask=mask, parts=moments, moments=merged, eps=eps, keep_mean=False, y=advantages)
     return advantages, returns, kl
