@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
-from rlhf_kernels.ops.linear_shards import shard
+from rlhf_kernels.ops.linear.shards import shard
 
 N, D, V = 11, 8, 53
 

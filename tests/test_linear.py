@@ -12,7 +12,7 @@ from linear_truth import Case
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels.ops.linear_sweep import Sweep
+from rlhf_kernels.ops.linear.chunks import Sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALARS = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops import linear_sweep
+from rlhf_kernels.ops.linear import chunks
 
 HALVES = [torch.float16, torch.bfloat16]
 WAYS = {"in 16 bits": None, "widened": torch.float32}
@@ -30,7 +30,7 @@ def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The native backend, made to multiply in one of the ways; tiles of the weight are 64 rows at most."""
     require_backend("cpu")
     monkeypatch.setattr(dispatch.backend_module("cpu"), "product_dtype", lambda dtype: WAYS[request.param] or dtype)
-    monkeypatch.setattr(linear_sweep, "WIDE_BYTES", 1)
+    monkeypatch.setattr(chunks, "WIDE_BYTES", 1)
     with rk.use_backend("cpu"):
         yield Backend("cpu", "cpu")
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
-from rlhf_kernels.ops.linear_gradients import Gradients
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE
-from rlhf_kernels.ops.linear_unit import UnitGradient, scale_rows_
+from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE
+from rlhf_kernels.ops.linear.gradients import Gradients
+from rlhf_kernels.ops.linear.unit import UnitGradient, scale_rows_
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.linear_gradients import accumulate
-from rlhf_kernels.ops.linear_shards import summed
-from rlhf_kernels.ops.linear_sweep import TILE_BYTES, Rows, Sweep
+from rlhf_kernels.ops.linear.chunks import TILE_BYTES, Rows, Sweep
+from rlhf_kernels.ops.linear.gradients import accumulate
+from rlhf_kernels.ops.linear.shards import summed
 
 
 class UnitGradient:

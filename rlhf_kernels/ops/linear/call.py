@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.linear_shards import local, shard
-from rlhf_kernels.ops.linear_sweep import Head, Sweep
+from rlhf_kernels.ops.linear.chunks import Head, Sweep
+from rlhf_kernels.ops.linear.shards import local, shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

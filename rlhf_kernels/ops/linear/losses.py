@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops import linear, validate
+from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
-from rlhf_kernels.ops.linear_gradients import Gradients
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, Rows, Sweep
+from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, Rows, Sweep
+from rlhf_kernels.ops.linear.gradients import Gradients
+from rlhf_kernels.ops.linear.logprobs import graph_is_kept, logprobs_of
 from rlhf_kernels.ops.losses import Aggregate, check_aggregate
 from rlhf_kernels.ops.preference import checked_dpo_loss
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
@@ -110,7 +111,7 @@ def linear_policy_loss(
         )
 
     if ratio == "sequence" or dispatch.select_backend(OP, call.hidden) is None:
-        return from_logprobs(*linear.logprobs_of(call, entropy_coef != 0))
+        return from_logprobs(*logprobs_of(call, entropy_coef != 0))
 
     factor = token_weights(mask, labels, aggregate, denominator)
     weights = factor if importance_weights is None else factor * importance_weights.detach().float()
@@ -167,7 +168,7 @@ def linear_cross_entropy(
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
     if dispatch.select_backend(OP, call.hidden) is None:  # logprobs_of refuses a group there
-        logprobs, _ = linear.logprobs_of(call, False)
+        logprobs, _ = logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
     return _swept(call, factor, torch.zeros(0, dtype=torch.float64), "nll", False)[0]
@@ -229,7 +230,7 @@ def linear_dpo_loss(
         )
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
-        logprobs, _ = linear.logprobs_of(call, False)
+        logprobs, _ = logprobs_of(call, False)
         total = logprobs.sum(-1)
         if length_normalised:
             total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))
@@ -307,7 +308,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
     A second tensor of the weight's size would be more than the forward's whole workspace.
     """
-    if torch.compiler.is_compiling() or linear.graph_is_kept():
+    if torch.compiler.is_compiling() or graph_is_kept():
         return grad * factor.to(grad.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return grad

@@ -12,10 +12,10 @@ from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.full_kl import DIRECTIONS
-from rlhf_kernels.ops.linear_call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
-from rlhf_kernels.ops.linear_gradients import Gradients
-from rlhf_kernels.ops.linear_shards import gathered, merged_kl, summed
-from rlhf_kernels.ops.linear_sweep import DEFAULT_WORKSPACE, TILE_BYTES, Rows
+from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, TILE_BYTES, Rows
+from rlhf_kernels.ops.linear.gradients import Gradients
+from rlhf_kernels.ops.linear.shards import gathered, merged_kl, summed
 from rlhf_kernels.reference import full_kl as reference
 from rlhf_kernels.reference.linear import head_logits
 

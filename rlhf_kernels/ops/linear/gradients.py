@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.linear_shards import summed
-from rlhf_kernels.ops.linear_sweep import TILE_BYTES, Rows, Sweep
+from rlhf_kernels.ops.linear.chunks import TILE_BYTES, Rows, Sweep
+from rlhf_kernels.ops.linear.shards import summed
 
 
 class _Total:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops.linear_shards import gathered, merged
+from rlhf_kernels.ops.linear.shards import gathered, merged
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes
 # A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
