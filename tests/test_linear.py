@@ -12,7 +12,7 @@ from linear_truth import Case
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels.ops.linear.chunks import Sweep
+from rlhf_kernels.ops.linear.chunks import ChunkedHead
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALARS = [
@@ -276,7 +276,7 @@ def test_logits_kept_in_the_memory_of_the_weight_gradient(
             leaves = [x.to(device).detach().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
             with monkeypatch.context() as patch:
                 if not kept:
-                    patch.setattr(Sweep, "fits_weight_gradient", lambda _: False)
+                    patch.setattr(ChunkedHead, "fits_weight_gradient", lambda _: False)
                 outputs = rk.linear_logprobs(
                     *(leaves[0], leaves[1], case.labels.to(device)),
                     bias=leaves[2],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.linear.chunks import Head, Sweep
+from rlhf_kernels.ops.linear.chunks import ChunkedHead, Head
 from rlhf_kernels.ops.linear.shards import local, shard
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Inputs(NamedTuple):
     row_temperature: Tensor | None  # [N], replaces temperature
     softcap: Tensor | None
     logit_scale: Tensor
-    first: int  # token of weight's first row, in a vocabulary sharded over `group`
-    widest: int  # rows of the largest shard
+    vocab_offset: int  # token of weight's first row, in a vocabulary sharded over `group`
+    largest_shard_rows: int  # rows of the largest shard
     group: str
     invariant: bool
     workspace: int
@@ -53,14 +53,14 @@ class Inputs(NamedTuple):
             row_temperature=self.row_temperature,
             softcap=None if self.softcap is None else self.softcap.item(),
             logit_scale=self.logit_scale.item(),
-            first=self.first,
-            widest=self.widest,
+            vocab_offset=self.vocab_offset,
+            largest_shard_rows=self.largest_shard_rows,
             group=self.group,
             invariant=self.invariant,
         )
 
-    def sweep(self, op: str, **plan: Any) -> Sweep:
-        return Sweep(op, self.hidden, self.head(), self.labels, self.mask, self.workspace, **plan)
+    def sweep(self, op: str, **plan: Any) -> ChunkedHead:
+        return ChunkedHead(op, self.hidden, self.head(), self.labels, self.mask, self.workspace, **plan)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         """Of the shapes that the registered ops return: zero elements for a gradient that is not wanted."""
@@ -76,10 +76,10 @@ class Inputs(NamedTuple):
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels, Tensor? mask, "
     "Tensor temperature, Tensor? row_temperature, Tensor? softcap, Tensor logit_scale, "
-    "SymInt first, SymInt widest, str group, bool invariant, SymInt workspace"
+    "SymInt vocab_offset, SymInt largest_shard_rows, str group, bool invariant, SymInt workspace"
 )
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-TENSORS = Inputs._fields.index("first")  # so many of Inputs, the first ones, are tensors
+TENSORS = Inputs._fields.index("vocab_offset")  # so many of Inputs, the first ones, are tensors
 
 
 def split(arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
@@ -102,8 +102,8 @@ class Call(NamedTuple):
     softcap: float | None
     logit_scale: float
     workspace: int
-    first: int
-    widest: int
+    vocab_offset: int
+    largest_shard_rows: int
     group: str = ""
     invariant: bool = False
 
@@ -137,8 +137,8 @@ class Call(NamedTuple):
             rows.flat(row_temperature),
             None if self.softcap is None else validate.runtime_scalar(self.softcap),
             validate.runtime_scalar(scale),
-            self.first,
-            self.widest,
+            self.vocab_offset,
+            self.largest_shard_rows,
             self.group,
             self.invariant,
             self.workspace,
@@ -178,9 +178,10 @@ def prepare(
 
     row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask)
     if like is None:
-        first, vocab, widest = shard(process_group, weight.shape[0], hidden.device)
+        vocab_offset, vocab, largest_shard_rows = shard(process_group, weight.shape[0], hidden.device)
     else:
-        first, vocab, widest = like.first, 0, like.widest  # the size of the vocabulary is for labels alone
+        # The size of the vocabulary is for labels alone.
+        vocab_offset, vocab, largest_shard_rows = like.vocab_offset, 0, like.largest_shard_rows
     if rows.reading_is_free(hidden):
         rows.positive(op, row_temperature)
         if labels is not None:
@@ -191,7 +192,7 @@ def prepare(
         labels = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
     return Call(
         *(hidden, weight, bias, lora_a, lora_b, labels, mask),
-        *(temperature, row_temperature, softcap, logit_scale, workspace, first, widest),
+        *(temperature, row_temperature, softcap, logit_scale, workspace, vocab_offset, largest_shard_rows),
         group="" if process_group is None else process_group.group_name,
     )
 

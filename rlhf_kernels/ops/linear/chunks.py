@@ -1,6 +1,7 @@
 """The sweep over a head's rows: tiles of logits that fit a fixed workspace, each a GEMM by torch and our epilogue.
 
-Rows go by chunks, a chunk's vocabulary by tiles. A tile is a few megabytes, so that the epilogue finds it in the cache.
+Rows are taken in chunks, and a chunk's vocabulary in tiles. A tile is a few megabytes, so that the epilogue finds it in
+the cache.
 Two plans share the code:
 - recomputed: one tile of memory; the backward makes the logits again. Chunks are tall, so that dW is mostly one GEMM.
 - kept: a chunk's logits stay until its gradient is formed, when that is known in the forward: one GEMM less.
@@ -45,25 +46,25 @@ class Head(NamedTuple):
     row_temperature: Tensor | None  # [N], replaces temperature
     softcap: float | None
     logit_scale: float
-    first: int = 0  # token of the weight's first row: not 0 for a shard of the vocabulary
-    widest: int = 0  # rows of the largest shard: all ranks must cut the same chunks
+    vocab_offset: int = 0  # token of the weight's first row: not 0 for a shard of the vocabulary
+    largest_shard_rows: int = 0  # rows of the largest shard: all ranks must cut the same chunks
     group: str = ""  # name of the process group whose ranks hold the other shards
     invariant: bool = False  # a row's products have the same bits in any batch
 
 
-class Rows(NamedTuple):
+class RowChunk(NamedTuple):
     """One chunk: its rows of the call, their hidden states, labels and temperatures, and their kept products."""
 
-    places: Tensor | slice  # into [N]
+    row_indices: Tensor | slice  # into [N]
     hidden: Tensor  # [R, D], dtype of the products
-    low: Tensor | None  # [R, r] hidden @ lora_a.T
+    lora_hidden: Tensor | None  # [R, r] hidden @ lora_a.T
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
-    products: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
-    store: Tensor | None  # [V, D], the memory of the coming dW: each tile of the products begins where its dW will
+    logits_before_bias: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
+    logits_buffer: Tensor | None  # [V, D], dW's memory: tile i starts at row offset i of dW
 
 
-class Sweep:
+class ChunkedHead:
     """One pass over the counted rows of hidden [O, I, D] under a head; with `gradients`, it ends in theirs."""
 
     def __init__(
@@ -78,13 +79,13 @@ class Sweep:
         keep: bool = False,
         wanted: Sequence[bool] = (False,) * 5,
         rows: int | None = None,
-        store: Tensor | None = None,
+        logits_buffer: Tensor | None = None,
     ) -> None:
         """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan.
 
-        store: where the first chunk's products are, or are to stay; see `fits_weight_gradient`.
+        logits_buffer: where the first chunk's logits are, or are to stay; see `fits_weight_gradient`.
         """
-        self.store = store
+        self.logits_buffer = logits_buffer
         self.backend: ModuleType = dispatch.backend_module(dispatch.require_backend(op, hidden))
         self.head, self._labels = head, labels.contiguous()
         self.dtype = self.backend.product_dtype(hidden.dtype)
@@ -99,28 +100,32 @@ class Sweep:
         self.count = labels.numel() if self._counted is None else self._counted.numel()
         self._keep = keep
         self._plan(workspace, wanted[1], rows)
-        width = head.weight.shape[0] if keep else self._width
-        self._tile = self.backend.allocate((min(self._rows, self.count) * width,), self.dtype, hidden.device)
-        self._wide_part: slice | None = None  # of the weight in _wide
-        wide = (self._width if self.widens and self.count else 0, head.weight.shape[1])
-        self._wide = self.backend.allocate(wide, self.dtype, hidden.device)
+        columns = head.weight.shape[0] if keep else self._tile_columns
+        self._tile = self.backend.allocate((min(self._rows, self.count) * columns,), self.dtype, hidden.device)
+        self._widened_columns: slice | None = None  # of the weight in _weight_tile_fp32
+        wide = (self._tile_columns if self.widens and self.count else 0, head.weight.shape[1])
+        self._weight_tile_fp32 = self.backend.allocate(wide, self.dtype, hidden.device)
 
     def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
-        """Rows of a chunk, columns of a tile."""
-        width, vocab = self.head.weight.shape[1], self.head.widest
+        """Sets the rows of a chunk and the columns of a tile."""
+        hidden_size, vocab = self.head.weight.shape[1], self.head.largest_shard_rows
         size = self.dtype.itemsize
-        low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # rows.low and its gradient
+        low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # lora_hidden and its gradient
         if self._keep:
-            per_row = (vocab + width) * size + low + (4 * width if self.widens else 0)  # dH, summed over tiles
+            per_row = (
+                (vocab + hidden_size) * size + low + (4 * hidden_size if self.widens else 0)
+            )  # dH, summed over tiles
             limit = max(1, workspace // per_row)
-            accumulator = 4 * vocab * width if wants_weight and self.head.weight.element_size() == 2 else 0
+            accumulator = 4 * vocab * hidden_size if wants_weight and self.head.weight.element_size() == 2 else 0
             if self.count * per_row <= workspace + accumulator:
-                limit = max(limit, self.count)  # the memory of the sum over chunks buys that there is one chunk
+                limit = max(
+                    limit, self.count
+                )  # a larger chunk costs no more than the fp32 accumulator it makes unnecessary
             chunks = -(-self.count // limit)
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1
         else:
-            per_row = (size + 4) * width + low  # gathered hidden states, and dH before it is rounded
+            per_row = (size + 4) * hidden_size + low  # gathered hidden states, and dH before it is rounded
             limit = min(TALLEST, max(1, workspace // (2 * per_row)))
             chunks = -(-self.count // limit)
         self.chunks = chunks
@@ -131,83 +136,84 @@ class Sweep:
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
         columns = INVARIANT_COLUMNS if self.head.invariant else room // (size * self._rows)
         if self.widens:
-            columns = min(columns, WIDE_BYTES // (size * width))
+            columns = min(columns, WIDE_BYTES // (size * hidden_size))
         columns = max(64, columns // 2 * 2)
-        self._width = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
+        self._tile_columns = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
     def fits_weight_gradient(self) -> bool:
         """Whether the first chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there."""
         rows, weight = min(self._rows, self.count), self.head.weight
         return 0 < rows * self.dtype.itemsize <= weight.shape[1] * weight.element_size()
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[RowChunk]:
         for start in range(0, self.count, self._rows):
             stop = min(start + self._rows, self.count)
-            places = slice(start, stop) if self._counted is None else self._counted[start:stop]
-            hidden = self._gather(places, start, stop).to(self.dtype)
+            row_indices = slice(start, stop) if self._counted is None else self._counted[start:stop]
+            hidden = self._gather(row_indices, start, stop).to(self.dtype)
             temperature = self.head.row_temperature
             vocab = self.head.weight.shape[0]
-            yield Rows(
-                places,
+            yield RowChunk(
+                row_indices,
                 hidden,
                 None if self.lora_a is None else self._product(hidden, self.lora_a),
-                self._labels[places],
-                None if temperature is None else temperature[places].contiguous(),
+                self._labels[row_indices],
+                None if temperature is None else temperature[row_indices].contiguous(),
                 self._tile[: (stop - start) * vocab].view(-1, vocab) if self._keep else None,
-                None if start else self.store,
+                None if start else self.logits_buffer,
             )
 
-    def _gather(self, places: Tensor | slice, start: int, stop: int) -> Tensor:
+    def _gather(self, row_indices: Tensor | slice, start: int, stop: int) -> Tensor:
         if self._hidden.dim() == 2:
-            return self._hidden[places]
-        rows = torch.arange(start, stop, device=self._hidden.device) if isinstance(places, slice) else places
+            return self._hidden[row_indices]
+        rows = torch.arange(start, stop, device=self._hidden.device) if isinstance(row_indices, slice) else row_indices
         inner = self._hidden.shape[1]
         return self._hidden[rows // inner, rows % inner]
 
-    def parts(self) -> Iterator[slice]:
+    def column_tiles(self) -> Iterator[slice]:
         """The vocabulary, tile by tile."""
         vocab = self.head.weight.shape[0]
-        for start in range(0, vocab, self._width):
-            yield slice(start, min(start + self._width, vocab))
+        for start in range(0, vocab, self._tile_columns):
+            yield slice(start, min(start + self._tile_columns, vocab))
 
-    def _products(self, rows: Rows, part: slice) -> Tensor:
+    def _products(self, chunk: RowChunk, columns: slice) -> Tensor:
         """hidden @ weight.T for a tile of columns, fresh."""
-        count = rows.hidden.shape[0]
-        if rows.products is not None:
-            tile = rows.products[:, part]
+        count = chunk.hidden.shape[0]
+        if chunk.logits_before_bias is not None:
+            tile = chunk.logits_before_bias[:, columns]
         else:
-            tile = self._place(self._tile, count, part) if rows.store is None else self._stored(rows.store, count, part)
-        weight, low = self.weight(part), self.lora_b(part)
-        if low is None or rows.low is None:
-            return self._product(rows.hidden, weight, out=tile)
+            buffer = chunk.logits_buffer
+            tile = self._place(self._tile, count, columns) if buffer is None else self._stored(buffer, count, columns)
+        weight, low = self.weight(columns), self.lora_b(columns)
+        if low is None or chunk.lora_hidden is None:
+            return self._product(chunk.hidden, weight, out=tile)
         # The small product first: in 16 bits it is the one to be rounded twice.
-        return self._product(rows.hidden, weight, out=self._product(rows.low, low, out=tile), beta=1)
+        return self._product(chunk.hidden, weight, out=self._product(chunk.lora_hidden, low, out=tile), beta=1)
 
     @staticmethod
-    def _place(memory: Tensor, count: int, part: slice) -> Tensor:
+    def _place(memory: Tensor, count: int, columns: slice) -> Tensor:
         """A tile [count, W] at the beginning of flat memory."""
-        return memory[: count * (part.stop - part.start)].view(count, -1)
+        return memory[: count * (columns.stop - columns.start)].view(count, -1)
 
-    def _stored(self, store: Tensor, count: int, part: slice) -> Tensor:
+    def _stored(self, buffer: Tensor, count: int, columns: slice) -> Tensor:
         """The same in the memory of dW, at the beginning of the tile's own rows."""
-        memory = store[part].view(-1)
+        memory = buffer[columns].view(-1)
         if self.widens:
             memory = memory[: memory.numel() // 2 * 2].view(self.dtype)
-        return self._place(memory, count, part)
+        return self._place(memory, count, columns)
 
-    def weight(self, part: slice) -> Tensor:
+    def weight(self, columns: slice) -> Tensor:
         """Its rows of a tile, in the dtype of the products; until the next call."""
         if not self.widens:
-            return self.head.weight[part]
-        wide = self._wide[: part.stop - part.start]
-        if self._wide_part != part:
-            wide.copy_(self.head.weight[part])
-            self._wide_part = part
-        return wide
+            return self.head.weight[columns]
+        tile = self._weight_tile_fp32[: columns.stop - columns.start]
+        if self._widened_columns != columns:
+            tile.copy_(self.head.weight[columns])
+            self._widened_columns = columns
+        return tile
 
-    def lora_b(self, part: slice) -> Tensor | None:
+    def lora_b(self, columns: slice) -> Tensor | None:
         """Its rows of a tile, in the dtype of the products."""
-        return None if self.head.lora_b is None else self.head.lora_b[part].to(self.dtype)
+        return None if self.head.lora_b is None else self.head.lora_b[columns].to(self.dtype)
 
     def _product(self, x: Tensor, y: Tensor, *, out: Tensor | None = None, beta: int = 0) -> Tensor:
         """x [R, K] @ y [W, K].T over out, or added to it; in pieces of one shape for bits that do not depend on R."""
@@ -222,39 +228,40 @@ class Sweep:
             to.add_(product) if beta else to.copy_(product)
         return out
 
-    def logits(self, rows: Rows) -> Tensor:
+    def logits(self, chunk: RowChunk) -> Tensor:
         """The kept chunk's logits [R, V], over its products."""
-        assert rows.products is not None
-        for part in self.parts():
-            tile = self._products(rows, part)
+        assert chunk.logits_before_bias is not None
+        for columns in self.column_tiles():
+            tile = self._products(chunk, columns)
             if self._bias is not None:
-                tile += self._bias[part]
+                tile += self._bias[columns]
             if self.head.softcap is not None:
                 tile.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap)
-        return rows.products
+        return chunk.logits_before_bias
 
-    def epilogue(self, rows: Rows, part: slice) -> tuple[object, ...]:
+    def epilogue(self, chunk: RowChunk, columns: slice) -> tuple[object, ...]:
         """What both epilogues take besides the tile."""
         head = self.head
-        bias = None if self._bias is None else self._bias[part]
+        bias = None if self._bias is None else self._bias[columns]
         softcap = 0.0 if head.softcap is None else head.softcap
-        return head.first + part.start, bias, softcap, head.logit_scale, rows.labels, head.temperature, rows.temperature
+        offset = head.vocab_offset + columns.start
+        return offset, bias, softcap, head.logit_scale, chunk.labels, head.temperature, chunk.temperature
 
     def softmax(
-        self, rows: Rows, with_entropy: bool, folded: Callable[[slice, Tensor, Tensor], None] | None = None
+        self, chunk: RowChunk, with_entropy: bool, folded: Callable[[slice, Tensor, Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logprobs [R], entropy [R] or [0] float32, and stats [R, 2] float64: maximum, log sum exp((z - max) / T).
 
         folded: is given each tile after its turn, with its columns and this rank's softmax [R, 4] so far.
         """
-        state = rows.hidden.new_zeros((rows.hidden.shape[0], 4), dtype=torch.float64)
+        state = chunk.hidden.new_zeros((chunk.hidden.shape[0], 4), dtype=torch.float64)
         state[:, 0], state[:, 3] = float("-inf"), float("nan")  # no label seen: NaN
-        for part in self.parts():
-            tile = self._products(rows, part)
-            self.backend.linear_fold(tile, *self.epilogue(rows, part), state, with_entropy)
+        for columns in self.column_tiles():
+            tile = self._products(chunk, columns)
+            self.backend.linear_fold(tile, *self.epilogue(chunk, columns), state, with_entropy)
             if folded is not None:
-                folded(part, tile, state)
-        temperature = self.temperature(rows)
+                folded(columns, tile, state)
+        temperature = self.temperature(chunk)
         if self.head.group:
             state = merged(gathered(state, self.head.group), temperature)
         m, s, w, label = state.unbind(1)
@@ -266,14 +273,14 @@ class Sweep:
         return logprobs, entropy, torch.stack([m, log_s], 1)
 
     def coefficients(
-        self, rows: Rows, g: Tensor | None, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
+        self, chunk: RowChunk, g: Tensor | None, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
     ) -> Tensor:
         """[R, 4] float32 of the gradient's epilogue, for upstream gradients of logprobs and entropy [R].
 
         d logprob_label / dz_j = (onehot - p) / T; dH / dz_j = -p (log p + H) / T, log p = (z - m) / T - log_s.
         """
         m, log_s = stats.unbind(1)
-        temperature = self.temperature(rows)
+        temperature = self.temperature(chunk)
         g, h = (torch.zeros_like(m) if x is None else x.double() for x in (g, g_entropy))
         scale = torch.exp(-log_s) / temperature
         mean = 0.0 if g_entropy is None else entropy - log_s
@@ -281,37 +288,37 @@ class Sweep:
         still = (g == 0) & (h == 0)
         return torch.stack([*(torch.where(still, 0.0, x) for x in (a, b, c)), m], 1).float()
 
-    def temperature(self, rows: Rows) -> float | Tensor:
-        return self.head.temperature if rows.temperature is None else rows.temperature.double()
+    def temperature(self, chunk: RowChunk) -> float | Tensor:
+        return self.head.temperature if chunk.temperature is None else chunk.temperature.double()
 
-    def gradient_tiles(self, rows: Rows, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def gradient_tiles(self, chunk: RowChunk, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept."""
-        for part in self.parts():
-            if rows.products is not None:
-                tile = rows.products[:, part]
-            elif rows.store is not None:  # a copy, because dW will be written over it
-                count = rows.hidden.shape[0]
-                tile = self._place(self._tile, count, part).copy_(self._stored(rows.store, count, part))
+        for columns in self.column_tiles():
+            if chunk.logits_before_bias is not None:
+                tile = chunk.logits_before_bias[:, columns]
+            elif chunk.logits_buffer is not None:  # a copy, because dW will be written over it
+                count = chunk.hidden.shape[0]
+                tile = self._place(self._tile, count, columns).copy_(self._stored(chunk.logits_buffer, count, columns))
             else:
-                tile = self._products(rows, part)
-            self.backend.linear_gradient(tile, *self.epilogue(rows, part), coefficients)
-            yield part, tile
+                tile = self._products(chunk, columns)
+            self.backend.linear_gradient(tile, *self.epilogue(chunk, columns), coefficients)
+            yield columns, tile
 
-    def compacted(self, rows: Rows, kept: Tensor) -> Rows:
+    def compacted(self, chunk: RowChunk, kept: Tensor) -> RowChunk:
         """The chunk's rows `kept` (ascending) alone, their products moved together inside the workspace."""
-        if rows.products is not None:
+        if chunk.logits_before_bias is not None:
             for to, row in enumerate(kept.tolist()):
                 if to != row:
-                    rows.products[to].copy_(rows.products[row])
-        places = rows.places
-        if isinstance(places, slice):
-            places = torch.arange(places.start, places.stop, device=kept.device)
-        return Rows(
-            places[kept],
-            rows.hidden[kept],
-            None if rows.low is None else rows.low[kept],
-            rows.labels[kept],
-            None if rows.temperature is None else rows.temperature[kept],
-            None if rows.products is None else rows.products[: kept.numel()],
+                    chunk.logits_before_bias[to].copy_(chunk.logits_before_bias[row])
+        row_indices = chunk.row_indices
+        if isinstance(row_indices, slice):
+            row_indices = torch.arange(row_indices.start, row_indices.stop, device=kept.device)
+        return RowChunk(
+            row_indices[kept],
+            chunk.hidden[kept],
+            None if chunk.lora_hidden is None else chunk.lora_hidden[kept],
+            chunk.labels[kept],
+            None if chunk.temperature is None else chunk.temperature[kept],
+            None if chunk.logits_before_bias is None else chunk.logits_before_bias[: kept.numel()],
             None,
         )

@@ -13,7 +13,7 @@ from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.full_kl import DIRECTIONS
 from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
-from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, TILE_BYTES, Rows
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, TILE_BYTES, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.shards import gathered, merged_kl, summed
 from rlhf_kernels.reference import full_kl as reference
@@ -95,7 +95,7 @@ class _Pair:
 
     def __init__(self, call: Inputs, ref: Inputs, direction: int) -> None:
         # Logits of both, and the gradient beside them.
-        per_row = 3 * call.widest + call.hidden.shape[-1] + ref.hidden.shape[-1]
+        per_row = 3 * call.largest_shard_rows + call.hidden.shape[-1] + ref.hidden.shape[-1]
         size = (
             dispatch.backend_module(dispatch.require_backend(OP, call.hidden)).product_dtype(call.hidden.dtype).itemsize
         )
@@ -103,28 +103,28 @@ class _Pair:
         self.own, self.other = (x.sweep(OP, keep=True, rows=rows) for x in (call, ref))
         self._group, self._direction = call.group, direction
 
-    def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[RowChunk, Tensor, Tensor]]:
         for rows, other in zip(self.own, self.other, strict=True):
             yield rows, self.own.logits(rows).unsqueeze(0), self.other.logits(other).unsqueeze(0)
 
-    def divergence(self, rows: Rows, logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    def divergence(self, chunk: RowChunk, logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of a chunk: KL [R] and what the gradient needs [R, 5]."""
         jsd = DIRECTIONS[self._direction] == "jsd"
-        forward, scalars = self.own.backend.full_kl_fwd, (None, self.own.head.temperature, rows.temperature)
+        forward, scalars = self.own.backend.full_kl_fwd, (None, self.own.head.temperature, chunk.temperature)
         if not self._group:
             return forward(logits, ref_logits, *scalars, self._direction)
         # The mixture needs both sums over all shards first: those of the reverse divergence.
         _, stats = forward(logits, ref_logits, *scalars, 0 if jsd else self._direction)
-        temperature = self.own.temperature(rows)
+        temperature = self.own.temperature(chunk)
         kl, whole = merged_kl(gathered(stats.double(), self._group), temperature, self._direction == 1)
         if jsd:
             spoilt = (whole[:, 1] + whole[:, 3]).isnan()
-            halves = summed(self._halves(rows, logits, ref_logits, whole), self._group)
+            halves = summed(self._halves(chunk, logits, ref_logits, whole), self._group)
             kl = torch.where(spoilt, float("nan"), halves.sum(1) / 2)
             whole[:, 4] = halves[:, 0]
         return kl.float(), whole.float()
 
-    def _halves(self, rows: Rows, logits: Tensor, ref_logits: Tensor, whole: Tensor) -> Tensor:
+    def _halves(self, chunk: RowChunk, logits: Tensor, ref_logits: Tensor, whole: Tensor) -> Tensor:
         """This shard's part of KL(p || m) and KL(q || m) [R, 2] float64.
 
         From jsd's gradient with 0 for their totals, (g / 2T) p log(p / m): terms of both signs that nearly cancel where
@@ -132,31 +132,31 @@ class _Pair:
         """
         (_, count, vocab), size = logits.shape, logits.element_size()
         whole = torch.where(torch.arange(5, device=whole.device) == 4, 0.0, whole).float()
-        g = (torch.zeros_like(whole[:, 0]) + 2 * self.own.temperature(rows)).float()
+        g = (torch.zeros_like(whole[:, 0]) + 2 * self.own.temperature(chunk)).float()
         halves = whole.new_empty((count, 2), dtype=torch.float64)
         wide = 12 + (8 if size < 4 else 0)  # bytes: the terms, their float64 copy, and what logits are in 16 bits
         step = max(1, min(count * size, TILE_BYTES // vocab) // wide)
         for some in (slice(start, start + step) for start in range(0, count, step)):
             x, y = (side[:, some].float() for side in (logits, ref_logits))
             own = whole[some]
-            temperature = None if rows.temperature is None else rows.temperature[some]
+            temperature = None if chunk.temperature is None else chunk.temperature[some]
             scalars = (None, self.own.head.temperature, temperature, DIRECTIONS.index("jsd"))
             for half, (a, b, stats) in enumerate(((x, y, own), (y, x, own[:, [2, 3, 0, 1, 4]]))):
                 terms = self.own.backend.full_kl_bwd(g[some], a, b, *scalars, stats.contiguous())
                 halves[some, half] = terms.view(-1, vocab).sum(-1, dtype=torch.float64)
         return halves
 
-    def gradient(self, rows: Rows, logits: Tensor, ref_logits: Tensor, grad: Tensor, stats: Tensor) -> Tensor:
+    def gradient(self, chunk: RowChunk, logits: Tensor, ref_logits: Tensor, grad: Tensor, stats: Tensor) -> Tensor:
         """grad [R] -> gradient of the chunk's products [R, V]; its logits are used up."""
-        scalars = (None, self.own.head.temperature, rows.temperature)
+        scalars = (None, self.own.head.temperature, chunk.temperature)
         by_logits = self.own.backend.full_kl_bwd(grad, logits, ref_logits, *scalars, self._direction, stats)
-        return self.slope(rows, by_logits.view(logits.shape[1:]))
+        return self.slope(chunk, by_logits.view(logits.shape[1:]))
 
-    def slope(self, rows: Rows, grad: Tensor) -> Tensor:
+    def slope(self, chunk: RowChunk, grad: Tensor) -> Tensor:
         """grad by the logits -> grad by the products; the logits in rows are used up."""
         head = self.own.head
-        if head.softcap is not None and rows.products is not None:  # d softcap * tanh(x * scale / softcap)
-            slope = rows.products.div_(head.softcap).square_().neg_().add_(1).mul_(head.logit_scale)
+        if head.softcap is not None and chunk.logits_before_bias is not None:  # d softcap * tanh(x * scale / softcap)
+            slope = chunk.logits_before_bias.div_(head.softcap).square_().neg_().add_(1).mul_(head.logit_scale)
             grad.mul_(slope)
         return grad
 
@@ -181,7 +181,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     count = call.labels.shape[0]
     kl, stats = (call.hidden.new_zeros(shape, dtype=torch.float32) for shape in ((count,), (count, 5)))
     for rows, logits, ref_logits in pair:
-        kl[rows.places], stats[rows.places] = pair.divergence(rows, logits, ref_logits)
+        kl[rows.row_indices], stats[rows.row_indices] = pair.divergence(rows, logits, ref_logits)
     return kl, stats
 
 
@@ -202,8 +202,11 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, pair, (grad, stats, wanted) = _pair(arguments)
     gradients = Gradients(pair.own, call.hidden, wanted)
     for rows, logits, ref_logits in pair:
-        products = pair.gradient(rows, logits, ref_logits, grad[rows.places], stats[rows.places])
-        gradients.add(rows._replace(products=products), ((part, products[:, part]) for part in pair.own.parts()))
+        products = pair.gradient(rows, logits, ref_logits, grad[rows.row_indices], stats[rows.row_indices])
+        gradients.add(
+            rows._replace(logits_before_bias=products),
+            ((columns, products[:, columns]) for columns in pair.own.column_tiles()),
+        )
     return gradients.finish()
 
 

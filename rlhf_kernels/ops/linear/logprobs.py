@@ -14,7 +14,7 @@ from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE
 from rlhf_kernels.ops.linear.gradients import Gradients
-from rlhf_kernels.ops.linear.unit import UnitGradient, scale_rows_
+from rlhf_kernels.ops.linear.logprob_gradient import LogprobGradient, scale_rows_
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:
@@ -174,18 +174,18 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     entropy = new(count if with_entropy else 0, dtype=torch.float32)
     sweep, weight = call.sweep(OP), call.weight
     if keep == "products" and sweep.fits_weight_gradient():
-        sweep.store = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
-    kept = weight.new_empty(0) if sweep.store is None else sweep.store
+        sweep.logits_buffer = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
+    kept = weight.new_empty(0) if sweep.logits_buffer is None else sweep.logits_buffer
     if keep == "unit":
         kept = torch.zeros(call.hidden.shape, dtype=call.hidden.dtype, device=call.hidden.device)
     for chunk in sweep:
-        unit = UnitGradient(sweep, chunk) if keep == "unit" else None
+        unit = LogprobGradient(sweep, chunk) if keep == "unit" else None
         chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(
             chunk, with_entropy, None if unit is None else unit.add
         )
-        logprobs[chunk.places], stats[chunk.places] = chunk_logprobs, chunk_stats
+        logprobs[chunk.row_indices], stats[chunk.row_indices] = chunk_logprobs, chunk_stats
         if with_entropy:
-            entropy[chunk.places] = chunk_entropy
+            entropy[chunk.row_indices] = chunk_entropy
         if unit is not None:
             unit.store(kept.flatten(0, 1), chunk_logprobs, chunk_stats)
     return logprobs, entropy, stats, kept
@@ -210,12 +210,12 @@ _BACKWARD = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor
 def _gradients(arguments: Sequence[Any], weight_gradient: Tensor | None) -> tuple[Tensor, ...]:
     """weight_gradient: memory for it."""
     call, (grad_logprobs, grad_entropy, entropy, stats, wanted, kept) = split(arguments)
-    sweep = call.sweep(OP, wanted=wanted, store=kept if kept.numel() else None)
+    sweep = call.sweep(OP, wanted=wanted, logits_buffer=kept if kept.numel() else None)
     gradients = Gradients(sweep, call.hidden, wanted, weight_gradient)
     for chunk in sweep:
-        g, g_entropy = (None if x is None else x[chunk.places] for x in (grad_logprobs, grad_entropy))
-        chunk_entropy = entropy if g_entropy is None else entropy[chunk.places]
-        coefficients = sweep.coefficients(chunk, g, g_entropy, stats[chunk.places], chunk_entropy)
+        g, g_entropy = (None if x is None else x[chunk.row_indices] for x in (grad_logprobs, grad_entropy))
+        chunk_entropy = entropy if g_entropy is None else entropy[chunk.row_indices]
+        coefficients = sweep.coefficients(chunk, g, g_entropy, stats[chunk.row_indices], chunk_entropy)
         gradients.add(chunk, sweep.gradient_tiles(chunk, coefficients))
     return gradients.finish()
 

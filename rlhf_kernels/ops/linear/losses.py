@@ -1,7 +1,7 @@
 """Losses straight from hidden states: linear_policy_loss, linear_cross_entropy, linear_dpo_loss.
 
 What a token's loss adds to the gradient is known as soon as its row's softmax is, so a chunk forms its gradients while
-its logits are at hand: three GEMMs in all, and a row whose gradient is zero takes part in the first alone.
+its logits are at hand: three GEMMs in all, and a row whose gradient is zero takes columns in the first alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
-from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, Rows, Sweep
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.logprobs import graph_is_kept, logprobs_of
 from rlhf_kernels.ops.losses import Aggregate, check_aggregate
@@ -332,11 +332,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     numbers = scalars.tolist()
     for chunk in sweep:
         found, found_entropy, stats = sweep.softmax(chunk, with_entropy)
-        logprobs[chunk.places] = found
+        logprobs[chunk.row_indices] = found
         if with_entropy:
-            entropy[chunk.places] = found_entropy
-        terms = per_row[:, chunk.places]
-        losses[chunk.places], g, g_entropy = token_terms(found, found_entropy, terms, numbers, kind)
+            entropy[chunk.row_indices] = found_entropy
+        terms = per_row[:, chunk.row_indices]
+        losses[chunk.row_indices], g, g_entropy = token_terms(found, found_entropy, terms, numbers, kind)
         if any(wanted):
             _add_gradient(sweep, gradients, chunk, g, g_entropy, stats, found_entropy)
     return losses.sum(dtype=torch.float64).float(), logprobs, entropy, *gradients.finish()
@@ -355,7 +355,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _add_gradient(
-    sweep: Sweep, gradients: Gradients, chunk: Rows, g: Tensor, g_entropy: Tensor | None, stats: Tensor, entropy: Tensor
+    sweep: ChunkedHead,
+    gradients: Gradients,
+    chunk: RowChunk,
+    g: Tensor,
+    g_entropy: Tensor | None,
+    stats: Tensor,
+    entropy: Tensor,
 ) -> None:
     if g.device.type == "cpu":  # elsewhere how many rows are left is not known without a sync
         moved = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)

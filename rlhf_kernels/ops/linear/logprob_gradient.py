@@ -5,38 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.linear.chunks import TILE_BYTES, Rows, Sweep
+from rlhf_kernels.ops.linear.chunks import TILE_BYTES, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.gradients import accumulate
 from rlhf_kernels.ops.linear.shards import summed
 
 
-class UnitGradient:
+class LogprobGradient:
     """One chunk's, summed over its tiles under a maximum that rises from tile to tile.
 
     d logprob / dx = (1 - p_label) W_label dz_label/dx - sum over the other tokens of p_j W_j dz_j/dx, over T. The label
-    has no part in the sum, where 16 bits would round its p_label; its own term comes from its logprob.
+    has no columns in the sum, where 16 bits would round its p_label; its own term comes from its logprob.
     """
 
-    def __init__(self, sweep: Sweep, rows: Rows) -> None:
-        self._sweep, self._rows = sweep, rows
-        self._sum = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=rows.hidden.device)
-        self._top = torch.full(rows.labels.shape, float("-inf"), dtype=torch.float64, device=rows.hidden.device)
+    def __init__(self, sweep: ChunkedHead, chunk: RowChunk) -> None:
+        self._sweep, self._rows = sweep, chunk
+        self._sum = torch.zeros(chunk.hidden.shape, dtype=torch.float32, device=chunk.hidden.device)
+        self._top = torch.full(chunk.labels.shape, float("-inf"), dtype=torch.float64, device=chunk.hidden.device)
         self._label = self._top  # the label's logit, NaN where it is another shard's
 
-    def add(self, part: slice, tile: Tensor, state: Tensor) -> None:
+    def add(self, columns: slice, tile: Tensor, state: Tensor) -> None:
         """A tile that has been folded into state [R, 4]; it is overwritten."""
         sweep, rows = self._sweep, self._rows
         top = state[:, 0].clone()
         pivot = torch.where(top == float("-inf"), 0.0, top)  # while there are only -inf, exp gives 0 with any pivot
         coefficients = torch.zeros(state.shape, dtype=torch.float32, device=state.device)
         coefficients[:, 0], coefficients[:, 3] = 1.0, pivot
-        sweep.backend.linear_gradient(tile, *sweep.epilogue(rows, part), coefficients)
-        column = rows.labels.long() - (sweep.head.first + part.start)
+        sweep.backend.linear_gradient(tile, *sweep.epilogue(rows, columns), coefficients)
+        column = rows.labels.long() - (sweep.head.vocab_offset + columns.start)
         here = (column >= 0) & (column < tile.shape[1])
         column = column.clamp(0, tile.shape[1] - 1).unsqueeze(1)
         tile.scatter_(1, column, tile.gather(1, column).masked_fill_(here.unsqueeze(1), 0))
         self._sum.mul_(torch.exp((self._top - pivot) / sweep.temperature(rows)).float().unsqueeze(1))
-        accumulate(self._sum, tile, sweep.weight(part))
+        accumulate(self._sum, tile, sweep.weight(columns))
         self._top, self._label = top, state[:, 3]
 
     def store(self, to: Tensor, logprobs: Tensor, stats: Tensor) -> None:
@@ -48,14 +48,14 @@ class UnitGradient:
         if head.softcap is not None:
             slope *= 1 - (self._label / head.softcap).square()
         label = torch.where(self._label.isnan(), 0.0, -torch.expm1(logprobs.double()) * slope / temperature)
-        token = (rows.labels.long() - head.first).clamp(0, head.weight.shape[0] - 1)
+        token = (rows.labels.long() - head.vocab_offset).clamp(0, head.weight.shape[0] - 1)
         others, label = others.float().unsqueeze(1), label.float().unsqueeze(1)
         step = max(1, TILE_BYTES // (16 * self._sum.shape[1]))
         for some in (slice(start, start + step) for start in range(0, len(token), step)):
             self._sum[some].mul_(others[some]).addcmul_(head.weight[token[some]].float(), label[some])
         if head.group:  # each rank has the share of its tokens
             summed(self._sum, head.group)
-        to[rows.places] = self._sum.to(to.dtype)
+        to[rows.row_indices] = self._sum.to(to.dtype)
 
 
 def scale_rows_(unit: Tensor, grad: Tensor, mask: Tensor | None) -> None:
