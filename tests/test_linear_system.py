@@ -84,7 +84,7 @@ def peaks(request: pytest.FixtureRequest) -> dict[tuple[str, str], list[int]]:
     return {name: list(map(int, line.split())) for name, line in zip(chosen, lines, strict=True)}
 
 
-@pytest.mark.parametrize(("name", "products"), named_peaks())
+@pytest.mark.parametrize(("name", "products"), list(named_peaks()))
 def test_peak_memory(peaks: dict[tuple[str, str], list[int]], name: str, products: str) -> None:
     """At most the workspace and 32 MiB beyond what the library takes for one product by itself.
 

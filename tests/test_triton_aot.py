@@ -33,7 +33,7 @@ def rows(*targets: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("target", list(targets()))
 def test_no_kernel_spills(target: str) -> None:
     usage = [row for row in rows(target) if "target" in row]
     print()

@@ -23,7 +23,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
-from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.reports.estimates import bootstrap
 from rlhf_trainer.reports.page import COLOURS, embed, html_table, show_estimate, show_number, write_page
 from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
@@ -106,7 +106,7 @@ def best_of_n(
     start = resume_position(raw, prompts, batch) if cfg.output else 0
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
-    model = model.to(device).eval()
+    model = on_device(model, device)
     encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
     if cfg.stop_token is not None:
         stop_token_id(tokenizer, cfg.stop_token)

@@ -126,7 +126,7 @@ def pair_losses(policy: Tensor, reference: Tensor, labels: Sequence[float], cfg:
         *reference,
         beta=cfg.beta,
         label_smoothing=cfg.label_smoothing,
-        kind=cfg.loss_type,
+        kind="ipo" if cfg.loss_type == "ipo" else "sigmoid",
         label=policy.new_tensor(labels),
         reduction="none",
     )
@@ -236,7 +236,7 @@ def fit_pairs(
         fixed = torch.tensor([[item.ref_chosen for item in kept], [item.ref_rejected for item in kept]])
         rewards = cfg.beta * (policy - fixed)
         own = [item.rows.pair for item in kept]
-        found = pair_metrics(*rewards, own)
+        found = pair_metrics(rewards[0], rewards[1], own)
         found["loss"] = pair_losses(policy, fixed, [pair.label for pair in own], cfg).mean().item()
         return found
 

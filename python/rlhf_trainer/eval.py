@@ -23,7 +23,7 @@ from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.judging.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
 from rlhf_trainer.judging.win_rates import judged, wins
 from rlhf_trainer.models.adapters import score_head
-from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer, on_device
 from rlhf_trainer.models.scoring import classifier_outputs
 from rlhf_trainer.reports.estimates import (
     Values,
@@ -221,7 +221,7 @@ def load_toxicity(cfg: EvalConfig, device: torch.device) -> RewardFunction:
     assert cfg.toxicity is not None
     if is_function(cfg.toxicity):
         return load_function(cfg.toxicity)
-    model = load_reward_model(cfg.toxicity, trust_remote_code=cfg.trust_remote_code).to(device).eval()
+    model = on_device(load_reward_model(cfg.toxicity, trust_remote_code=cfg.trust_remote_code), device)
     tokenizer = load_tokenizer(
         cfg.toxicity, cfg.pad_token, cfg.trust_remote_code, generates=score_head(model) is not None
     )
@@ -288,7 +288,7 @@ def measure_policies(
                 )
             options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
             policy = policies[name] if policies else load_causal(folder, own, **options)
-            policy = policy.to(device).eval()
+            policy = on_device(policy, device)
             reference = reference if reference is not None else policy
             encode_prompts(policy, own, prompts, cfg.max_new_tokens)
             answers[name] = answer(cfg, policy, reference, own, prompts, log)

@@ -12,7 +12,7 @@ from rlhf_trainer.base.config import require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.data.records import read_prompts
-from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
 from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
 from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
@@ -66,7 +66,7 @@ def generate_completions(
     start = resume_position(cfg, prompts, batch) if cfg.output else 0
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
-    model = model.to(resolve_device(cfg.device)).eval()
+    model = on_device(model, resolve_device(cfg.device))
     # What does not fit is said before anything is sampled.
     encode_prompts(model, tokenizer, prompts, cfg.max_new_tokens)
     if cfg.stop_token is not None:

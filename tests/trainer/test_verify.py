@@ -142,7 +142,7 @@ def details():
         yield detail if detail in ("KL sign", "EOS as padding") else pytest.param(detail, marks=pytest.mark.sweep)
 
 
-@pytest.mark.parametrize("detail", details())
+@pytest.mark.parametrize("detail", list(details()))
 def test_one_broken_detail_fails_the_gate(detail, reference, tokenizer, monkeypatch):
     break_it, temperature = BROKEN[detail]
     break_it(monkeypatch)

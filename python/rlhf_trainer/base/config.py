@@ -37,8 +37,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 def parser_for(config: type[C], prog: str, summary: str, example: str = "") -> HfArgumentParser:
+    options: Any = config
     return _Parser(
-        config,
+        options,
         prog=prog,
         description=f"{summary}\n\nOptions come from --config FILE.yaml (the same keys) and from here; here wins.",
         epilog=example and f"example:\n  {example}",

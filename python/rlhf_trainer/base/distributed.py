@@ -136,7 +136,8 @@ class ProcessGroupInfo:
                 parameter.grad = torch.zeros_like(parameter)
         bucket: list[Tensor] = []
         for index, parameter in enumerate(used):
-            bucket.append(parameter.grad)
+            if parameter.grad is not None:
+                bucket.append(parameter.grad)
             if sum(grad.numel() for grad in bucket) >= BUCKET or index == len(used) - 1:
                 _sum_bucket(bucket)
                 bucket = []

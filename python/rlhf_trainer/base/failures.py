@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,7 +36,8 @@ def propagate_errors(rank: int, world: int) -> Iterator[None]:
         yield
         return
     # A connection of its own: the process group blocks in the other one.
-    store = dist.distributed_c10d._get_default_store().clone()
+    default: Any = dist.distributed_c10d._get_default_store()
+    store = default.clone()
     done = threading.Event()
     threading.Thread(target=_watch, args=(store.clone(), rank, done), daemon=True).start()
     try:

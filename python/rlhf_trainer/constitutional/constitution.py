@@ -138,12 +138,12 @@ def _rule(node: yaml.Node, path: str | Path) -> Rule:
     if "weight" in found:
         given = getattr(found["weight"], "value", None)
         try:
-            weight = float(given)
+            weight = float(str(given))
         except (TypeError, ValueError):
             weight = math.nan
         if not 0 < weight < math.inf:
             raise UserError(f"{_where(found['weight'], path)}: weight is {given!r}, expected a number above 0")
-    return Rule(*(_text(found[key], key, path) for key in texts), weight)
+    return Rule(**{key: _text(found[key], key, path) for key in texts}, weight=weight)
 
 
 def _shot(node: yaml.Node, rules: dict[str, Rule], path: str | Path) -> WorkedExample:

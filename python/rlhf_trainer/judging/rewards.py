@@ -74,7 +74,7 @@ def load_reward(
         for part in model.children():  # before the device takes them
             if part is not own:
                 to_bf16(part, dtype, include_trainable=True)
-        prepare_model(model, device)
+        prepare_model(model, torch.device(device))
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if completion_only else prompts

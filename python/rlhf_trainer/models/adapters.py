@@ -133,7 +133,8 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) 
 
 def copy_adapter(model: PreTrainedModel, source: str, target: str, trained: bool = False) -> Adapter:
     """A copy of an adapter beside it, on the same base."""
-    _inject(model, copy.deepcopy(model.peft_config[source]), target, trained)
+    config: Any = copy.deepcopy(model.peft_config[source])
+    _inject(model, config, target, trained)
     load_adapter_weights(model, target, tensors_of(model, source), source)
     return Adapter(model, target)
 
@@ -181,8 +182,9 @@ def config_of(path: str | Path) -> LoraConfig | None:
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA is supported")
     if not config.base_model_name_or_path:
         raise UserError(f"{path}/{CONFIG} names no base model; write its folder to base_model_name_or_path")
-    if set(config.modules_to_save or []) - set(HEADS):
-        raise UserError(f"{path}: besides LoRA it replaces {sorted(config.modules_to_save)}; merge it with peft first")
+    replaced = set(config.modules_to_save or [])
+    if replaced - set(HEADS):
+        raise UserError(f"{path}: besides LoRA it replaces {sorted(replaced)}; merge it with peft first")
     return config
 
 
@@ -259,7 +261,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write the `saved_tensors`, on the CPU, as peft does; nothing of the base."""
     folder.mkdir(parents=True, exist_ok=True)
-    lora: LoraConfig = copy.deepcopy(model.peft_config[MAIN])
+    lora: Any = copy.deepcopy(model.peft_config[MAIN])
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             lora.modules_to_save = [name]

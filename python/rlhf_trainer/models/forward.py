@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_kernels import head_of
@@ -17,7 +17,7 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def decoder_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+def decoder_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
     """What the forward of a decoder, or of its backbone, takes for ids, mask [B, L]."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:

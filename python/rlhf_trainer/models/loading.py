@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -141,7 +141,8 @@ def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """New tokens get the mean row, not a random one: an adapter's base grows the same way each time it is loaded."""
     if tokenizer is not None:
-        before = model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.get_input_embeddings()
+        before = embedding.weight.shape[0]
         if len(tokenizer) > before:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -206,6 +207,13 @@ def _load_reward_adapter(
         own.requires_grad_(True)
         if head:
             own.load_state_dict(head)
+    return model
+
+
+def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model moved to the device, in evaluation mode."""
+    nn.Module.to(model, device)  # transformers' own has no usable type
+    model.eval()
     return model
 
 

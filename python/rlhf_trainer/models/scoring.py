@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, head: n
         hidden, last = sequence_states(model, ids, mask), mask.sum(-1) - 1
     else:
         hidden, last = hidden_states(model, ids, mask), mask.long().cumsum(-1).argmax(-1)
-    head = score_head(model) if head is None else head
+    own: Any = score_head(model) if head is None else head
     states = hidden[torch.arange(len(ids), device=ids.device), last]
     with precision.autocast_disabled(ids.device):
-        return head(states.to(next(head.parameters()).dtype)).float()
+        return own(states.to(next(own.parameters()).dtype)).float()
 
 
 def load_normalisation(folder: str | Path) -> tuple[float, float]:
@@ -75,7 +76,8 @@ def classifier_outputs(
     longer than the context the beginning is left out, as in training, and said to be.
     """
     device, limit = next(model.parameters()).device, context_length(model) or sys.maxsize
-    outputs = torch.empty(len(prompts), model.config.num_labels if head is None else head.out_features)
+    columns: Any = model.config.num_labels if head is None else head.out_features
+    outputs = torch.empty(len(prompts), columns)
     if head is None and score_head(model) is None:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         limit = min(limit, tokenizer.model_max_length)

@@ -70,7 +70,7 @@ def prepare_model(
     if not sharded or has_adapter(model):
         precision.to_bf16(model, dtype, keep_fp32_copy=keep_fp32_copy and not sharded)
     if not sharded:
-        model.to(device)
+        nn.Module.to(model, device)
     trained = (parameter for module in (model, *heads) for parameter in module.parameters() if parameter.requires_grad)
     distributed_context().broadcast(trained)
     if not sharded:

@@ -106,7 +106,8 @@ def measures_figure(result: dict[str, Any]) -> Figure:
             [max(0.0, estimate["high"] - estimate["mean"]) for estimate in estimates],
         ]
         bars = axis.bar(range(len(names)), means, yerr=errors, color=colours, width=0.7, capsize=3)
-        _, caps, lines = bars.errorbar.lines
+        drawn: Any = bars.errorbar
+        _, caps, lines = drawn.lines
         for artist in (*caps, *lines):
             artist.set_gid(INK)
         for place, estimate in enumerate(estimates):
@@ -156,7 +157,8 @@ def _png(figure: Figure, ink: str, paper: str) -> str:
         axis.tick_params(colors=ink)
         for spine in axis.spines.values():
             spine.set_edgecolor(ink)
-    for artist in figure.findobj(lambda found: isinstance(found, Text) or found.get_gid() == INK):
+    found: list[Any] = figure.findobj(lambda artist: isinstance(artist, Text) or artist.get_gid() == INK)
+    for artist in found:
         artist.set_color(ink)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

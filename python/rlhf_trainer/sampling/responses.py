@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,9 +46,10 @@ def token_outputs(
     start -= skip
     counted = mask[:, start:]
     inputs = head_inputs(policy, ids, mask, start)
-    with_entropy = True if entropy_bonus else "detached"
+    with_entropy: Literal[True, "detached"] = True if entropy_bonus else "detached"
     logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=with_entropy)
     values = torch.zeros_like(logprobs)
     if value_head is not None:
         values = torch.where(counted, value_head.values(policy, inputs["hidden"], ids, mask, start), 0.0)
-    return tuple(pad(x, (0, length - width)) for x in (logprobs, entropy, values))
+    logprobs, entropy, values = (pad(x, (0, length - width)) for x in (logprobs, entropy, values))
+    return logprobs, entropy, values

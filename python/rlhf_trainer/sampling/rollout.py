@@ -230,10 +230,10 @@ def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, prompt_length: int, stops: list[int]
 ) -> list[str]:
     """The text of every response, without the token that ended it."""
-    texts = []
+    texts: list[str] = []
     for row, real in zip(ids[:, prompt_length:].tolist(), mask[:, prompt_length:].tolist(), strict=True):
         tokens = [token for token, counted in zip(row, real, strict=True) if counted]
         if tokens and tokens[-1] in stops:
             tokens.pop()
-        texts.append(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)))
     return texts

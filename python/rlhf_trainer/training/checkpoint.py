@@ -122,7 +122,7 @@ class Checkpoints:
         self.generator = generator
         self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
         self.folder = Path(cfg.output_dir) / "checkpoints"
-        self.identity = {"config": _config_values(cfg)}
+        self.identity: dict[str, Any] = {"config": _config_values(cfg)}
         if cfg.output_dir:
             self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
             self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
@@ -148,14 +148,14 @@ class Checkpoints:
         return 0, beta, []
 
     def _newest(self) -> Path | None:
-        for path in reversed(self.list()):
+        for path in reversed(self.all()):
             reason = why_invalid(path)
             if reason is None:
                 return path
             say(f"{path}: skipped, {reason}")
         return None
 
-    def list(self) -> list[Path]:
+    def all(self) -> list[Path]:
         """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
         return _checkpoints_in(self.folder)
 
@@ -184,7 +184,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
         if ranks.main:
-            for old in self.list()[: -max(1, self.cfg.keep_checkpoints)]:
+            for old in self.all()[: -max(1, self.cfg.keep_checkpoints)]:
                 shutil.rmtree(old)
         ranks.barrier()
         return final
@@ -323,7 +323,8 @@ def _alerting(cfg: Any) -> list[Any]:
 
 def _rng() -> dict[str, Any]:
     """The states of this process's global generators: dropout draws from them, and a reward function may."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = state
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     torchs = {"torch": torch.get_rng_state()} | {f"cuda{index}": state for index, state in enumerate(cuda)}
     return {"torch": torchs, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}

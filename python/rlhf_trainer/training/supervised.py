@@ -272,7 +272,7 @@ def _optimizer_step(
     cfg: SupervisedConfig,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    batch: list[Item],
+    batch: Sequence[Item],
     task: TrainingObjective[Item],
     step: int,
 ) -> dict[str, float]:
@@ -281,7 +281,7 @@ def _optimizer_step(
     # Parts of similar length, so that little is padding.
     for part, weight in ranks.shard_microbatches(sorted(batch, key=task.length), cfg.micro_batch_size):
         with precision.autocast(cfg.dtype, next(model.parameters()).device):
-            losses = task.losses(part)
+            losses = task.losses(list(part))
         if not weight:
             task.discard()
         finite = losses.detach().isfinite().tolist()
@@ -303,7 +303,7 @@ def _optimizer_step(
     return {"loss": total.item(), "grad_norm": norm.item()}
 
 
-def _not_finite(what: str, step: int, items: list[Item], task: TrainingObjective[Item]) -> UserError:
+def _not_finite(what: str, step: int, items: Sequence[Item], task: TrainingObjective[Item]) -> UserError:
     places = ", ".join(f"line {task.line(item)} ({task.text(item)[:60]!r})" for item in items[:3])
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return UserError(f"step {step}: the {what} is not finite for {places}{more}; stopped before the weights took it")

@@ -104,7 +104,7 @@ def true_rewards(world: ExactWorld, scores: Tensor) -> list[float]:
 def overoptimised_run(folder: Path, reward: RewardFunction, seed: int) -> list[dict[str, Any]]:
     """The metrics of PPO against `reward` with hardly any penalty, the true reward watched; alerts lie in `folder`."""
     tokenizer, reference = fitted_reference(seed)
-    options = {"gold_reward": ORACLE, "output_dir": str(folder), "report_to": ["none"], "save_every": 0}
+    options: dict[str, Any] = {"gold_reward": ORACLE, "output_dir": str(folder), "report_to": ["none"], "save_every": 0}
     train_ppo(
         replace(ppo_config(LOOSE_UPDATES, seed, LOOSE), **options),
         model=copy.deepcopy(reference),

@@ -112,15 +112,13 @@ class ChunkedHead:
         size = self.dtype.itemsize
         low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # lora_hidden and its gradient
         if self._keep:
-            per_row = (
-                (vocab + hidden_size) * size + low + (4 * hidden_size if self.widens else 0)
-            )  # dH, summed over tiles
+            dh_sum = 4 * hidden_size if self.widens else 0  # over tiles
+            per_row = (vocab + hidden_size) * size + low + dh_sum
             limit = max(1, workspace // per_row)
             accumulator = 4 * vocab * hidden_size if wants_weight and self.head.weight.element_size() == 2 else 0
             if self.count * per_row <= workspace + accumulator:
-                limit = max(
-                    limit, self.count
-                )  # a larger chunk costs no more than the fp32 accumulator it makes unnecessary
+                # A larger chunk costs no more than the fp32 accumulator it makes unnecessary.
+                limit = max(limit, self.count)
             chunks = -(-self.count // limit)
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1

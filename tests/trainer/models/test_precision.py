@@ -246,7 +246,7 @@ def test_frozen_weights_are_rounded_before_they_go_to_the_device(folders, stage,
             seen.append({m.weight.dtype for n, m in module.named_modules() if n.endswith("o_proj")})
         return right(module, *arguments, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "to", to)
+    monkeypatch.setattr(nn.Module, "to", to)
     trained(stage, folders["llama"])
     assert seen
     assert seen == [{torch.bfloat16}] * len(seen)
