@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from rlhf_kernels import (
@@ -38,7 +38,7 @@ from rlhf_trainer.sampling.responses import token_outputs
 from rlhf_trainer.sampling.rollout import Rollout
 from rlhf_trainer.sampling.vllm import load_engine
 from rlhf_trainer.training.alerts import Alerts, announce
-from rlhf_trainer.training.checkpoint import Checkpoints, stop_on_signals
+from rlhf_trainer.training.checkpoint import Checkpoints, StopRequest, stop_on_signals
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.runlog import RunLog
 
@@ -94,8 +94,67 @@ def train_ppo(
         UserError: bad input, one sentence. InvariantError: a step-0 invariant does not hold.
     """
     validate_options(cfg)
-    ranks = distributed_context()
-    check_shares(cfg, ranks.world)
+    check_shares(
+        distributed_context().world,
+        rollout_engine=cfg.rollout_engine,
+        batch_size=cfg.batch_size,
+        minibatches=cfg.minibatches,
+        group_size=cfg.group_size,
+    )
+    run = set_up(cfg, model, tokenizer, ref_model, reward, prompts)
+    stopped = run.checkpoints.stopped or "all updates done"
+    reporting: dict[str, Any] = {"start": run.start, "report_to": cfg.report_to, "cfg": cfg}
+    logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
+    with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:
+        for update in range(run.start, run.start if run.checkpoints.stopped else cfg.updates):
+            batch = one_update(run, update, cfg)
+            if on_update is not None:
+                on_update(update + 1, run.policy)
+            stop = after_update(run, update, batch, log, terminated, cfg)
+            if stop is not None:  # though a signal came too: the model is as good as done
+                stopped = stop
+                say(f"stopped after update {update + 1} of {cfg.updates}: {stop}")
+                break
+    tensors = {} if run.value_head is None else {VALUE_HEAD: run.value_head.tensors(run.policy)}
+    if cfg.merge and cfg.value_adapter:  # the value adapter belongs to the unmerged base, so it is not saved
+        tensors = {}
+    finish(cfg, run.policy, run.tokenizer, tensors=tensors)
+    return PPOResult(run.policy, run.value_head, run.tokenizer, run.history, stopped, cfg.output_dir)
+
+
+@dataclass
+class Run:
+    """What an update works on, made by `set_up`; beta and history change with every update."""
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel | Adapter
+    reference_is_policy: bool  # as they start: KL is 0 then
+    reward: RewardFunction
+    gold: RewardFunction | None
+    prompts: list[str]
+    value_head: ValueHead | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    generator: torch.Generator
+    sample: Callable[..., Rollout]
+    checkpoints: Checkpoints
+    start: int
+    beta: float
+    history: list[dict[str, float]]
+    monitor: RewardHackingMonitor
+    alerts: Alerts
+
+
+def set_up(
+    cfg: PPOConfig,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ref_model: PreTrainedModel | None,
+    reward: RewardFunction | None,
+    prompts: list[str] | None,
+) -> Run:
+    """Loads what was not passed, places it on its device, and takes up a checkpoint if there is one to resume."""
     device = resolve_device(cfg.device)
     set_seed(cfg.seed)  # Python's and NumPy's too: a reward function may draw from them
     given = (model, tokenizer, ref_model, reward, prompts)
@@ -106,25 +165,19 @@ def train_ppo(
         kind: dict[str, Any] = {"label": cfg.gold_label, "completion_only": cfg.reward_completion_only}
         folder: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
         gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
-    value_head = load_value_head(cfg, policy, load_device(device)) if cfg.advantage == "gae" else None
+    value_head = None
+    if cfg.advantage == "gae":
+        value_head = load_value_head(policy, load_device(device), folder=cfg.model, own_adapter=cfg.value_adapter)
     heads = {} if value_head is None else {"value_head": value_head}
     prepare_trained_model(cfg, policy, device, *heads.values(), given=model is not None)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         prepare_model(separate, device)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
-    parameters = [*trained, *(parameter for head in heads.values() for parameter in head.parameters())]
-    optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
+    optimizer, scheduler = make_optimizer(cfg, [policy, *heads.values()], device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    beta = cfg.kl_coef
-    checkpoints = Checkpoints(
-        cfg, {"policy": policy, **heads}, optimizer, scheduler, generator, {"prompts": prompts}, separate
-    )
-    start, beta, history = checkpoints.resume(beta)
-    stopped = checkpoints.stopped or "all updates done"
+    modules, data = {"policy": policy, **heads}, {"prompts": prompts}
+    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, data, separate)
+    start, extra, history = checkpoints.resume({"beta": cfg.kl_coef})
     sample = load_engine(
         cfg.rollout_engine,
         policy,
@@ -134,71 +187,110 @@ def train_ppo(
         seed=cfg.seed,
         trust_remote_code=cfg.trust_remote_code,
     )
-    watch, alerts = RewardHackingMonitor(cfg, history), Alerts(cfg.alert, history)
-    sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
-    sampling["batch_size"] = cfg.rollout_batch_size
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
+    return Run(
+        policy=policy,
+        tokenizer=tokenizer,
+        reference=reference,
+        reference_is_policy=reference_is_policy,
+        reward=reward,
+        gold=gold,
+        prompts=prompts,
+        value_head=value_head,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        generator=generator,
+        sample=sample,
+        checkpoints=checkpoints,
+        start=start,
+        beta=extra["beta"],
+        history=history,
+        monitor=RewardHackingMonitor(cfg.stop_kl, history),
+        alerts=Alerts(cfg.alert, history),
+    )
 
-    reporting: dict[str, Any] = {"start": start, "report_to": cfg.report_to, "cfg": cfg}
-    logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
-    with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:
-        for update in range(start, start if checkpoints.stopped else cfg.updates):
-            began = time.perf_counter()
-            texts = prompt_batch(prompts, update, cfg)
-            with precision.autocast(cfg.dtype, device):
-                rollout = sample(policy, tokenizer, texts, generator=generator, **sampling)
-            rolled = time.perf_counter()
-            # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
-            orders = [torch.randperm(cfg.batch_size, generator=generator, device=device) for _ in range(cfg.epochs)]
-            raw_scores = shared_scores(reward, rollout, cfg.group_size).to(device)
-            batch = compute_advantages(policy, reference, value_head, rollout, raw_scores, orders[0], beta, cfg)
-            if update == 0:
-                check_first_kl(batch.kl, reference_is_policy)
-            scored = time.perf_counter()
-            lr = scheduler.get_last_lr()[0]
-            stats = update_policy(policy, value_head, optimizer, batch, orders, update, cfg)
-            scheduler.step()
 
-            metrics = summarize(batch, stats, beta, tokenizer) | {
-                "lr": lr,
-                "episode": (update + 1) * cfg.batch_size,
-                "eps": cfg.batch_size / (time.perf_counter() - began),
-                "tokens_per_second": int(rollout.response_mask.sum()) / (time.perf_counter() - began),
-                "seconds/rollout": rolled - began,
-                "seconds/scoring": scored - rolled,
-                "seconds/update": time.perf_counter() - scored,
-            }
-            if gold is not None:
-                gold_scores = shared_scores(gold, rollout, cfg.group_size, "gold reward")
-                metrics["objective/gold_scores"] = gold_scores.mean().item()
-            history.append(metrics)
-            if on_update is not None:
-                on_update(update + 1, policy)
-            warnings = watch.check(history, rollout)  # adds its own metrics
-            alarms = alerts.check(metrics)
-            next_beta = adapt_kl_coef(beta, metrics["objective/kl"], cfg)
-            beta, stop = ranks.broadcast_object((next_beta, stop_reason(metrics, cfg, alarms)))
-            leave = ranks.any(bool(terminated))
-            announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
-            if log is not None:
-                note = f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}"
-                log.step(update + 1, metrics, note)
-                if (update + 1) % max(1, cfg.updates // 10) == 0:
-                    log.completions(update + 1, samples(batch))
-                if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
-                    checkpoints.save(update + 1, beta, stop)
-            if stop is not None:  # though a signal came too: the model is as good as done
-                stopped = stop
-                say(f"stopped after update {update + 1} of {cfg.updates}: {stop}")
-                break
-            if leave:
-                raise terminated.exit(update + 1)
-    tensors = {} if value_head is None else {VALUE_HEAD: value_head.tensors(policy)}
-    if cfg.merge and cfg.value_adapter:  # the value adapter belongs to the unmerged base, so it is not saved
-        tensors = {}
-    finish(cfg, policy, tokenizer, tensors=tensors)
-    return PPOResult(policy, value_head, tokenizer, history, stopped, cfg.output_dir)
+def make_optimizer(
+    cfg: PPOConfig, modules: Sequence[nn.Module], device: torch.device
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Adam over what is trained of the policy (the first module) and the heads, and its linear decay to 0."""
+    if not any(parameter.requires_grad for parameter in modules[0].parameters()):
+        raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
+    policy, *heads = modules
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    parameters = [*trained, *(parameter for head in heads for parameter in head.parameters())]
+    optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
+    return optimizer, get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
+
+
+def one_update(run: Run, update: int, cfg: PPOConfig) -> Batch:
+    """Rollout, scores, advantages, the epochs of the update; its metrics are the newest of run.history."""
+    device, began = run.generator.device, time.perf_counter()
+    texts = prompt_batch(run.prompts, update, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed)
+    with precision.autocast(cfg.dtype, device):
+        rollout = run.sample(
+            run.policy,
+            run.tokenizer,
+            texts,
+            generator=run.generator,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            stop_token=cfg.stop_token,
+            batch_size=cfg.rollout_batch_size,
+        )
+    rolled = time.perf_counter()
+    # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
+    orders = [torch.randperm(cfg.batch_size, generator=run.generator, device=device) for _ in range(cfg.epochs)]
+    raw_scores = shared_scores(run.reward, rollout, cfg.group_size).to(device)
+    batch = compute_advantages(run.policy, run.reference, run.value_head, rollout, raw_scores, orders[0], run.beta, cfg)
+    if update == 0:
+        check_first_kl(batch.kl, run.reference_is_policy)
+    scored = time.perf_counter()
+    lr = run.scheduler.get_last_lr()[0]
+    stats = update_policy(run.policy, run.value_head, run.optimizer, batch, orders, update, cfg)
+    run.scheduler.step()
+    seconds = time.perf_counter() - began
+    metrics = summarize(batch, stats, run.beta, run.tokenizer) | {
+        "lr": lr,
+        "episode": (update + 1) * cfg.batch_size,
+        "eps": cfg.batch_size / seconds,
+        "tokens_per_second": int(rollout.response_mask.sum()) / seconds,
+        "seconds/rollout": rolled - began,
+        "seconds/scoring": scored - rolled,
+        "seconds/update": time.perf_counter() - scored,
+    }
+    if run.gold is not None:
+        gold_scores = shared_scores(run.gold, rollout, cfg.group_size, "gold reward")
+        metrics["objective/gold_scores"] = gold_scores.mean().item()
+    run.history.append(metrics)
+    return batch
+
+
+def after_update(
+    run: Run, update: int, batch: Batch, log: RunLog | None, terminated: StopRequest, cfg: PPOConfig
+) -> str | None:
+    """Warnings, beta, log and checkpoint; why to stop, or None. Leaves with the signal's exit code where one came."""
+    ranks, metrics, rollout = distributed_context(), run.history[-1], batch.rollout
+    warnings = run.monitor.check(run.history, rollout)  # adds its own metrics
+    alarms = run.alerts.check(metrics)
+    beta = adapt_kl_coef(
+        run.beta, metrics["objective/kl"], target=cfg.kl_target, episodes=cfg.batch_size, horizon=cfg.kl_horizon
+    )
+    criteria = {"stop_reward": cfg.stop_reward, "stop_gold": cfg.stop_gold, "stop_kl": cfg.stop_kl}
+    reason = stop_reason(metrics, alarms if cfg.stop_on_alert else (), **criteria)
+    run.beta, stop = ranks.broadcast_object((beta, reason))
+    leave = ranks.any(bool(terminated))
+    announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
+    if log is not None:
+        log.step(update + 1, metrics, f"score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}")
+        if (update + 1) % max(1, cfg.updates // 10) == 0:
+            log.completions(update + 1, samples(batch))
+        if leave or (cfg.save_every and (update + 1) % cfg.save_every == 0):
+            run.checkpoints.save(update + 1, stopped=stop, beta=run.beta)
+    if stop is None and leave:
+        raise terminated.exit(update + 1)
+    return stop
 
 
 @torch.no_grad()
@@ -223,7 +315,7 @@ def compute_advantages(
                 ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
     ranks.sum_(logprobs, values, ref_logprobs)
     kl = kl_penalty(logprobs, ref_logprobs)
-    final = final_scores(scores, rollout.ended, cfg)
+    final = final_scores(scores, rollout.ended, cfg.missing_eos_penalty, replace=cfg.missing_eos == "replace")
     rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -232,7 +324,8 @@ def compute_advantages(
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
     else:
-        advantages, returns = group_baseline(rewards, mask, cfg), torch.zeros_like(values)
+        advantages = group_baseline(rewards, mask, group_size=cfg.group_size, kind=cfg.advantage)
+        returns = torch.zeros_like(values)
     return Batch(rollout, final, logprobs, values, kl, advantages, returns)
 
 
@@ -260,32 +353,10 @@ def update_policy(
                     )
                 if update == 0 and not minibatch_stats:
                     check_first_ratio(logprobs, batch.logprobs[rows], mask[rows])
-                pg_loss, pg_stats = policy_loss(
-                    logprobs,
-                    batch.logprobs[rows],
-                    batch.advantages[rows],
-                    mask[rows],
-                    clip_low=cfg.clip,
-                    clip_high=cfg.clip,
-                    denominator=tokens,
-                )
-                entropy_mean = entropy.sum() / tokens
-                share = mask[rows].sum() / tokens
-                parts = {"policy_loss": pg_loss, "entropy": entropy_mean}
-                loss = pg_loss - cfg.entropy_coef * entropy_mean if cfg.entropy_coef else pg_loss
-                if value_head is not None:
-                    old, returns = batch.values[rows], batch.returns[rows]
-                    vf_loss, vf_stats = value_loss(
-                        values, old, returns, mask[rows], clip=cfg.value_clip, denominator=tokens
-                    )
-                    loss = loss + cfg.vf_coef * vf_loss
-                    parts |= {"value_loss": vf_loss, "value_clipfrac": vf_stats["clip_fraction"] * share}
-                for name, values_ in (("logprob", logprobs), ("value", values), ("loss", loss)):
-                    check_finite(name, values_, update + 1, rows, rollout)
+                loss, parts = ppo_loss(logprobs, entropy, values, batch, rows, tokens, cfg)
+                for name, found in (("logprob", logprobs), ("value", values), ("loss", loss)):
+                    check_finite(name, found, update + 1, rows, rollout)
                 (loss * weight).backward()
-                parts |= {"approx_kl": pg_stats["approx_kl"] * share, "ratio": pg_stats["ratio_mean"] * share}
-                clipped = pg_stats["clip_fraction_low"] + pg_stats["clip_fraction_high"]
-                parts |= {"clipfrac": clipped * share}
                 for name, part in parts.items():
                     stats[name] = stats.get(name, 0.0) + weight * part.detach()
             ranks.sum_gradients(parameters)
@@ -299,3 +370,39 @@ def update_policy(
             if cfg.target_kl is not None and minibatch_stats[-1]["approx_kl"] > cfg.target_kl:
                 return minibatch_stats
     return minibatch_stats
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    values: Tensor,
+    batch: Batch,
+    rows: Tensor,
+    tokens: Tensor,
+    cfg: PPOConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """policy + vf_coef * value - entropy_coef * entropy of a micro-batch, and its share of the minibatch's statistics.
+
+    logprobs, entropy, values: [b, R] of the batch's `rows` now. tokens: how many count in the whole minibatch.
+    """
+    mask = batch.rollout.response_mask[rows]
+    policy_part, policy_stats = policy_loss(
+        logprobs,
+        batch.logprobs[rows],
+        batch.advantages[rows],
+        mask,
+        clip_low=cfg.clip,
+        clip_high=cfg.clip,
+        denominator=tokens,
+    )
+    entropy_mean, share = entropy.sum() / tokens, mask.sum() / tokens
+    parts = {"policy_loss": policy_part, "entropy": entropy_mean}
+    loss = policy_part - cfg.entropy_coef * entropy_mean if cfg.entropy_coef else policy_part
+    if cfg.advantage == "gae":
+        old, returns = batch.values[rows], batch.returns[rows]
+        value_part, value_stats = value_loss(values, old, returns, mask, clip=cfg.value_clip, denominator=tokens)
+        loss = loss + cfg.vf_coef * value_part
+        parts |= {"value_loss": value_part, "value_clipfrac": value_stats["clip_fraction"] * share}
+    clipped = policy_stats["clip_fraction_low"] + policy_stats["clip_fraction_high"]
+    parts |= {"approx_kl": policy_stats["approx_kl"] * share, "ratio": policy_stats["ratio_mean"] * share}
+    return loss, parts | {"clipfrac": clipped * share}

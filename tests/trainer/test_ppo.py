@@ -137,25 +137,26 @@ def test_whitening_sees_counted_tokens_alone_and_returns_stay_unwhitened():
 
 def test_missing_eos_is_subtracted_or_replaces():
     scores, ended = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
-    assert ppo.final_scores(scores, ended, config()).tolist() == [2.0, 2.0]
-    assert ppo.final_scores(scores, ended, config(missing_eos_penalty=3.0)).tolist() == [2.0, -1.0]
-    replaced = ppo.final_scores(scores, ended, config(missing_eos_penalty=3.0, missing_eos="replace"))
-    assert replaced.tolist() == [2.0, -3.0]
+    assert ppo.final_scores(scores, ended, None).tolist() == [2.0, 2.0]
+    assert ppo.final_scores(scores, ended, 3.0).tolist() == [2.0, -1.0]
+    assert ppo.final_scores(scores, ended, 3.0, replace=True).tolist() == [2.0, -3.0]
+    means = [train(missing_eos_penalty=3.0, missing_eos=way).metrics[0] for way in ("subtract", "replace")]
+    assert means[0]["objective/scores"] != means[1]["objective/scores"]
 
 
 def test_beta_adapts_by_the_formula():
-    cfg = config(kl_target=2.0, kl_horizon=320)
-    assert ppo.adapt_kl_coef(0.5, 2.2, cfg) == pytest.approx(0.5 * (1 + 0.1 * 32 / 320))
-    assert ppo.adapt_kl_coef(0.5, 99.0, cfg) == pytest.approx(0.5 * (1 + 0.2 * 32 / 320))
-    assert ppo.adapt_kl_coef(0.5, 0.0, cfg) == pytest.approx(0.5 * (1 - 0.2 * 32 / 320))
-    assert ppo.adapt_kl_coef(0.5, 99.0, config()) == 0.5
+    moving = {"target": 2.0, "episodes": 32, "horizon": 320}
+    assert ppo.adapt_kl_coef(0.5, 2.2, **moving) == pytest.approx(0.5 * (1 + 0.1 * 32 / 320))
+    assert ppo.adapt_kl_coef(0.5, 99.0, **moving) == pytest.approx(0.5 * (1 + 0.2 * 32 / 320))
+    assert ppo.adapt_kl_coef(0.5, 0.0, **moving) == pytest.approx(0.5 * (1 - 0.2 * 32 / 320))
+    assert ppo.adapt_kl_coef(0.5, 99.0, target=None, episodes=32, horizon=320) == 0.5
     history = train(updates=3, kl_target=0.5, kl_horizon=100).metrics
     assert history[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 - 0.2 * 32 / 100))  # KL 0 at first
 
 
 def test_every_prompt_comes_once_per_pass_in_a_fresh_order():
-    cfg = config(batch_size=6)
-    drawn = [prompt for update in range(4) for prompt in ppo.prompt_batch(PROMPTS, update, cfg)]
+    options = {"batch_size": 6, "group_size": 1, "seed": 0}
+    drawn = [prompt for update in range(4) for prompt in ppo.prompt_batch(PROMPTS, update, **options)]
     passes = [drawn[i : i + 8] for i in range(0, 24, 8)]
     assert all(sorted(part) == sorted(PROMPTS) for part in passes)
     assert passes[0] != passes[1] != passes[2]
@@ -391,18 +392,16 @@ def test_the_watch_names_the_metric():
     rollout = generate(model, TOKENIZER, PROMPTS, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0, "objective/scores": 0.0}
     wild = calm | {"val/response_length": 11.0, "val/missing_eos": 0.5, "objective/kl": 0.9}
-    watch = RewardHackingMonitor(config(stop_kl=1.0))
+    watch = RewardHackingMonitor(1.0)
     history = [dict(calm), dict(wild)]
     assert watch.check(history[:1], rollout) == []
     warnings = watch.check(history, rollout)
     assert [warning.metric for warning in warnings] == ["objective/kl", "val/response_length", "val/missing_eos"]
     assert [warning.value for warning in warnings] == [0.9, 11.0, 0.5]
     assert watch.check([*history, dict(wild)], rollout) == []  # said once, then quiet for a while
-    assert (
-        RewardHackingMonitor(config(stop_kl=1.0), history).check([*history, dict(wild)], rollout) == []
-    )  # in a resumed run too
+    assert RewardHackingMonitor(1.0, history).check([*history, dict(wild)], rollout) == []  # in a resumed run too
     later = [*history, *(dict(history[1]) for _ in range(9))]
-    assert len(RewardHackingMonitor(config(stop_kl=1.0), later).check([*later, dict(wild)], rollout)) == 3
+    assert len(RewardHackingMonitor(1.0, later).check([*later, dict(wild)], rollout)) == 3
 
 
 def test_the_watch_warns_where_nothing_is_written(capsys):
@@ -417,6 +416,6 @@ def test_the_watch_sees_the_gold_reward_fall_while_the_score_rises():
     )
     calm = {"objective/kl": 0.1, "val/response_length": 5.0, "val/missing_eos": 0.0}
     history = [calm | {"objective/scores": step / 10, "objective/gold_scores": -step / 10} for step in range(20)]
-    (warning,) = RewardHackingMonitor(config()).check(history, rollout)
+    (warning,) = RewardHackingMonitor().check(history, rollout)
     assert warning.metric == "objective/gold_scores"
     assert warning.reason.startswith("fell by 1.000 over 10 updates while the score rose 1.0")

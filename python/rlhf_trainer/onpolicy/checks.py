@@ -72,13 +72,13 @@ def validate_options(cfg: PPOConfig) -> None:
             raise UserError(f"--{name} {value}: must be a number")
 
 
-def check_shares(cfg: PPOConfig, world: int) -> None:
+def check_shares(
+    world: int, *, rollout_engine: str = "hf", batch_size: int, minibatches: int = 1, group_size: int = 1
+) -> None:
     """UserError where a rank would have nothing to do, or an option is for one process."""
-    if world > 1 and cfg.rollout_engine != "hf":
-        raise UserError(
-            f"--rollout_engine {cfg.rollout_engine} is for one process; {world} share their rollouts with hf"
-        )
-    rows, groups = cfg.batch_size // cfg.minibatches, cfg.batch_size // cfg.group_size
+    if world > 1 and rollout_engine != "hf":
+        raise UserError(f"--rollout_engine {rollout_engine} is for one process; {world} share their rollouts with hf")
+    rows, groups = batch_size // minibatches, batch_size // group_size
     if min(rows, groups) < world:
         raise UserError(
             f"{world} processes share each minibatch of {rows} responses and each rollout of {groups} groups; there "

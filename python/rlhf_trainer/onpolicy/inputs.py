@@ -116,16 +116,16 @@ def starts_equal(policy: PreTrainedModel, reference: PreTrainedModel | Adapter) 
     return same_adapters(policy, MAIN, reference.name)
 
 
-def prompt_batch(prompts: list[str], update: int, cfg: PPOConfig) -> list[str]:
+def prompt_batch(prompts: list[str], update: int, *, batch_size: int, group_size: int, seed: int) -> list[str]:
     """The prompts of an update (from 0): a fresh permutation for every pass over the file, by the seed alone.
 
     Each prompt stands there group_size times in a row.
     """
     batch: list[str] = []
-    count = cfg.batch_size // cfg.group_size
+    count = batch_size // group_size
     for index in range(update * count, (update + 1) * count):
         epoch, place = divmod(index, len(prompts))
         if not batch or place == 0:
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
-        batch += [prompts[order[place]]] * cfg.group_size
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        batch += [prompts[order[place]]] * group_size
     return batch

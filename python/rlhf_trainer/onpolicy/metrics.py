@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_trainer.training.alerts import Alert
 
 if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.config import PPOConfig
     from rlhf_trainer.onpolicy.terms import Batch
 
 
@@ -62,12 +61,12 @@ def phase_times(history: list[dict[str, float]]) -> str:
     return f"{len(history)} updates: " + ", ".join(shares)
 
 
-def adapt_kl_coef(beta: float, kl: float, cfg: PPOConfig) -> float:
-    """beta after a rollout: fixed, or moved towards cfg.kl_target (Ziegler et al. 2019)."""
-    if cfg.kl_target is None:
+def adapt_kl_coef(beta: float, kl: float, *, target: float | None, episodes: int, horizon: int) -> float:
+    """beta after a rollout of so many episodes: fixed, or moved towards the target KL (Ziegler et al. 2019)."""
+    if target is None:
         return beta
-    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return beta * (1 + error * cfg.batch_size / cfg.kl_horizon)
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * episodes / horizon)
 
 
 def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
@@ -77,16 +76,23 @@ def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
     return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
 
 
-def stop_reason(metrics: dict[str, float], cfg: PPOConfig, alarms: Sequence[Alert] = ()) -> str | None:
-    """Why to stop after this update, None to go on. alarms: the update's alerts."""
-    if cfg.stop_on_alert and alarms:
+def stop_reason(
+    metrics: dict[str, float],
+    alarms: Sequence[Alert] = (),
+    *,
+    stop_reward: float | None,
+    stop_gold: float | None,
+    stop_kl: float | None,
+) -> str | None:
+    """Why to stop after this update, None to go on. alarms: alerts of the update that stop it."""
+    if alarms:
         return f"alert: {alarms[0].metric}: {alarms[0].reason}"
     score, kl = metrics["objective/scores"], metrics["objective/kl"]
-    if cfg.stop_reward is not None and score >= cfg.stop_reward:
-        return f"mean score {score:.3f} reached --stop_reward {cfg.stop_reward}"
+    if stop_reward is not None and score >= stop_reward:
+        return f"mean score {score:.3f} reached --stop_reward {stop_reward}"
     gold = metrics.get("objective/gold_scores")
-    if cfg.stop_gold is not None and gold is not None and gold >= cfg.stop_gold:
-        return f"mean gold reward {gold:.3f} reached --stop_gold {cfg.stop_gold}"
-    if cfg.stop_kl is not None and kl > cfg.stop_kl:
-        return f"KL {kl:.2f} nats exceeded --stop_kl {cfg.stop_kl}"
+    if stop_gold is not None and gold is not None and gold >= stop_gold:
+        return f"mean gold reward {gold:.3f} reached --stop_gold {stop_gold}"
+    if stop_kl is not None and kl > stop_kl:
+        return f"KL {kl:.2f} nats exceeded --stop_kl {stop_kl}"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,30 +11,26 @@ from torch import Tensor
 from rlhf_kernels import group_advantages, per_token_kl
 from rlhf_trainer.sampling.rollout import Rollout
 
-if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.config import PPOConfig
-
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The penalty at each token [B, R], nats: k1 of KL(policy || reference)."""
     return per_token_kl(logprobs, ref_logprobs, estimator="k1")
 
 
-def final_scores(scores: Tensor, ended: Tensor, cfg: PPOConfig) -> Tensor:
-    """Scores [B] after the penalty for responses that never ended."""
-    if cfg.missing_eos_penalty is None:
+def final_scores(scores: Tensor, ended: Tensor, penalty: float | None, *, replace: bool = False) -> Tensor:
+    """Scores [B] after the penalty for responses that never ended: taken off the score, or in its place."""
+    if penalty is None:
         return scores
-    unended = scores - cfg.missing_eos_penalty if cfg.missing_eos == "subtract" else -cfg.missing_eos_penalty
-    return torch.where(ended, scores, unended)
+    return torch.where(ended, scores, -penalty if replace else scores - penalty)
 
 
-def group_baseline(rewards: Tensor, mask: Tensor, cfg: PPOConfig) -> Tensor:
+def group_baseline(rewards: Tensor, mask: Tensor, *, group_size: int, kind: str) -> Tensor:
     """Advantages [B, R] from rewards [B, R]: one number a response, its reward and KL against those of its group.
 
     The KL is in the sum that grpo divides by the group's deviation, so that beta weighs it against the score as ever.
     """
-    kind: Any = cfg.advantage
-    return group_advantages(rewards.sum(-1), cfg.group_size, kind=kind).unsqueeze(-1) * mask
+    op_kind: Any = kind
+    return group_advantages(rewards.sum(-1), group_size, kind=op_kind).unsqueeze(-1) * mask
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -23,9 +22,6 @@ from rlhf_trainer.models.adapters import (
     use_adapter,
 )
 from rlhf_trainer.models.forward import backbone_states, head_inputs
-
-if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.config import PPOConfig
 
 VALUE_HEAD = "value_head.safetensors"
 ADAPTER = "adapter."  # of the names of the adapter's tensors in that file
@@ -65,23 +61,25 @@ class ValueHead(nn.Module):
         return self.state_dict() | {ADAPTER + name: tensor for name, tensor in own.items()}
 
 
-def load_value_head(cfg: PPOConfig, policy: PreTrainedModel, device: torch.device) -> ValueHead:
-    """The value head in cfg.model's folder, or a new one if it has none that reads the same kind of states.
+def load_value_head(
+    policy: PreTrainedModel, device: torch.device, *, folder: str, own_adapter: bool = False
+) -> ValueHead:
+    """The value head in the policy's folder, or a new one if it has none that reads the same kind of states.
 
-    With cfg.value_adapter the policy gets the value's adapter: the folder's, or a copy of the policy's own.
+    folder: "" is none. With `own_adapter` the policy gets the value's adapter: the folder's, or a copy of the policy's.
 
     Raises:
         UserError: an adapter is asked for, and the policy carries none; or the folder's does not fit.
     """
-    if cfg.value_adapter and not has_adapter(policy):
+    if own_adapter and not has_adapter(policy):
         raise UserError("--value_adapter needs a policy that is an adapter itself: --lora_r, or an adapter's folder")
-    head = ValueHead(policy.config.get_text_config().hidden_size, cfg.value_adapter)
-    file = Path(cfg.model) / VALUE_HEAD
-    tensors = load_file(file) if cfg.model and file.is_file() else {}
+    head = ValueHead(policy.config.get_text_config().hidden_size, own_adapter)
+    file = Path(folder) / VALUE_HEAD
+    tensors = load_file(file) if folder and file.is_file() else {}
     own = {name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)}
-    if cfg.value_adapter:
+    if own_adapter:
         copy_adapter(policy, MAIN, VALUE, trained=True)
-    if tensors and bool(own) == cfg.value_adapter:
+    if tensors and bool(own) == own_adapter:
         head.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)})
         if own:
             load_adapter_weights(policy, VALUE, own, str(file))

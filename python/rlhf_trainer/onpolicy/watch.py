@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from rlhf_trainer.reports.estimates import distinct
 from rlhf_trainer.sampling.rollout import Rollout
 from rlhf_trainer.training.alerts import Alert
-
-if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.config import PPOConfig
 
 COOLDOWN_UPDATES = 10  # updates for which a metric that has warned stays silent
 
@@ -28,11 +24,11 @@ def repetition(texts: list[str]) -> float:
 class RewardHackingMonitor:
     """Compares every update with the first one.
 
-    past: metrics of the updates before a resumed run, whose warnings were given then.
+    kl_budget: nats per response, or None. past: metrics of the updates before a resumed run, which warned then.
     """
 
-    def __init__(self, cfg: PPOConfig, past: Sequence[dict[str, float]] = ()) -> None:
-        self.cfg = cfg
+    def __init__(self, kl_budget: float | None = None, past: Sequence[dict[str, float]] = ()) -> None:
+        self.kl_budget = kl_budget
         self.quiet_until: dict[str, int] = {}
         for done in range(1, len(past) + 1):
             self._warnings(past[:done])
@@ -59,8 +55,8 @@ class RewardHackingMonitor:
         self, now: dict[str, float], first: dict[str, float], history: Sequence[dict[str, float]]
     ) -> dict[str, str]:
         signs = {}
-        if self.cfg.stop_kl is not None and now["objective/kl"] > 0.8 * self.cfg.stop_kl:
-            signs["objective/kl"] = f"{now['objective/kl']:.2f} nats, close to the budget of {self.cfg.stop_kl}"
+        if self.kl_budget is not None and now["objective/kl"] > 0.8 * self.kl_budget:
+            signs["objective/kl"] = f"{now['objective/kl']:.2f} nats, close to the budget of {self.kl_budget}"
         length, was = now["val/response_length"], first["val/response_length"]
         if not 0.5 <= length / max(was, 1e-9) <= 2:
             signs["val/response_length"] = f"{length:.1f} tokens, {was:.1f} at the start"

@@ -11,10 +11,11 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +99,14 @@ def stop_on_signals(saves: bool) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class Resumed(NamedTuple):
+    """Where a run goes on."""
+
+    step: int  # steps done
+    extra: dict[str, float]  # numbers of the stage's own
+    history: list[dict[str, float]]  # metrics of the steps done
+
+
 class Checkpoints:
     """The checkpoints of one run, in output_dir/checkpoints/step-XXXXXXXX.
 
@@ -129,10 +138,10 @@ class Checkpoints:
             frozen = [m for m in modules.values() if not all(p.requires_grad for p in m.parameters())]
             self.identity |= {"frozen weights": [weights_digest(m, frozen=True) for m in frozen]}
 
-    def resume(self, beta: float) -> tuple[int, float, list[dict[str, float]]]:
-        """(steps done, beta, metrics so far): from the newest valid checkpoint if cfg.resume, else (0, beta, [])."""
+    def resume(self, extra: Mapping[str, float] = MappingProxyType({})) -> Resumed:
+        """From the newest valid checkpoint if cfg.resume, else from step 0 with the stage's own `extra` state."""
         if not self.cfg.output_dir:
-            return 0, beta, []
+            return Resumed(0, dict(extra), [])
         if not self.cfg.resume:
             refuse_leftovers(self.cfg)
             distributed_context().barrier()  # every rank has looked
@@ -140,12 +149,12 @@ class Checkpoints:
                 if read_metrics(self.cfg.output_dir):
                     say(f"{self.cfg.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
-            return 0, beta, []
+            return Resumed(0, dict(extra), [])
         newest = distributed_context().broadcast_object(self._newest() if distributed_context().main else None)
         if newest is not None:
-            return self._restore(newest)
+            return self._restore(newest, extra)
         say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
-        return 0, beta, []
+        return Resumed(0, dict(extra), [])
 
     def _newest(self) -> Path | None:
         for path in reversed(self.all()):
@@ -159,15 +168,17 @@ class Checkpoints:
         """The checkpoint folders, oldest first; anything else that lies there, links included, is passed over."""
         return _checkpoints_in(self.folder)
 
-    def save(self, step: int, beta: float, stopped: str | None = None) -> Path:
-        """Write a checkpoint, then delete the oldest beyond keep_checkpoints. stopped: why the run ends at this step.
+    def save(self, step: int, *, stopped: str | None = None, **extra: float) -> Path:
+        """Write a checkpoint, then delete the oldest beyond keep_checkpoints.
+
+        stopped: why the run ends at this step. extra: numbers of the stage's own that `resume` gives back.
 
         Every rank calls it: what is spread over them is gathered, and the first one writes.
         """
         ranks, final = distributed_context(), self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.tmp"
         generators = ranks.all_gather_object(_rng())
-        state = {"step": step, "beta": beta, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
+        state = {"step": step, **extra, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
         state["stopped"] = None if stopped is None else [stopped, _alerting(self.cfg)]
         try:
             if ranks.main:
@@ -204,7 +215,7 @@ class Checkpoints:
                 tensors[f"{index}.{key}"] = torch.as_tensor(value)
         return tensors
 
-    def _restore(self, path: Path) -> tuple[int, float, list[dict[str, float]]]:
+    def _restore(self, path: Path, extra: Mapping[str, float]) -> Resumed:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self._compare(state["identity"], path)
         for name, module in self.modules.items():
@@ -233,7 +244,7 @@ class Checkpoints:
         if state.get("stopped") and state["stopped"][1] == _alerting(self.cfg):
             self.stopped = state["stopped"][0]
             say(f"the run had stopped there: {self.stopped}")
-        return step, state["beta"], history
+        return Resumed(step, {name: state[name] for name in extra}, history)
 
     def _compare(self, saved: dict[str, Any], path: Path) -> None:
         for key, value in self.identity["config"].items():

@@ -229,7 +229,7 @@ def train_loop(
     )
     data = {"data": [task.text(item) for item in items]}
     checkpoints = Checkpoints(cfg, {"model": model}, optimizer, scheduler, torch.Generator(), data)
-    start, _, past = checkpoints.resume(0.0)
+    start, _, past = checkpoints.resume()
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
@@ -258,7 +258,7 @@ def train_loop(
             stop = ranks.broadcast_object(None if alert is None else f"{alert.metric}: {alert.reason}")
             leave = ranks.any(bool(terminated))
             if cfg.output_dir and (leave or (cfg.save_every and step % cfg.save_every == 0)):
-                checkpoints.save(step, 0.0, stop)
+                checkpoints.save(step, stopped=stop)
             if stop is not None:  # though a signal came too: the model is as good as done
                 say(f"stopped at step {step} of {total}: {stop}")
                 break

@@ -18,7 +18,6 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.models.loading import save_folder
 from rlhf_trainer.onpolicy.checks import check_shares
-from rlhf_trainer.onpolicy.config import PPOConfig
 from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_seq2seq, make_tokenizer
 
 TIMES = ("seconds/", "eps", "tokens_per_second")
@@ -285,9 +284,9 @@ def test_blocks_are_whole_groups():
 
 def test_more_processes_than_rows_are_refused():
     with pytest.raises(UserError, match="3 processes share each minibatch of 2 responses"):
-        check_shares(PPOConfig(batch_size=4, minibatches=2), 3)
+        check_shares(3, batch_size=4, minibatches=2)
     with pytest.raises(UserError, match="of 1 groups"):
-        check_shares(PPOConfig(batch_size=4, minibatches=1, group_size=4), 2)
+        check_shares(2, batch_size=4, group_size=4)
 
 
 @pytest.mark.parametrize(

@@ -329,15 +329,14 @@ def test_the_value_has_an_adapter_of_its_own(start, base, sft_adapter, tmp_path)
 
 def test_the_value_loss_moves_the_values_adapter_and_not_the_policys(base):
     policy = adapters.add_adapter(load_causal(base), PPOConfig(model=base, **LORA))
-    cfg = PPOConfig(value_adapter=True)
-    head = load_value_head(cfg, policy, torch.device("cpu"))
+    head = load_value_head(policy, torch.device("cpu"), folder="", own_adapter=True)
     ids = torch.tensor([[5, 6, 7, 8]])
     head.values(policy, torch.empty(0), ids, torch.ones_like(ids).bool(), 2).sum().backward()
     moved = {name for name, p in policy.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert moved
     assert moved <= adapters.parameters_of(policy, adapters.VALUE).keys()
     hidden = torch.randn(1, 2, 32)
-    plain = load_value_head(PPOConfig(), policy, torch.device("cpu"))
+    plain = load_value_head(policy, torch.device("cpu"), folder="")
     torch.testing.assert_close(plain.values(policy, hidden, ids, ids > 0, 2), plain(hidden))
 
 

@@ -107,7 +107,7 @@ def test_checkpoints_copy_what_is_trained_and_read_the_base_one_weight_at_a_time
     copied = []
     right = sharding.unsharded_tensor
     monkeypatch.setattr(sharding, "unsharded_tensor", lambda tensor: copied.append(tensor.numel()) or right(tensor))
-    checkpoints.save(1, 0.0)
+    checkpoints.save(1)
     assert sum(copied) == sum(parameter.numel() for parameter in trained)
     kept = load_file(tmp_path / "checkpoints" / "step-00000001" / "policy.safetensors")
     assert kept.keys() == parameters_of(model, MAIN).keys()

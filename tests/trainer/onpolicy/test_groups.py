@@ -28,8 +28,7 @@ def train(on_update=None, **options):
 
 
 def test_every_prompt_stands_group_size_times_in_a_row():
-    cfg = config(batch_size=12, group_size=3)
-    drawn = [ppo.prompt_batch(PROMPTS, update, cfg) for update in range(4)]
+    drawn = [ppo.prompt_batch(PROMPTS, update, batch_size=12, group_size=3, seed=0) for update in range(4)]
     for batch in drawn:
         assert [batch[i] for i in range(0, 12, 3) for _ in range(3)] == batch
     heads = [batch[i] for batch in drawn for i in range(0, 12, 3)]
@@ -41,7 +40,7 @@ def test_advantages_compare_reward_and_kl_within_the_group(kind):
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(8, 5, generator=generator)
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5, 5, 1])[:, None]
-    found = ppo.group_baseline(rewards * mask, mask, config(advantage=kind, batch_size=8))
+    found = ppo.group_baseline(rewards * mask, mask, group_size=4, kind=kind)
     returns = (rewards * mask).sum(-1)
     for start in (0, 4):
         for i in range(start, start + 4):
