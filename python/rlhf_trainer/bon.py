@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.reports.estimates import bootstrap
 from rlhf_trainer.reports.page import COLOURS, embed, html_table, show_estimate, show_number, write_page
-from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
-from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
+from rlhf_trainer.sampling.batches import BatchFile, file_beside, sample_batches
+from rlhf_trainer.sampling.options import SamplingConfig
 from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
 
 SUMMARY = """Sample N completions of every prompt, score them with a reward, keep the best: data for `rlhf sft`.
@@ -92,7 +92,7 @@ def best_of_n(
     """
     needed = {"model": model, "reward": reward, "prompts": prompts}
     require(cfg, *(name for name, given in needed.items() if given is None))
-    validate_numbers(cfg)
+    cfg.validate_numbers()
     if cfg.bootstrap < 1:
         raise UserError(f"--bootstrap {cfg.bootstrap}: must be at least 1")
     refuse_overwriting("output", cfg.output, cfg.prompts)
@@ -101,9 +101,9 @@ def best_of_n(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
-    raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".samples.jsonl")))
+    file = BatchFile(file_beside(cfg.output, ".samples.jsonl"), asdict(cfg), cfg.resume, cfg.prompts)
     batch = max(1, cfg.batch_size // cfg.n)
-    start = resume_position(raw, prompts, batch) if cfg.output else 0
+    start = file.resume_position(prompts, batch)
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = on_device(model, device)
@@ -119,10 +119,9 @@ def best_of_n(
             pad_token=cfg.pad_token,
             trust_remote_code=cfg.trust_remote_code,
         )
-    batches = sample_batches(raw, model, tokenizer, prompts, start, batch)
-    samples = append_batches(
-        raw, (score(records, reward, cfg) for records in batches), start, len(prompts), "best of n", cfg
-    )
+    batches = sample_batches(model, tokenizer, prompts, cfg.sampling, start=start, batch=batch)
+    scored = (score(records, reward, cfg.missing_eos_penalty) for records in batches)
+    samples = file.append_batches(scored, start=start, total=len(prompts), description="best of n")
     best = [chosen(record) for record in samples]
     figures = statistics(cfg, samples)
     if cfg.output:
@@ -130,14 +129,14 @@ def best_of_n(
     return BonResult(best, samples, figures, cfg.output)
 
 
-def score(records: list[dict[str, Any]], reward: RewardFunction, cfg: BonConfig) -> list[dict[str, Any]]:
-    """The records with "scores", the penalty for not ending taken off."""
+def score(records: list[dict[str, Any]], reward: RewardFunction, missing_eos_penalty: float) -> list[dict[str, Any]]:
+    """The records with their completions' "scores", less the penalty where a completion did not end by itself."""
     prompts = [record["prompt"] for record in records for _ in record["completions"]]
     completions = [completion for record in records for completion in record["completions"]]
     ended = torch.tensor([end for record in records for end in record["ended"]])
-    scores = scores_of(reward, prompts, completions) - cfg.missing_eos_penalty * (~ended).float()
-    found = scores.view(len(records), cfg.n).tolist()
-    return [record | {"scores": row} for record, row in zip(records, found, strict=True)]
+    scores = scores_of(reward, prompts, completions) - missing_eos_penalty * (~ended).float()
+    by_prompt = scores.view(len(records), -1).tolist()
+    return [record | {"scores": own} for record, own in zip(records, by_prompt, strict=True)]
 
 
 def chosen(record: dict[str, Any]) -> dict[str, Any]:

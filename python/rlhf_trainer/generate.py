@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,8 +13,8 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
-from rlhf_trainer.sampling.batches import append_batches, resume_position, sample_batches
-from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
+from rlhf_trainer.sampling.batches import BatchFile, sample_batches
+from rlhf_trainer.sampling.options import SamplingConfig
 from rlhf_trainer.sampling.rollout import encode_prompts, stop_token_id
 
 SUMMARY = """Sample N completions of every prompt from a model into a JSON-lines file, to be ranked with `rlhf label`.
@@ -58,12 +58,13 @@ def generate_completions(
     """
     needed = {"model": model, "prompts": prompts}
     require(cfg, *(name for name, given in needed.items() if given is None))
-    validate_numbers(cfg)
+    cfg.validate_numbers()
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     prompts = (read_prompts(cfg.prompts, tokenizer) if prompts is None else prompts)[: cfg.max_prompts]
     batch = max(1, cfg.batch_size // cfg.n)  # prompts whose completions are sampled together
-    start = resume_position(cfg, prompts, batch) if cfg.output else 0
+    file = BatchFile(cfg.output, asdict(cfg), cfg.resume, cfg.prompts)
+    start = file.resume_position(prompts, batch)
     if model is None:
         model = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
     model = on_device(model, resolve_device(cfg.device))
@@ -72,8 +73,8 @@ def generate_completions(
     if cfg.stop_token is not None:
         stop_token_id(tokenizer, cfg.stop_token)
     begun = time.monotonic()
-    batches = sample_batches(cfg, model, tokenizer, prompts, start, batch)
-    records = append_batches(cfg, batches, start, len(prompts), "generate")
+    batches = sample_batches(model, tokenizer, prompts, cfg.sampling, start=start, batch=batch)
+    records = file.append_batches(batches, start=start, total=len(prompts), description="generate")
     seconds = time.monotonic() - begun
     count, total = len(records), len(records) * cfg.n
     distinct = sum(len(set(record["completions"])) for record in records)

@@ -120,13 +120,18 @@ def unknown(key: str, known: Sequence[str], kind: str, otherwise: str = "--help 
 
 def save_config(cfg: Any, folder: str | Path, name: str = "config_resolved.yaml") -> None:
     """Write every option's value as YAML, so that `--config` on it repeats the run."""
+    values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
+    save_options(values, Path(folder) / name)
+
+
+def save_options(values: dict[str, Any], path: Path) -> None:
+    """Write options as YAML, from rank 0 alone. A process killed here leaves the old file or the new one, whole."""
     if not distributed_context().main:
         return
-    values = {key: value for key, value in dataclasses.asdict(cfg).items() if not callable(value)}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = Path(folder) / f".{name}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    temporary.replace(Path(folder) / name)  # a kill leaves the old one or the new one: --resume compares with it
+    temporary.replace(path)
 
 
 def require(cfg: Any, *names: str) -> None:

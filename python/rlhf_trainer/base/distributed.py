@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,18 @@ from rlhf_trainer.base.failures import propagate_errors
 
 S = TypeVar("S", Tensor, Sequence)
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class StageOptions(Protocol):
+    """What `on_all_ranks` reads of a stage's config."""
+
+    device: str
+    merge: bool
+    load_in_4bit: bool
+
+
+Options = TypeVar("Options", bound=StageOptions)
 BUCKET = 1 << 24  # elements of a gradient all-reduce: 64 MiB, so that little memory is needed beside the gradients
 
 
@@ -197,12 +209,11 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def on_all_ranks(stage: Callable[..., T]) -> Callable[..., T]:
-    """A stage `(cfg, ...)` with cfg.device that runs on every rank of the launch; an error on one stops them all."""
+def on_all_ranks(stage: Callable[Concatenate[Options, P], T]) -> Callable[Concatenate[Options, P], T]:
+    """A stage `(cfg, ...)` made to run on every rank of the launch; an error on one rank stops all of them."""
 
     @functools.wraps(stage)
-    def wrapper(cfg: Any, *arguments: Any, **options: Any) -> T:
-
+    def wrapper(cfg: Options, /, *arguments: P.args, **options: P.kwargs) -> T:
         ranks = join(resolve_device(cfg.device))
         if ranks.sharded and cfg.merge:
             raise UserError("--merge does not go with FSDP 2: save the adapter, and merge it in one process")

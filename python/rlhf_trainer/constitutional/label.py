@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,15 @@ from rlhf_trainer.constitutional.writer import (
     ServerWriter,
     Writer,
     keep_rules,
-    load_rules,
-    load_writer,
     read_requests,
     rules_for,
-    validate,
 )
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.judging.judges import KINDS, Judge, ModelJudge, ServerJudge, both_orders, load_judge
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.labelling.store import read_tasks
 from rlhf_trainer.reports.page import html_table, write_page
-from rlhf_trainer.sampling.batches import append_batches, resume_position
+from rlhf_trainer.sampling.batches import BatchFile, file_beside
 
 SUMMARY = """Let a judge say by a rule which of two answers is better: pairs for `rlhf reward` and `rlhf dpo`.
 
@@ -66,6 +63,37 @@ class CAILabelConfig(CAIConfig):
     )
     judge: str | None = option(None, f"who compares: {KINDS}; none: the model that writes")
     min_confidence: float = option(0.5, "pairs whose label is lower are left out, as are ties (0.5 exactly)")
+
+    def validate_with(self, model: bool, prompts: bool, judge: bool) -> None:
+        """UserError for options that cannot work; the arguments say which objects were passed."""
+        own_judge = judge or bool(self.judge)
+        given = [*(["model"] if model or (self.completions and own_judge) else [])]
+        self.validate(*given, *(["prompts"] if prompts or self.completions else []))
+        if self.n < 2:
+            raise UserError(f"--n {self.n}: two answers at least are compared")
+        if not 0 <= self.min_confidence < 1:
+            raise UserError(f"--min_confidence {self.min_confidence}: must be at least 0 and below 1")
+
+    def load_judge(self, writer: Writer | None, shots: Sequence[WorkedExample]) -> Judge:
+        """The judge of --judge, or else the model that writes the answers."""
+        same = isinstance(writer, LocalWriter) and self.judge == self.model
+        if self.judge and not same:  # the same model is loaded once
+            return load_judge(
+                self.judge,
+                device=resolve_device(self.device),
+                pad_token=self.pad_token,
+                trust_remote_code=self.trust_remote_code,
+                batch_size=self.batch_size,
+                shots=shots,
+                chat={"chat": True, "plain": False}.get(self.format),
+                timeout=self.timeout,
+                retries=self.retries,
+                parallel=self.parallel,
+            )
+        if isinstance(writer, ServerWriter):
+            return ServerJudge(writer.server, chat=writer.chat, shots=shots)
+        assert writer is not None
+        return ModelJudge(writer.model, writer.tokenizer, batch_size=self.batch_size, chat=writer.chat, shots=shots)
 
 
 Config = CAILabelConfig
@@ -109,33 +137,37 @@ def label_answers(
     Raises:
         UserError: bad input, one sentence; also if no pair comes of it.
     """
-    check_options(cfg, model is not None, prompts is not None, judge is not None)
-    used, shots = load_rules(cfg, constitution)
+    cfg.validate_with(model is not None, prompts is not None, judge is not None)
+    used, shots = cfg.load_rules(constitution)
     needs_writer = not cfg.completions or (judge is None and not cfg.judge)
-    writer = load_writer(cfg, model, tokenizer) if needs_writer else None
-    asked, answers = read_input(cfg, writer, prompts)
-    judge = find_judge(cfg, writer, shots) if judge is None else judge
-    raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".judged.jsonl")))
+    writer = cfg.load_writer(model, tokenizer) if needs_writer else None
+    if cfg.completions:
+        asked, answers = read_answers(cfg.completions, cfg.max_prompts)
+    else:
+        assert writer is not None
+        asked, answers = read_requests(cfg.prompts, writer, prompts, cfg.max_prompts), []
+    judge = cfg.load_judge(writer, shots) if judge is None else judge
+    file = BatchFile(file_beside(cfg.output, ".judged.jsonl"), asdict(cfg), cfg.resume, cfg.prompts)
     batch = max(1, cfg.batch_size // cfg.n)
-    start = resume_position(raw, [prompt.data for prompt in asked], batch) if cfg.output else 0
-    keep_rules(cfg, used)
+    start = file.resume_position([prompt.data for prompt in asked], batch)
+    keep_rules(cfg.output, used)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         for first in range(start, len(asked), batch):
             some = asked[first : first + batch]
-            rules = [rules_for(cfg, used, first + i, 1) for i in range(len(some))]
-            given = answers[first : first + batch] if answers else sample(cfg, writer, some, first)
+            rules = [rules_for(used, cfg.principles, 1, cfg.seed, first + i) for i in range(len(some))]
+            given = answers[first : first + batch] or sample(writer, some, cfg.n, cfg.seed * 1_000_003 + first)
             yield compare(judge, some, given, rules)
 
-    judged = append_batches(raw, batches(), start, len(asked), "label", cfg)
+    judged = file.append_batches(batches(), start=start, total=len(asked), description="label")
     weights = {rule.name: rule.weight for rule in used.rules}
     found = [
         (prompt, one) for p, record in zip(asked, judged, strict=True) for prompt, one in labelled(p, record, weights)
     ]
-    pairs = [pair_of(*one) for one in found if keeps(cfg, one[1])]
+    pairs = [pair_of(*one) for one in found if one[1]["label"] > 0.5 and one[1]["label"] >= cfg.min_confidence]
     figures = statistics(judged, [one for _, one in found], len(pairs))
     if cfg.output:
-        write_files(cfg, pairs, found, figures)
+        write_files(Path(cfg.output), pairs, found, figures)
     if not pairs:
         raise UserError(
             f"no pair came of {figures['comparisons']} comparisons: {figures['ties']} ties, "
@@ -144,52 +176,19 @@ def label_answers(
     return CAILabelResult(pairs, judged, figures, cfg.output)
 
 
-def check_options(cfg: CAILabelConfig, model: bool, prompts: bool, judge: bool) -> None:
-    own_judge = judge or bool(cfg.judge)
-    given = [*(["model"] if model or (cfg.completions and own_judge) else [])]
-    validate(cfg, *given, *(["prompts"] if prompts or cfg.completions else []))
-    if cfg.n < 2:
-        raise UserError(f"--n {cfg.n}: two answers at least are compared")
-    if not 0 <= cfg.min_confidence < 1:
-        raise UserError(f"--min_confidence {cfg.min_confidence}: must be at least 0 and below 1")
+def read_answers(path: str, max_prompts: int | None) -> tuple[list[Prompt], list[list[str]]]:
+    """The prompts of a file of `rlhf generate`, at most `max_prompts`, and the answers to each."""
+    items = read_tasks(path)[:max_prompts]
+    prompts = [Prompt(item.prompt, [{"role": "user", "content": item.prompt}], item.prompt) for item in items]
+    return prompts, [list(item.texts) for item in items]
 
 
-def read_input(
-    cfg: CAILabelConfig, writer: Writer | None, prompts: Sequence[Request] | None
-) -> tuple[list[Prompt], list[list[str]]]:
-    """The prompts, and the answers to them if they were sampled before."""
-    if cfg.completions:
-        tasks = read_tasks(cfg.completions)[: cfg.max_prompts]
-        read = [Prompt(t.prompt, [{"role": "user", "content": t.prompt}], t.prompt) for t in tasks]
-        return read, [list(task.texts) for task in tasks]
+def sample(writer: Writer | None, prompts: Sequence[Prompt], n: int, seed: int) -> list[list[str]]:
+    """`n` answers to each prompt, without those that are empty or repeat another."""
     assert writer is not None
-    return read_requests(cfg, writer, prompts), []
-
-
-def find_judge(cfg: CAILabelConfig, writer: Writer | None, shots: Sequence[WorkedExample]) -> Judge:
-    """The judge that cfg names, or else whoever writes."""
-    same = isinstance(writer, LocalWriter) and cfg.judge == cfg.model
-    if cfg.judge and not same:  # the same model is loaded once
-        options: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
-        options |= {
-            "batch_size": cfg.batch_size,
-            "shots": shots,
-            "chat": {"chat": True, "plain": False}.get(cfg.format),
-        }
-        options |= {"timeout": cfg.timeout, "retries": cfg.retries, "parallel": cfg.parallel}
-        return load_judge(cfg.judge, device=resolve_device(cfg.device), **options)
-    if isinstance(writer, ServerWriter):
-        return ServerJudge(writer.server, chat=writer.chat, shots=shots)
-    assert writer is not None
-    return ModelJudge(writer.model, writer.tokenizer, batch_size=cfg.batch_size, chat=writer.chat, shots=shots)
-
-
-def sample(cfg: CAILabelConfig, writer: Writer | None, prompts: Sequence[Prompt], first: int) -> list[list[str]]:
-    """cfg.n answers to each prompt, without those that are empty or repeat another; `first` decides the seed."""
-    assert writer is not None
-    writer.seed(cfg.seed * 1_000_003 + first)
-    written = writer.write([opening(prompt, writer.chat) for prompt in prompts for _ in range(cfg.n)])
-    texts = [[one.text for one in written[at : at + cfg.n]] for at in range(0, len(written), cfg.n)]
+    writer.seed(seed)
+    written = writer.write([opening(prompt, writer.chat) for prompt in prompts for _ in range(n)])
+    texts = [[one.text for one in written[at : at + n]] for at in range(0, len(written), n)]
     return [list(dict.fromkeys(text for text in some if text.strip())) for some in texts]
 
 
@@ -246,10 +245,6 @@ def labelled(
         chosen, rejected = texts if label >= 0.5 else texts[::-1]
         rule = ", ".join(one["rule"] for one in found)
         yield prompt, {"chosen": chosen, "rejected": rejected, "label": max(label, 1 - label), "rule": rule}
-
-
-def keeps(cfg: CAILabelConfig, one: dict[str, Any]) -> bool:
-    return bool(one["label"] > 0.5 and one["label"] >= cfg.min_confidence)
 
 
 def pair_of(prompt: Prompt, one: dict[str, Any]) -> dict[str, Any]:
@@ -328,12 +323,11 @@ def warnings(figures: dict[str, Any]) -> list[str]:
 
 
 def write_files(
-    cfg: CAILabelConfig,
+    path: Path,
     pairs: list[dict[str, Any]],
     found: Sequence[tuple[Prompt, dict[str, Any]]],
     figures: dict[str, Any],
 ) -> None:
-    path = Path(cfg.output)
     path.with_suffix(".report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     columns = ("prompt", "chosen", "rejected", "label", "rule")
     shown = [

@@ -6,7 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,11 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import STOPS, Prompt, Request, critique_request, opening, revision_request
-from rlhf_trainer.constitutional.writer import (
-    CAIConfig,
-    Writer,
-    keep_rules,
-    load_rules,
-    load_writer,
-    read_requests,
-    rules_for,
-    validate,
-)
+from rlhf_trainer.constitutional.writer import CAIConfig, Writer, keep_rules, read_requests, rules_for
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.reports.page import write_page
-from rlhf_trainer.sampling.batches import append_batches, resume_position
+from rlhf_trainer.sampling.batches import BatchFile, file_beside
 
 SUMMARY = """Let a model answer prompts, criticise its answers by rules, and revise them: data for `rlhf sft`.
 
@@ -101,40 +92,33 @@ def revise_answers(
     Raises:
         UserError: bad input, one sentence; also if no example comes of it.
     """
-    validate(cfg, *(name for name, given in (("model", model), ("prompts", prompts)) if given is not None))
+    cfg.validate(*(name for name, given in (("model", model), ("prompts", prompts)) if given is not None))
     if cfg.rounds < 1:
         raise UserError(f"--rounds {cfg.rounds}: must be at least 1")
-    used, shots = load_rules(cfg, constitution)
-    writer = load_writer(cfg, model, tokenizer)
-    asked = [prompt for prompt in read_requests(cfg, writer, prompts) for _ in range(cfg.n)]
-    raw = replace(cfg, output=cfg.output and str(Path(cfg.output).with_suffix(".transcripts.jsonl")))
-    start = resume_position(raw, [prompt.data for prompt in asked], cfg.batch_size) if cfg.output else 0
-    keep_rules(cfg, used)
-    batches = revise_batches(cfg, writer, used, shots, asked, start)
-    transcripts = append_batches(raw, batches, start, len(asked), "revise", cfg)
-    examples = [example for p, t in zip(asked, transcripts, strict=True) if (example := example_of(cfg, p, t))]
-    figures = statistics(cfg, transcripts, len(examples))
+    used, shots = cfg.load_rules(constitution)
+    writer = cfg.load_writer(model, tokenizer)
+    read = read_requests(cfg.prompts, writer, prompts, cfg.max_prompts)
+    asked = [prompt for prompt in read for _ in range(cfg.n)]
+    file = BatchFile(file_beside(cfg.output, ".transcripts.jsonl"), asdict(cfg), cfg.resume, cfg.prompts)
+    start = file.resume_position([prompt.data for prompt in asked], cfg.batch_size)
+    keep_rules(cfg.output, used)
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for first in range(start, len(asked), cfg.batch_size):
+            writer.seed(cfg.seed * 1_000_003 + first)  # each batch has its own seed
+            some = asked[first : first + cfg.batch_size]
+            rules = [rules_for(used, cfg.principles, cfg.rounds, cfg.seed, first + i) for i in range(len(some))]
+            yield revise_batch(writer, shots, some, rules)
+
+    transcripts = file.append_batches(batches(), start=start, total=len(asked), description="revise")
+    made = (example_of(p, t, cfg.drop_unfinished) for p, t in zip(asked, transcripts, strict=True))
+    examples = [example for example in made if example is not None]
+    figures = statistics(transcripts, len(examples), cfg.drop_unfinished)
     if cfg.output:
-        write_files(cfg, examples, asked, transcripts, figures)
+        write_files(Path(cfg.output), examples, asked, transcripts, figures)
     if not examples:
         raise UserError(f"no example came of {len(asked)} answers: {figures['left_out']}")
     return CAIReviseResult(examples, transcripts, figures, cfg.output)
-
-
-def revise_batches(
-    cfg: CAIReviseConfig,
-    writer: Writer,
-    constitution: Constitution,
-    shots: Sequence[WorkedExample],
-    prompts: Sequence[Prompt],
-    start: int,
-) -> Iterator[list[dict[str, Any]]]:
-    """Transcripts of cfg.batch_size conversations at a time from `start`; each batch has its own seed."""
-    for first in range(start, len(prompts), cfg.batch_size):
-        writer.seed(cfg.seed * 1_000_003 + first)
-        some = prompts[first : first + cfg.batch_size]
-        rules = [rules_for(cfg, constitution, first + i, cfg.rounds) for i in range(len(some))]
-        yield revise_batch(writer, shots, some, rules)
 
 
 def revise_batch(
@@ -176,19 +160,19 @@ def revise_batch(
     return records
 
 
-def example_of(cfg: CAIReviseConfig, prompt: Prompt, record: dict[str, Any]) -> dict[str, Any] | None:
+def example_of(prompt: Prompt, record: dict[str, Any], drop_unfinished: bool) -> dict[str, Any] | None:
     """SFT data of a conversation that reached its last revision, which begins with the white space of the answer."""
-    if "skipped" in record or (cfg.drop_unfinished and not record["ended"]):
+    if "skipped" in record or (drop_unfinished and not record["ended"]):
         return None
     answer = record["answer"]
     return prompt.example(answer[: len(answer) - len(answer.lstrip())] + record["rounds"][-1]["revision"])
 
 
-def statistics(cfg: CAIReviseConfig, transcripts: Sequence[dict[str, Any]], examples: int) -> dict[str, Any]:
+def statistics(transcripts: Sequence[dict[str, Any]], examples: int, drop_unfinished: bool) -> dict[str, Any]:
     """What came of the conversations; shares and words are of those that reached their last revision."""
     whole = [record for record in transcripts if "skipped" not in record]
     left_out = Counter(record["skipped"] for record in transcripts if "skipped" in record)
-    if cfg.drop_unfinished and (unfinished := sum(not record["ended"] for record in whole)):
+    if drop_unfinished and (unfinished := sum(not record["ended"] for record in whole)):
         left_out["revision unfinished"] = unfinished
     pairs = [(record["answer"].strip(), record["rounds"][-1]["revision"]) for record in whole]
     count = max(len(whole), 1)
@@ -205,13 +189,12 @@ def statistics(cfg: CAIReviseConfig, transcripts: Sequence[dict[str, Any]], exam
 
 
 def write_files(
-    cfg: CAIReviseConfig,
+    path: Path,
     examples: list[dict[str, Any]],
     prompts: Sequence[Prompt],
     transcripts: Sequence[dict[str, Any]],
     figures: dict[str, Any],
 ) -> None:
-    path = Path(cfg.output)
     path.with_suffix(".report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     shown = [transcript_html(i, *both) for i, both in enumerate(zip(prompts, transcripts, strict=True), start=1)][
         :SHOWN

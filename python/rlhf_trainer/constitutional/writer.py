@@ -20,7 +20,7 @@ from rlhf_trainer.data.records import render_prompt
 from rlhf_trainer.judging.client import ServerClient, TooLongError
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
-from rlhf_trainer.sampling.options import SamplingConfig, validate_numbers
+from rlhf_trainer.sampling.options import Sampling, SamplingConfig
 from rlhf_trainer.sampling.rollout import encode_prompts, generate, stop_token_id
 
 
@@ -46,6 +46,38 @@ class CAIConfig(SamplingConfig):
     retries: int = option(3, "further tries when the server does not reply or is busy")
     parallel: int = option(8, "requests to the server at once")
 
+    def validate(self, *given: str) -> None:
+        """UserError for options that cannot work; `given`: names of what was passed as an object."""
+        needed = ["prompts", *([] if self.server else ["model"])]
+        require(self, *(name for name in needed if name not in given))
+        self.validate_numbers()
+        refuse_overwriting("output", self.output, self.prompts, self.constitution, getattr(self, "completions", None))
+        for name, low in (("shots", 0), ("retries", 0), ("parallel", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least {low}")
+        if not self.timeout > 0:
+            raise UserError(f"--timeout {self.timeout}: must be more than 0")
+
+    def load_rules(self, constitution: Constitution | None) -> tuple[Constitution, tuple[WorkedExample, ...]]:
+        """`choose_rules` with these options, from the constitution passed or the one that they name."""
+        found = load_constitution(self.constitution) if constitution is None else constitution
+        return choose_rules(found, self.rules, self.shots, begun=self.output if self.resume else "")
+
+    def load_writer(self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> Writer:
+        """The server's model, or the one passed, or the one of --model; and whether it is talked to in chats."""
+        if self.server:
+            server = ServerClient(self.server, timeout=self.timeout, retries=self.retries, parallel=self.parallel)
+            return ServerWriter(server, self.format != "plain", self.sampling)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(self.model, self.pad_token, self.trust_remote_code)
+        chat = self.format == "chat" or (self.format == "auto" and bool(tokenizer.chat_template))
+        if chat and not tokenizer.chat_template:
+            raise UserError(f"--format chat: the tokenizer of {self.model} has no chat template")
+        found: Any = model
+        if model is None:
+            found = load_causal(self.model, tokenizer, trust_remote_code=self.trust_remote_code)
+        return LocalWriter(found.to(resolve_device(self.device)).eval(), tokenizer, chat, self.sampling)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -59,11 +91,13 @@ class Written:
 class LocalWriter:
     """Writes with a model in this process; after `seed` all that follows depends on that number."""
 
-    def __init__(self, cfg: CAIConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
-        self.cfg, self.model, self.tokenizer, self.chat = cfg, model, tokenizer, chat
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool, sampling: Sampling
+    ) -> None:
+        self.model, self.tokenizer, self.chat, self.sampling = model, tokenizer, chat, sampling
         self.generator = torch.Generator(next(model.parameters()).device)
-        if cfg.stop_token is not None:
-            stop_token_id(tokenizer, cfg.stop_token)
+        if sampling.stop_token is not None:
+            stop_token_id(tokenizer, sampling.stop_token)
 
     def seed(self, number: int) -> None:
         self.generator.manual_seed(number)
@@ -78,10 +112,10 @@ class LocalWriter:
                 self.model,
                 self.tokenizer,
                 [texts[i] for i in fitting],
-                max_new_tokens=self.cfg.max_new_tokens,
+                max_new_tokens=self.sampling.max_new_tokens,
                 generator=self.generator,
-                temperature=self.cfg.temperature,
-                stop_token=self.cfg.stop_token,
+                temperature=self.sampling.temperature,
+                stop_token=self.sampling.stop_token,
             )
             for i, text, ended in zip(fitting, rollout.completions, rollout.ended.tolist(), strict=True):
                 found[i] = truncate_at_stop(text, ended, stops)
@@ -89,7 +123,7 @@ class LocalWriter:
 
     def _problem(self, text: str) -> str:
         try:
-            encode_prompts(self.model, self.tokenizer, [text], self.cfg.max_new_tokens)
+            encode_prompts(self.model, self.tokenizer, [text], self.sampling.max_new_tokens)
         except UserError:
             return "too long for the model's context"
         return ""
@@ -98,9 +132,9 @@ class LocalWriter:
 class ServerWriter:
     """Writes with a server's model; `seed` seeds it, as far as the server heeds seeds."""
 
-    def __init__(self, cfg: CAIConfig, server: ServerClient, chat: bool) -> None:
-        self.cfg, self.server, self.chat = cfg, server, chat
-        self.random = random.Random(cfg.seed)
+    def __init__(self, server: ServerClient, chat: bool, sampling: Sampling) -> None:
+        self.server, self.chat, self.sampling = server, chat, sampling
+        self.random = random.Random(sampling.seed)
 
     def seed(self, number: int) -> None:
         self.random.seed(number)
@@ -110,7 +144,10 @@ class ServerWriter:
 
         def one(item: tuple[Request, int]) -> Written:
             request, seed = item
-            options: dict[str, Any] = {"max_tokens": self.cfg.max_new_tokens, "temperature": self.cfg.temperature}
+            options: dict[str, Any] = {
+                "max_tokens": self.sampling.max_new_tokens,
+                "temperature": self.sampling.temperature,
+            }
             if stops and isinstance(request, str):
                 options["stop"] = list(stops[:4])  # as many as these servers take
             try:
@@ -131,69 +168,44 @@ def truncate_at_stop(text: str, ended: bool, stops: Sequence[str]) -> Written:
     return Written(text[:place], ended or place < len(text))
 
 
-def validate(cfg: CAIConfig, *given: str) -> None:
-    """UserError for options that cannot work; `given`: what is passed as an object."""
-    needed = ["prompts", *([] if cfg.server else ["model"])]
-    require(cfg, *(name for name in needed if name not in given))
-    validate_numbers(cfg)
-    refuse_overwriting("output", cfg.output, cfg.prompts, cfg.constitution, getattr(cfg, "completions", None))
-    for name, low in (("shots", 0), ("retries", 0), ("parallel", 1)):
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    if not cfg.timeout > 0:
-        raise UserError(f"--timeout {cfg.timeout}: must be more than 0")
-
-
-def load_rules(
-    cfg: CAIConfig, constitution: Constitution | None = None
+def choose_rules(
+    constitution: Constitution, names: Sequence[str], shots: int, begun: str
 ) -> tuple[Constitution, tuple[WorkedExample, ...]]:
-    """The constitution with the rules that cfg names, and the worked examples to show.
+    """The constitution with the named rules alone, all without names, and its first `shots` worked examples.
 
-    On --resume it must be the one that the run was begun with; that is kept beside the output.
+    begun: the output of the run that is resumed, "" for a new run. Its constitution is kept beside that file.
+
+    Raises:
+        UserError: an unknown rule, too few examples, or another constitution than the resumed run was begun with.
     """
-    found = load_constitution(cfg.constitution) if constitution is None else constitution
-    if cfg.shots > len(found.shots):
-        raise UserError(f"--shots {cfg.shots}: the constitution has {len(found.shots)} examples")
-    kept = Path(cfg.output).with_suffix(".constitution.yaml") if cfg.output else None
-    if kept is not None and cfg.resume and kept.exists() and kept.read_text(encoding="utf-8") != found.text:
-        raise UserError(f"--resume: {cfg.output} was begun with the constitution in {kept}, which is another one")
-    return found.only(cfg.rules), found.shots[: cfg.shots]
+    if shots > len(constitution.shots):
+        raise UserError(f"--shots {shots}: the constitution has {len(constitution.shots)} examples")
+    kept = Path(begun).with_suffix(".constitution.yaml") if begun else None
+    if kept is not None and kept.exists() and kept.read_text(encoding="utf-8") != constitution.text:
+        raise UserError(f"--resume: {begun} was begun with the constitution in {kept}, which is another one")
+    return constitution.only(names), constitution.shots[:shots]
 
 
-def keep_rules(cfg: CAIConfig, constitution: Constitution) -> None:
-    if cfg.output and constitution.text:  # rules made in Python have none
-        path = Path(cfg.output).with_suffix(".constitution.yaml")
+def keep_rules(output: str, constitution: Constitution) -> None:
+    """Copy the constitution's text beside the output, where `choose_rules` looks for it; nothing for output ""."""
+    if output and constitution.text:  # rules made in Python have none
+        path = Path(output).with_suffix(".constitution.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(constitution.text, encoding="utf-8")
 
 
-def rules_for(cfg: CAIConfig, constitution: Constitution, number: int, count: int) -> list[Rule]:
-    """The rules of prompt `number`: `count` drawn ones, or all."""
-    return list(constitution.rules) if cfg.principles == "all" else constitution.draw(count, cfg.seed, number)
+def rules_for(constitution: Constitution, principles: str, count: int, *key: int) -> list[Rule]:
+    """The rules for one prompt: all of them for principles "all", else `count` drawn ones; `key` decides the draw."""
+    return list(constitution.rules) if principles == "all" else constitution.draw(count, *key)
 
 
-def read_requests(cfg: CAIConfig, writer: Writer, prompts: Sequence[Request] | None) -> list[Prompt]:
-    """The first cfg.max_prompts of the prompts given, or of cfg.prompts. UserError if the model cannot answer one."""
+def read_requests(
+    path: str, writer: Writer, prompts: Sequence[Request] | None, max_prompts: int | None
+) -> list[Prompt]:
+    """The first `max_prompts` of the prompts given, or of the file. UserError if the model cannot answer one."""
     own = writer.tokenizer if isinstance(writer, LocalWriter) else None
-    read = read_dialogues(cfg.prompts, prompts, own, writer.chat)[: cfg.max_prompts]
+    read = read_dialogues(path, prompts, own, writer.chat)[:max_prompts]
     if isinstance(writer, LocalWriter):
-        encode_prompts(writer.model, writer.tokenizer, [str(p.data) for p in read], cfg.max_new_tokens)
+        texts = [str(prompt.data) for prompt in read]
+        encode_prompts(writer.model, writer.tokenizer, texts, writer.sampling.max_new_tokens)
     return read
-
-
-def load_writer(
-    cfg: CAIConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Writer:
-    """The server's model or cfg.model, and whether to talk to it in chats."""
-    if cfg.server:
-        server = ServerClient(cfg.server, timeout=cfg.timeout, retries=cfg.retries, parallel=cfg.parallel)
-        return ServerWriter(cfg, server, cfg.format != "plain")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    chat = cfg.format == "chat" or (cfg.format == "auto" and bool(tokenizer.chat_template))
-    if chat and not tokenizer.chat_template:
-        raise UserError(f"--format chat: the tokenizer of {cfg.model} has no chat template")
-    found: Any = model
-    if model is None:
-        found = load_causal(cfg.model, tokenizer, trust_remote_code=cfg.trust_remote_code)
-    return LocalWriter(cfg, found.to(resolve_device(cfg.device)).eval(), tokenizer, chat)

@@ -8,6 +8,17 @@ from rlhf_trainer.base.config import option
 from rlhf_trainer.base.errors import UserError
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled: `n` of each prompt; the fields are explained at `SamplingConfig`."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    stop_token: str | None
+    seed: int
+
+
 @dataclass
 class SamplingConfig:
     model: str = option("", "folder or hub name of the model that answers")
@@ -25,11 +36,14 @@ class SamplingConfig:
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.n, self.max_new_tokens, self.temperature, self.stop_token, self.seed)
 
-def validate_numbers(cfg: SamplingConfig) -> None:
-    """UserError for a count below 1 or a temperature of 0 or less."""
-    for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if cfg.max_prompts is not None else [])):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    if not cfg.temperature > 0:
-        raise UserError(f"--temperature {cfg.temperature}: must be more than 0")
+    def validate_numbers(self) -> None:
+        """UserError for a count below 1 or a temperature of 0 or less."""
+        for name in ("n", "max_new_tokens", "batch_size", *(["max_prompts"] if self.max_prompts is not None else [])):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature}: must be more than 0")

@@ -137,7 +137,8 @@ def test_a_server_that_writes_does_not_stand_in_for_the_judge_named(monkeypatch)
     asked = []
     monkeypatch.setattr(cai_label, "load_judge", lambda source, **_: asked.append(source) or shorter)
     cfg = CAILabelConfig(model="m", server="http://127.0.0.1:1/v1#x", judge="m", device="cpu")
-    assert cai_label.find_judge(cfg, cai_label.ServerWriter(cfg, ServerClient(cfg.server), True), ()) is shorter
+    writer = cai_label.ServerWriter(ServerClient(cfg.server), True, cfg.sampling)
+    assert cfg.load_judge(writer, ()) is shorter
     assert asked == ["m"]
 
 
