@@ -284,10 +284,12 @@ def train_dpo(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
-    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
+    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg.load_in_4bit, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    policy = prepare_trained_model(cfg, adapters.add_adapter(policy, cfg), device, given=model is not None).train()
-    quantised.check_adapter(cfg, policy)
+    adapters.add_adapter(policy, cfg.lora, output_dir=cfg.output_dir)
+    restored = cfg.merge or model is not None
+    policy = prepare_trained_model(policy, device, dtype=cfg.dtype, restored=restored).train()
+    quantised.check_adapter(cfg.load_in_4bit, policy)
     if ref_model is None and cfg.ref_model is not None:
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
@@ -306,7 +308,8 @@ def train_dpo(
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
-    finish(cfg, policy, tokenizer, records={"dpo.json": result})
+    saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
+    finish(policy, tokenizer, records={"dpo.json": result}, **saved)
     if cfg.output_dir and distributed_context().main:
         write_curves(cfg, result)
     return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)

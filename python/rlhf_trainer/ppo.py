@@ -118,7 +118,8 @@ def train_ppo(
     tensors = {} if run.value_head is None else {VALUE_HEAD: run.value_head.tensors(run.policy)}
     if cfg.merge and cfg.value_adapter:  # the value adapter belongs to the unmerged base, so it is not saved
         tensors = {}
-    finish(cfg, run.policy, run.tokenizer, tensors=tensors)
+    saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
+    finish(run.policy, run.tokenizer, tensors=tensors, **saved)
     return PPOResult(run.policy, run.value_head, run.tokenizer, run.history, stopped, cfg.output_dir)
 
 
@@ -169,7 +170,8 @@ def set_up(
     if cfg.advantage == "gae":
         value_head = load_value_head(policy, load_device(device), folder=cfg.model, own_adapter=cfg.value_adapter)
     heads = {} if value_head is None else {"value_head": value_head}
-    prepare_trained_model(cfg, policy, device, *heads.values(), given=model is not None)
+    restored = cfg.merge or model is not None
+    prepare_trained_model(policy, device, *heads.values(), dtype=cfg.dtype, restored=restored)
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         prepare_model(separate, device)

@@ -103,7 +103,7 @@ def load_for_training(cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> 
     with suppress_transformers_warnings():
         options = {
             "trust_remote_code": cfg.trust_remote_code,
-            **quantised.load_options(cfg, resolve_device(cfg.device)),
+            **quantised.load_options(cfg.load_in_4bit, resolve_device(cfg.device)),
         }
         model = load_reward_model(cfg.model, tokenizer, num_labels=1, **options)
     check_head(model, cfg.model)
@@ -123,8 +123,8 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 def prepare(cfg: RewardConfig, model: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter that cfg asks for; its head is trained whatever else is."""
     check_head(model, cfg.model or "model")
-    adapters.add_adapter(model, cfg, "SEQ_CLS")
-    quantised.check_adapter(cfg, model)
+    adapters.add_adapter(model, cfg.lora, output_dir=cfg.output_dir, task="SEQ_CLS")
+    quantised.check_adapter(cfg.load_in_4bit, model)
     head = score_head(model)
     assert head is not None
     head.requires_grad_(True)
@@ -279,7 +279,8 @@ def train_reward(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
-    model = prepare_trained_model(cfg, start, device, given=model is not None).train()
+    restored = cfg.merge or model is not None
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
     limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
@@ -296,7 +297,8 @@ def train_reward(
     found: dict[str, Any] = {"train_pairs": len(training), "reference_mean": mean, "reference_std": std}
     if heldout:
         found["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}
-    finish(cfg, model, tokenizer, records={NORMALISATION: {"mean": mean, "std": std}, "reward.json": found})
+    records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
+    finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge, records=records)
     if cfg.output_dir and distributed_context().main:
         write_report(cfg.output_dir, found)
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)

@@ -90,10 +90,12 @@ def train_sft(
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
     training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_examples, tokenizer, examples)
     torch.manual_seed(cfg.seed)
-    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg, device)}
+    options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg.load_in_4bit, device)}
     start = load_causal(cfg.model, tokenizer, **options) if model is None else model
-    model = prepare_trained_model(cfg, adapters.add_adapter(start, cfg), device, given=model is not None).train()
-    quantised.check_adapter(cfg, model)
+    adapters.add_adapter(start, cfg.lora, output_dir=cfg.output_dir)
+    restored = cfg.merge or model is not None
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
+    quantised.check_adapter(cfg.load_in_4bit, model)
     limit = length_limit(cfg, model)
     rows = encode_examples(tokenizer, training, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
@@ -113,7 +115,7 @@ def train_sft(
         evaluate=evaluate,
     )
     metrics = train_loop(cfg, "sft", model, rows, task)
-    finish(cfg, model, tokenizer)
+    finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge)
     return SFTResult(model, tokenizer, metrics, cfg.output_dir)
 
 

@@ -78,39 +78,48 @@ def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 # Making adapters
 
 
-def validate_options(cfg: Any) -> None:
-    """UserError for LoRA options that cannot work."""
-    for name, low in (("lora_r", 0), ("lora_alpha", 1)):
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    if not 0 <= getattr(cfg, "lora_dropout", 0.0) < 1:
-        raise UserError(f"--lora_dropout {cfg.lora_dropout}: must be at least 0 and less than 1")
+@dataclass(frozen=True)
+class LoraOptions:
+    """A new adapter; of rank 0 there is none."""
+
+    rank: int
+    alpha: int
+    targets: list[str]  # module names, or all-linear; none: peft's choice for the architecture
+    dropout: float = 0.0  # PPO has none: its ratios compare two forward passes
+
+    def validate(self) -> None:
+        """UserError for options that cannot work, by the names they have on the command line."""
+        for name, value, low in (("lora_r", self.rank, 0), ("lora_alpha", self.alpha, 1)):
+            if value < low:
+                raise UserError(f"--{name} {value}: must be at least {low}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--lora_dropout {self.dropout}: must be at least 0 and less than 1")
 
 
-def add_adapter(model: PreTrainedModel, cfg: Any, task: str | None = None) -> PreTrainedModel:
-    """Freeze `model` and put a new trained adapter on it as cfg.lora_* say; 0 rank changes nothing.
+def add_adapter(
+    model: PreTrainedModel, lora: LoraOptions, *, output_dir: str = "", task: str | None = None
+) -> PreTrainedModel:
+    """Freeze `model` and put a new trained adapter on it; rank 0 changes nothing.
 
     A new adapter adds exactly 0. UserError where the model carries one already, or peft knows no targets for it.
     """
-    if not cfg.lora_r:
+    if not lora.rank:
         return model
     if has_adapter(model):
-        raise UserError(f"--lora_r {cfg.lora_r}: the model is an adapter already; without --lora_r it is trained on")
-    if cfg.output_dir and os.path.abspath(cfg.output_dir) == base_name(model):
-        raise UserError(
-            f"--output_dir {cfg.output_dir}: the adapter needs its base, which lies there; name another one"
-        )
-    targets = cfg.lora_targets or None
-    lora = LoraConfig(
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=getattr(cfg, "lora_dropout", 0.0),  # PPO has none: its ratios compare two forward passes
+        raise UserError(f"--lora_r {lora.rank}: the model is an adapter already; without --lora_r it is trained on")
+    if output_dir and os.path.abspath(output_dir) == base_name(model):
+        raise UserError(f"--output_dir {output_dir}: the adapter needs its base, which lies there; name another one")
+    targets = lora.targets or None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         exclude_modules=rf"{HEADS[1]}\..*" if hasattr(model, HEADS[1]) else None,  # peft knows the other by itself
         task_type=task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"),
         base_model_name_or_path=base_name(model),
     )
-    _inject(model, lora, MAIN, trained=True)
+    _inject(model, config, MAIN, trained=True)
     return model
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +28,10 @@ DTYPES = ("float32", "bfloat16")
 FP32_COPY = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
 
 
-def validate_options(cfg: Any) -> None:
+def validate_dtype(dtype: str) -> None:
     """UserError for a dtype that is none of ours."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"--dtype {cfg.dtype}: it takes {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: it takes {', '.join(DTYPES)}")
 
 
 def fast_on_cpu() -> bool:

@@ -14,19 +14,19 @@ from rlhf_trainer.models.adapters import has_adapter
 LOAD_IN_4BIT = "keep the frozen base in 4 bits (QLoRA; needs bitsandbytes): an adapter is trained on it"
 
 
-def validate_options(cfg: Any) -> None:
+def validate_options(load_in_4bit: bool, *, merge: bool) -> None:
     """UserError where --load_in_4bit cannot work here."""
-    if not cfg.load_in_4bit:
+    if not load_in_4bit:
         return
-    if cfg.merge:
+    if merge:
         raise UserError("--merge would round the adapter to the 4 bits of --load_in_4bit; merge it into the base later")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
 
 
-def load_options(cfg: Any, device: torch.device) -> dict[str, Any]:
+def load_options(load_in_4bit: bool, device: torch.device) -> dict[str, Any]:
     """What from_pretrained needs for the base of a run with these options; nothing without --load_in_4bit."""
-    if not cfg.load_in_4bit:
+    if not load_in_4bit:
         return {}
     from transformers import BitsAndBytesConfig
 
@@ -52,7 +52,7 @@ def disable_weight_repacking(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_adapter(cfg: Any, model: PreTrainedModel) -> None:
+def check_adapter(load_in_4bit: bool, model: PreTrainedModel) -> None:
     """UserError where a quantised base would be trained itself, which it cannot."""
-    if cfg.load_in_4bit and not has_adapter(model):
+    if load_in_4bit and not has_adapter(model):
         raise UserError("--load_in_4bit trains an adapter: give --lora_r, or an adapter's folder as --model")

@@ -96,14 +96,14 @@ def prepare_model(
 
 
 def prepare_trained_model(
-    cfg: Any, model: PreTrainedModel, device: torch.device, *heads: nn.Module, given: bool
+    model: PreTrainedModel, device: torch.device, *heads: nn.Module, dtype: str, restored: bool
 ) -> PreTrainedModel:
-    """`prepare_model` of the model that a stage trains, in cfg.dtype.
+    """`prepare_model` of the model that a stage trains.
 
-    given: the caller passed the model as an object and gets it back with its float32 weights.
+    restored: whether it ends with its float32 weights, to be merged or given back to who passed it.
     """
-    precision.warn_where_slow(cfg.dtype, device)
-    return prepare_model(model, device, *heads, dtype=cfg.dtype, keep_fp32_copy=cfg.merge or given)
+    precision.warn_where_slow(dtype, device)
+    return prepare_model(model, device, *heads, dtype=dtype, keep_fp32_copy=restored)
 
 
 def _options(device: torch.device) -> dict[str, Any]:

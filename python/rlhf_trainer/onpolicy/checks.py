@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_trainer.base.conditions import parse_gates
 from rlhf_trainer.base.errors import InvariantError, UserError
-from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models import precision, quantised
 from rlhf_trainer.sampling import vllm as rollout_vllm
 from rlhf_trainer.sampling.rollout import Rollout
 from rlhf_trainer.training.trackers import chosen_trackers
@@ -26,9 +26,9 @@ def validate_options(cfg: PPOConfig) -> None:
             f"--kl_estimator {cfg.kl_estimator}: as a penalty inside the reward only k1 has the gradient of the KL; "
             "k2, k3 and abs there reward dropping tokens that the reference likes"
         )
-    adapters.validate_options(cfg)
-    precision.validate_options(cfg)
-    quantised.validate_options(cfg)
+    cfg.lora.validate()
+    precision.validate_dtype(cfg.dtype)
+    quantised.validate_options(cfg.load_in_4bit, merge=cfg.merge)
     rollout_vllm.validate_options(cfg.rollout_engine, vllm_memory=cfg.vllm_memory, load_in_4bit=cfg.load_in_4bit)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_trainer.base.config import option
-from rlhf_trainer.models import precision
+from rlhf_trainer.models import adapters, precision
 from rlhf_trainer.models.quantised import LOAD_IN_4BIT
 from rlhf_trainer.training.alerts import ALERT, STOP_ON_ALERT
 from rlhf_trainer.training.trackers import REPORT_TO
@@ -89,3 +89,7 @@ class PPOConfig:
     overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
+
+    @property
+    def lora(self) -> adapters.LoraOptions:
+        return adapters.LoraOptions(self.lora_r, self.lora_alpha, self.lora_targets)

@@ -53,12 +53,12 @@ def load_inputs(
     if prompts is None:
         prompts = read_prompts(cfg.prompts, tokenizer)
     if policy is None:
-        policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg, device))
+        policy = load_causal(cfg.model, tokenizer, trust_remote_code=remote, **load_options(cfg.load_in_4bit, device))
     for model in (policy, *([] if reference is None else [reference])):
         force_eager_attention(model)
     if not cfg.gather_for_rollout and is_encoder_decoder(policy):
         raise UserError("--gather_for_rollout false is for decoders; an encoder-decoder's ranks cannot take turns")
-    check_adapter(cfg, add_adapter(policy, cfg))
+    check_adapter(cfg.load_in_4bit, add_adapter(policy, cfg.lora, output_dir=cfg.output_dir))
     frozen = load_reference(cfg, policy, tokenizer, reference, device)
     encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens)
     if reward is None:
@@ -100,7 +100,7 @@ def load_reference(
             return Adapter(policy, REFERENCE)
         if has_adapter(policy) and is_base(policy, cfg.ref_model):
             return Adapter(policy, None)
-        options = load_options(cfg, device)
+        options = load_options(cfg.load_in_4bit, device)
         return load_causal(cfg.ref_model, tokenizer, trust_remote_code=cfg.trust_remote_code, **options)
     if not has_adapter(policy):
         return copy.deepcopy(policy)

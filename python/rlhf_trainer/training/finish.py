@@ -10,15 +10,23 @@ from rlhf_trainer.models import adapters, precision
 from rlhf_trainer.models.loading import save_folder
 
 
-def finish(cfg: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **files: Any) -> None:
-    """Merge the adapter if cfg.merge, write cfg.output_dir (see `save_folder`; "": nothing), undo `precision.halve`.
+def finish(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    output_dir: str,
+    dtype: str,
+    merge: bool,
+    **files: Any,
+) -> None:
+    """Merge the adapter if asked to, write output_dir (see `save_folder`; "": nothing), undo `precision.to_bf16`.
 
     An adapter is saved before memory is taken for float32; a base is merged and saved with no bit rounded away.
     """
-    if cfg.merge or not adapters.has_adapter(model):
-        precision.restore(model, cfg.dtype)
-    if cfg.merge:
+    if merge or not adapters.has_adapter(model):
+        precision.restore(model, dtype)
+    if merge:
         adapters.merge(model)
-    if cfg.output_dir:
-        save_folder(cfg.output_dir, model, tokenizer, **files)
-    precision.restore(model, cfg.dtype)
+    if output_dir:
+        save_folder(output_dir, model, tokenizer, **files)
+    precision.restore(model, dtype)

@@ -76,6 +76,10 @@ class SupervisedConfig:
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
+    @property
+    def lora(self) -> adapters.LoraOptions:
+        return adapters.LoraOptions(self.lora_r, self.lora_alpha, self.lora_targets, self.lora_dropout)
+
 
 def validate_options(cfg: SupervisedConfig) -> None:
     """UserError for options that cannot work, before anything is loaded."""
@@ -86,9 +90,9 @@ def validate_options(cfg: SupervisedConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < low:
             raise UserError(f"--{name} {value}: must be at least {low}")
-    adapters.validate_options(cfg)
-    precision.validate_options(cfg)
-    quantised.validate_options(cfg)
+    cfg.lora.validate()
+    precision.validate_dtype(cfg.dtype)
+    quantised.validate_options(cfg.load_in_4bit, merge=cfg.merge)
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):

@@ -328,7 +328,7 @@ def test_the_value_has_an_adapter_of_its_own(start, base, sft_adapter, tmp_path)
 
 
 def test_the_value_loss_moves_the_values_adapter_and_not_the_policys(base):
-    policy = adapters.add_adapter(load_causal(base), PPOConfig(model=base, **LORA))
+    policy = adapters.add_adapter(load_causal(base), PPOConfig(model=base, **LORA).lora)
     head = load_value_head(policy, torch.device("cpu"), folder="", own_adapter=True)
     ids = torch.tensor([[5, 6, 7, 8]])
     head.values(policy, torch.empty(0), ids, torch.ones_like(ids).bool(), 2).sum().backward()

@@ -39,7 +39,7 @@ def sharded(monkeypatch):
 
 def with_adapter(folder):
     cfg = PPOConfig(lora_r=4, lora_targets=["q_proj"])
-    return prepare_model(add_adapter(load_causal(folder), cfg), CPU, dtype="bfloat16")
+    return prepare_model(add_adapter(load_causal(folder), cfg.lora), CPU, dtype="bfloat16")
 
 
 def one_at_a_time(monkeypatch, module):

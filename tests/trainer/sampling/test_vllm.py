@@ -93,9 +93,9 @@ def test_ppo_samples_from_the_weights_as_they_are(folder, engine, lora):
 @pytest.mark.parametrize("wider", [False, True], ids=["alone", "beside one of more layers"])
 def test_merged_weights_are_those_of_a_merged_model(folder, tmp_path, wider):
     targets = ["q_proj"] if wider else ["all-linear"]
-    policy = adapters.add_adapter(load_causal(folder), PPOConfig(model=folder, lora_r=4, lora_targets=targets))
+    policy = adapters.add_adapter(load_causal(folder), PPOConfig(model=folder, lora_r=4, lora_targets=targets).lora)
     if wider:  # as a reward model's on the policy's base may be
-        other = adapters.add_adapter(load_causal(folder), PPOConfig(lora_r=2, lora_targets=["all-linear"]))
+        other = adapters.add_adapter(load_causal(folder), PPOConfig(lora_r=2, lora_targets=["all-linear"]).lora)
         save_folder(tmp_path / "other", other, load_tokenizer(folder))
         adapters.attach(policy, tmp_path / "other", adapters.REWARD, trained=False)
     for name, parameter in adapters.parameters_of(policy, adapters.MAIN).items():
