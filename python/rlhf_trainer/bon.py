@@ -141,20 +141,20 @@ def score(records: list[dict[str, Any]], reward: RewardFunction, missing_eos_pen
 
 def chosen(record: dict[str, Any]) -> dict[str, Any]:
     """The first of the best completions."""
-    place = max(range(len(record["scores"])), key=lambda i: record["scores"][i])
+    index = max(range(len(record["scores"])), key=lambda i: record["scores"][i])
     return {
         "prompt": record["prompt"],
-        "completion": record["completions"][place],
-        "score": record["scores"][place],
-        "ended": record["ended"][place],
+        "completion": record["completions"][index],
+        "score": record["scores"][index],
+        "ended": record["ended"][index],
     }
 
 
 def worst_pair(record: dict[str, Any]) -> dict[str, Any]:
     """The best completion against the first of the worst, with the distance of their scores as margin."""
     best = chosen(record)
-    place = min(range(len(record["scores"])), key=lambda i: record["scores"][i])
-    rejected, distance = record["completions"][place], best["score"] - record["scores"][place]
+    index = min(range(len(record["scores"])), key=lambda i: record["scores"][i])
+    rejected, distance = record["completions"][index], best["score"] - record["scores"][index]
     return {"prompt": record["prompt"], "chosen": best["completion"], "rejected": rejected, "margin": distance}
 
 

@@ -21,7 +21,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_pairs
-from rlhf_trainer.data.rows import PairRows, TokenizedExample, counted_tokens, encode_pairs
+from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
@@ -68,7 +68,7 @@ Config = DPOConfig
 class PairWithReference:
     """A pair in tokens, and the reference's logprob of its two answers."""
 
-    rows: PairRows
+    rows: TokenizedPair
     ref_chosen: float
     ref_rejected: float
 
@@ -172,7 +172,7 @@ class PairLoss:
 
 
 def reference_logprobs(
-    cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int
+    cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[TokenizedPair], pad_id: int
 ) -> list[PairWithReference]:
     """Every pair with its reference logprobs: from the file that an earlier start left in output_dir, or computed.
 

@@ -21,7 +21,7 @@ from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_shown_prompts
 from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.judging.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
-from rlhf_trainer.judging.win_rates import judged, wins
+from rlhf_trainer.judging.win_rates import preferred_by_judge, wins
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer, on_device
 from rlhf_trainer.models.scoring import classifier_outputs
@@ -162,8 +162,10 @@ def win_rates(
     if "reward" in values[name]:
         found["win rate by reward"] = wins(values[name]["reward"], values[first]["reward"])
     if judge is not None:
-        half = np.full(len(prompts), 0.5)
-        found["win rate by judge"] = half if name == first else judged(judge, prompts, texts[name], texts[first])
+        against_itself = np.full(len(prompts), 0.5)
+        found["win rate by judge"] = (
+            against_itself if name == first else preferred_by_judge(judge, prompts, texts[name], texts[first])
+        )
     return found
 
 

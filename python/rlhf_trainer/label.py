@@ -116,14 +116,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._home("Please give a name of at most 64 characters.")
         numbers = {key: int(query[key]) for key in ("task", "after", "saved") if query.get(key, "").isdecimal()}
         numbers = {key: number for key, number in numbers.items() if number < len(store.tasks)}
-        note = label_page.saved_note(name, numbers["saved"]) if "saved" in numbers else ""
+        message = label_page.saved_note(name, numbers["saved"]) if "saved" in numbers else ""
         number = numbers.get("task", store.next_task(name, numbers.get("after", numbers.get("saved", -1))))
         if number is None:
             done = store.done().get(name, 0)
-            return self._send(HTTPStatus.OK, label_page.finished(name, done, len(store.tasks), note))
-        return self._task(name, number, note)
+            return self._send(HTTPStatus.OK, label_page.finished(name, done, len(store.tasks), message))
+        return self._task(name, number, message)
 
-    def _task(self, name: str, number: int, note: str, status: HTTPStatus = HTTPStatus.OK, ranks: Any = None) -> None:
+    def _task(
+        self, name: str, number: int, message: str, status: HTTPStatus = HTTPStatus.OK, ranks: Any = None
+    ) -> None:
         store = self.server.store
         task = store.tasks[number]
         html = label_page.task(
@@ -135,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             task.order(name),
             store.ranks(number, name) if ranks is None else ranks,
             self.server.instructions,
-            note,
+            message,
         )
         self._send(status, html)
 

@@ -149,8 +149,8 @@ def pair_record(pair: Pair) -> dict[str, Any]:
 def report_lines(result: PrefsResult) -> list[str]:
     """What was read, what the labellers agree on, what became of the comparisons."""
     read, votes, lines = result.read, result.votes, []
-    for findings, kind, count in zip(read.findings, read.formats, read.records, strict=True):
-        lines.append(findings.summary(count, f"records, format {kind}"))
+    for data_report, kind, count in zip(read.reports, read.formats, read.records, strict=True):
+        lines.append(data_report.summary(count, f"records, format {kind}"))
     if result.agreement is not None:
         lines += ["", *agreement_lines(result.agreement, len(result.ranked))]
         lost = votes.comparisons - votes.pairs
@@ -212,8 +212,8 @@ def write_files(cfg: PrefsConfig, result: PrefsResult) -> Path:
 def report_record(result: PrefsResult) -> dict[str, Any]:
     read = result.read
     files = [
-        {"path": str(findings.path), "format": kind, "records": count, "findings": findings.lines}
-        for findings, kind, count in zip(read.findings, read.formats, read.records, strict=True)
+        {"path": str(data_report.path), "format": kind, "records": count, "findings": data_report.lines}
+        for data_report, kind, count in zip(read.reports, read.formats, read.records, strict=True)
     ]
     report: dict[str, Any] = {"pairs": len(result.pairs), "files": files}
     if result.agreement is not None:

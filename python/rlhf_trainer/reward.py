@@ -16,7 +16,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_examples, read_pairs
-from rlhf_trainer.data.rows import PairRows, TokenizedExample, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
@@ -147,7 +147,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id:
     return last_token_scores(model, ids.to(device), mask.to(device))[:, 0]
 
 
-def pair_scores(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int) -> tuple[Tensor, Tensor]:
+def pair_scores(model: PreTrainedModel, pairs: Sequence[TokenizedPair], pad_id: int) -> tuple[Tensor, Tensor]:
     """[M] raw rewards of the chosen and of the rejected answers; an answer of several pairs goes through once."""
     rows = {tuple(row.ids): row for pair in pairs for row in (pair.chosen, pair.rejected)}
     place = {ids: index for index, ids in enumerate(rows)}
@@ -157,7 +157,7 @@ def pair_scores(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int) 
     return scores[chosen], scores[rejected]
 
 
-def pair_losses(model: PreTrainedModel, pairs: Sequence[PairRows], pad_id: int, margin: float) -> Tensor:
+def pair_losses(model: PreTrainedModel, pairs: Sequence[TokenizedPair], pad_id: int, margin: float) -> Tensor:
     """[M] loss of each pair."""
     chosen, rejected = pair_scores(model, pairs, pad_id)
     return losses_of(chosen, rejected, [item.pair for item in pairs], margin)
@@ -186,7 +186,7 @@ def all_scores(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id:
 
 
 def reference_rows(
-    cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[PairRows], limit: int
+    cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[TokenizedPair], limit: int
 ) -> list[TokenizedExample]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
@@ -197,13 +197,17 @@ def reference_rows(
     return rows
 
 
-def prompt_group(item: PairRows) -> Hashable:
+def prompt_group(item: TokenizedPair) -> Hashable:
     """Pairs of one prompt are learned from in one step; where the prompt is empty each is on its own."""
     return item.pair.prompt or (item.pair.chosen, item.pair.rejected)
 
 
 def fit_pairs(
-    cfg: RewardConfig, model: PreTrainedModel, rows: Sequence[PairRows], heldout: Sequence[PairRows], pad_id: int
+    cfg: RewardConfig,
+    model: PreTrainedModel,
+    rows: Sequence[TokenizedPair],
+    heldout: Sequence[TokenizedPair],
+    pad_id: int,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures."""
     longest: dict[Hashable, int] = {}  # of a prompt's answers: its pairs go through the model together
@@ -212,7 +216,7 @@ def fit_pairs(
         longest[prompt_group(item)] = max(length, longest.get(prompt_group(item), 0))
     seen: list[tuple[float, float]] = []  # margin and accuracy of each pair of the step
 
-    def losses(batch: list[PairRows]) -> Tensor:
+    def losses(batch: list[TokenizedPair]) -> Tensor:
         chosen, rejected = pair_scores(model, batch, pad_id)
         pairs = [item.pair for item in batch]
         seen.extend(margins_and_accuracies((chosen - rejected).detach(), pairs))

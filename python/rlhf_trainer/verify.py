@@ -21,8 +21,7 @@ from rlhf_trainer.base.config import option
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.ppo import train_ppo
-from rlhf_trainer.verification import cases as cases
-from rlhf_trainer.verification import reward_model as reward_model
+from rlhf_trainer.verification import cases, reward_model
 from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, CheckResult, fitted_reference, ppo_config
 from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, oracle
 from rlhf_trainer.worlds.threads import one_thread
@@ -78,7 +77,7 @@ def run(cfg: Config) -> dict[str, Any]:
         if name not in CHECKS:
             raise UserError(f"--rows {name}: not one of {', '.join(CHECKS)}, and not all or none by itself")
     folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the minutes that it takes
+    folder.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written, not after minutes of training
     say(f"fitting the reference, then {FULL if cfg.full else QUICK} updates of PPO; about a minute on one core")
     verdict = train_and_measure(FULL if cfg.full else QUICK, seed=cfg.seed, beta=cfg.beta, temperature=cfg.temperature)
     checks = gates(verdict, cfg.full)
@@ -89,7 +88,7 @@ def run(cfg: Config) -> dict[str, Any]:
         try:
             with one_thread():
                 found = CHECKS[name](cfg.seed)
-        except UserError as error:  # what is known by now is not lost
+        except UserError as error:  # the results so far are still written
             say(f"  {error}")
             found = [CheckResult(f"{name}: stopped by an error", 0, "finishes", False)]
         for line in found:
@@ -151,7 +150,7 @@ def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[
     table = Table(title=f"The exact world; PPO after {verdict.updates} updates")
     for column in ("", "reached", "gate", ""):
         table.add_column(column, justify="left" if not column else "right")
-    rows = {
+    values = {
         "gap closed": verdict.gap_closed,
         "KL(pi || pi*)": verdict.kl_to_optimum,
         "KL(pi || ref)": verdict.kl_to_reference,
@@ -159,7 +158,7 @@ def show(verdict: Verdict, checks: dict[str, tuple[str, bool]], lines: Sequence[
         "J(pi)": verdict.j_policy,
         "J*": verdict.j_optimum,
     }
-    for name, value in rows.items():
+    for name, value in values.items():
         gate, kept = checks.get(name, ("", None))
         table.add_row(name, f"{value:.4f}", gate, {True: "passed", False: "FAILED", None: ""}[kept])
     for line in lines:

@@ -3,7 +3,7 @@
 Worth it for ops of a few microseconds that are differentiable in their first argument. With the dispatcher policy_loss
 takes 28.0 us instead of 21.6 at [4, 16] and value_loss 24.4 instead of 18.2; at [64, 1024] it takes 1.13 and 1.15 times
 as long (forward, one core of an AMD EPYC with AVX-512, torch 2.13). Every other op is a torch.library.custom_op.
-The fall-back: where a call is not plain (see `unseen`), or a torch has other dispatch keys, it takes the dispatcher's way.
+The fall-back: a call that is not plain (see `unseen`), or a torch with other dispatch keys, takes the dispatcher's way.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.data.rows import PairRows, encode_row
+from rlhf_trainer.data.rows import TokenizedPair, tokenize_example
 from rlhf_trainer.models.from_scratch import build_model
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
@@ -50,9 +50,9 @@ def config(folder, data, output, **options):
 
 def items(tokenizer, pairs):
     def row(prompt, answer):
-        return encode_row(tokenizer, prompt, answer, 64)[0]
+        return tokenize_example(tokenizer, prompt, answer, 64)[0]
 
-    return [PairRows(p, row(p.prompt, p.chosen), row(p.prompt, p.rejected)) for p in pairs]
+    return [TokenizedPair(p, row(p.prompt, p.chosen), row(p.prompt, p.rejected)) for p in pairs]
 
 
 def logprob(model, row):

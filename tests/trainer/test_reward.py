@@ -17,7 +17,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import DataReport, Pair, read_pairs
-from rlhf_trainer.data.rows import PairRows, encode_pairs, encode_row
+from rlhf_trainer.data.rows import TokenizedPair, encode_pairs, tokenize_example
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.scoring import load_normalisation
@@ -59,7 +59,7 @@ def config(folder, data, output, **options):
 
 
 def row(tokenizer, prompt, completion):
-    return encode_row(tokenizer, prompt, completion, 64)[0]
+    return tokenize_example(tokenizer, prompt, completion, 64)[0]
 
 
 def test_new_head_has_the_documented_scale_and_is_not_kept_random_twice(folder, parts):
@@ -94,7 +94,7 @@ def test_scores_the_eos_whatever_the_pad_id_and_count(parts, pad):
 def test_pair_loss_is_the_formula_with_margin_and_half_labels(parts):
     tokenizer, model = parts
     pairs = [Pair("one", " yes", " no", margin=0.5), Pair("two day", " a good night", " fool", label=0.5)]
-    items = [PairRows(p, row(tokenizer, p.prompt, p.chosen), row(tokenizer, p.prompt, p.rejected)) for p in pairs]
+    items = [TokenizedPair(p, row(tokenizer, p.prompt, p.chosen), row(tokenizer, p.prompt, p.rejected)) for p in pairs]
     losses = reward.pair_losses(model, items, tokenizer.pad_token_id, 0.25)
     for item, loss in zip(items, losses.tolist(), strict=True):
         chosen, rejected = reward.all_scores(model, [item.chosen, item.rejected], 0, 1).tolist()

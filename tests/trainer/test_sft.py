@@ -18,7 +18,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data import rows
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.rows import TokenizedExample, encode_row
+from rlhf_trainer.data.rows import TokenizedExample, tokenize_example
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.sampling.rollout import generate
@@ -48,7 +48,7 @@ def config(folder, data, output, **options):
 
 
 def row(tokenizer, prompt, completion):
-    return encode_row(tokenizer, prompt, completion, 64)[0]
+    return tokenize_example(tokenizer, prompt, completion, 64)[0]
 
 
 def test_loss_is_the_log_probability_of_completion_and_eos(parts):
@@ -110,14 +110,14 @@ def test_completion_without_anything_before_it_counts_from_its_second_token(part
 
 def test_cut_rows_keep_bos_the_end_of_the_prompt_and_eos(parts):
     tokenizer, _ = parts
-    whole, cut = encode_row(tokenizer, "one two three good bad day", " yes no", 64)
+    whole, cut = tokenize_example(tokenizer, "one two three good bad day", " yes no", 64)
     assert not cut
-    shorter, cut = encode_row(tokenizer, "one two three good bad day", " yes no", len(whole.ids) - 3)
+    shorter, cut = tokenize_example(tokenizer, "one two three good bad day", " yes no", len(whole.ids) - 3)
     assert cut
     assert shorter.ids[0] == tokenizer.bos_token_id
     assert shorter.ids[1:] == whole.ids[4:]
     assert len(shorter.ids) - shorter.prompt_length == len(whole.ids) - whole.prompt_length
-    answer = encode_row(tokenizer, "one", " yes no yes no yes no", 6)[0]
+    answer = tokenize_example(tokenizer, "one", " yes no yes no yes no", 6)[0]
     assert (len(answer.ids), answer.ids[-1], answer.prompt_length) == (6, tokenizer.eos_token_id, 1)
 
 

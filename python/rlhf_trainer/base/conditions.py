@@ -17,7 +17,7 @@ GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
 @dataclass(frozen=True)
 class Condition:
-    """Fails a policy whose measure (or its change against the first policy) compares so with the bound."""
+    """A policy fails where its measure, or the change of that against the first policy, compares so with the bound."""
 
     text: str
     change: bool

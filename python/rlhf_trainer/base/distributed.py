@@ -1,8 +1,8 @@
-"""Several processes, one run: every rank holds the run's numbers, computes its share of the rows, and decides alike.
+"""Several processes that do one run: each computes its share of every batch, and all take the same decisions.
 
 `accelerate launch` starts the processes; in one process everything here is the identity. Gradients are summed by
-`Ranks.sum_gradients` after the last micro-batch, not by DistributedDataParallel: its hooks fire only for what goes
-through its own forward, and the losses here call backbone and head by themselves.
+`ProcessGroupInfo.sum_gradients` after the last micro-batch, not by DistributedDataParallel: its hooks fire only for
+what goes through its own forward, and the losses here call backbone and head by themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ BUCKET = 1 << 24  # elements of a gradient all-reduce: 64 MiB, so that little me
 
 @dataclass(frozen=True)
 class ProcessGroupInfo:
-    """This process among those of the run. Every method but `main`, `deal` and `block` is called by all of them."""
+    """This process and the group it belongs to.
+
+    Every method but `main`, `shard_microbatches` and `contiguous_shard` is a collective: all ranks must call it.
+    """
 
     rank: int = 0
     world: int = 1
@@ -80,13 +83,13 @@ class ProcessGroupInfo:
                 if moved is not tensor:
                     tensor.copy_(moved)
 
-    def all_gather_rows(self, block: slice, values: Tensor, count: int) -> Tensor:
-        """The `values` [b, ...] of every rank's block as one tensor [count, ...], on every rank."""
+    def all_gather_rows(self, shard: slice, values: Tensor, count: int) -> Tensor:
+        """The `values` [b, ...] of all ranks as one tensor [count, ...]; `shard` says which rows are this rank's."""
         if self.world == 1:
             return values
         kind = torch.uint8 if values.dtype == torch.bool else values.dtype
         whole = torch.zeros(count, *values.shape[1:], dtype=kind, device=values.device)
-        whole[block] = values.to(kind)
+        whole[shard] = values.to(kind)
         self.sum_(whole)
         return whole.to(values.dtype)
 
@@ -99,11 +102,11 @@ class ProcessGroupInfo:
         return int(largest)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+        """Whether the flag is true on any rank."""
         return bool(self.all_reduce_max(int(flag)))
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, so that a decision is one decision even where ranks compute on unlike hardware."""
+        """Rank 0's value on every rank: all decide alike, even where rounding differs between their machines."""
         if self.world == 1:
             return value
         holder = [value]
@@ -166,7 +169,7 @@ _context = ProcessGroupInfo()
 
 
 def distributed_context() -> ProcessGroupInfo:
-    """The ranks of the stage under way."""
+    """The process group of the stage that is running."""
     return _context
 
 
@@ -177,7 +180,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def join(device: torch.device) -> ProcessGroupInfo:
-    """Meet the other processes of the launch, once a process; NCCL between GPUs, gloo between CPUs.
+    """Join the process group of the launch, once in the life of a process; NCCL between GPUs, gloo between CPUs.
 
     Raises:
         UserError: a launch of a kind that is not supported.

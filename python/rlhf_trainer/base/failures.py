@@ -1,8 +1,9 @@
-"""One rank's error stops all of them: it is told through the store that the ranks met in, and each leaves with it.
+"""An error on one rank stops all of them, and each one raises that error.
 
-A rank that waits in a collective would wait for ever for one that stopped. The one that fails writes its message down
-and leaves the process group, at which gloo wakes those who wait; NCCL does not, so each rank also looks for a message
-once a second, and ends its process where nothing else does.
+A rank that waits in a collective would wait for ever for one that has stopped. So the rank that fails writes its
+message to the store through which the ranks found each other, and leaves the process group. With gloo that ends the
+others' waiting. With NCCL it does not: each rank also looks for a message once a second, and ends its process
+if need be.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from rlhf_trainer.base.errors import UserError
 
 ERROR, GONE = "rlhf/error", "rlhf/gone"
-PATIENCE = 10.0  # seconds that a rank waits for the others to take its message
+PATIENCE = 10.0  # seconds that a rank waits for the others to read its message
 GRACE = 5.0  # seconds that a rank has to end by itself after another's message
 
 
@@ -44,7 +45,7 @@ def propagate_errors(rank: int, world: int) -> Iterator[None]:
         yield
         dist.barrier()
     except Exception as error:
-        failure = _settle(store, rank, world, error)
+        failure = _report_error(store, rank, world, error)
         done.set()
         if failure is error:
             raise
@@ -53,8 +54,8 @@ def propagate_errors(rank: int, world: int) -> Iterator[None]:
         done.set()
 
 
-def _settle(store: dist.Store, rank: int, world: int, error: Exception) -> Exception:
-    """Tell the others, unless one told first; what this rank shall raise."""
+def _report_error(store: dist.Store, rank: int, world: int, error: Exception) -> Exception:
+    """Write the error to the store, unless another rank wrote first; returns what this rank raises."""
     first, text = json.loads(store.compare_set(ERROR, "", json.dumps([rank, _text(error)])))
     dist.destroy_process_group()  # wakes those who wait for this rank
     store.set(f"{GONE}/{rank}", "1")

@@ -1,4 +1,4 @@
-"""What `rlhf cai` puts to a model: an answer to criticise, a critique to act on; as a chat, or text to go on with."""
+"""The requests of `rlhf cai` to a model, as a chat or as text to continue: to answer, to criticise, to revise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_trainer.judging.judges import EXAMPLE_SEPARATOR
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 
 Messages = list[dict[str, str]]
-Request = str | Messages  # text to go on with, or a chat to answer
+Request = str | Messages  # text to continue, or a chat to answer
 HEADINGS = ("Prompt", "Answer", "Critique request", "Critique", "Revision request", "Revision")
 STOPS = ("\n\n---", *(f"\n{heading}:" for heading in HEADINGS))  # where a base model begins something else
 ONLY = "Write the new answer alone, without a word about the changes."
@@ -65,7 +65,7 @@ def read_dialogues(
 
 
 def opening(prompt: Prompt, chat: bool) -> Request:
-    """What the first answer is an answer to: exactly what the policy will read."""
+    """The request for the first answer: exactly what the trained policy will read."""
     return prompt.messages if chat else prompt.data
 
 

@@ -1,4 +1,4 @@
-"""`rlhf cai label`: which of two answers is better by a rule of the constitution, in the eyes of a model (RLAIF)."""
+"""`rlhf cai label`: a model judges by a rule of the constitution which of two answers is better (RLAIF)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ EXAMPLE = (
     "  rlhf reward --model runs/sft-cai --data pairs.jsonl --output_dir runs/reward"
 )
 SHOWN = 100  # comparisons on the page
-LEAST_MASS = 0.5  # probability of A or B under which the judge's preference is hardly one
-LEAST_AGREEMENT = 0.5  # of both orders: what two coins have
+LEAST_MASS = 0.5  # probability of A or B below which the judge hardly states a preference
+LEAST_AGREEMENT = 0.5  # share of comparisons whose two orders agree; tossing coins gives as much
 NOTES = {  # of our own judges
     "mass": "probability of A or B at all",
     "cut": "too long for the judge, cut",
@@ -200,7 +200,7 @@ def compare(
     Returns:
         {"prompt", "completions", "comparisons": [{"first", "second", "rule", "shown_first", "shown_second"}]} a prompt:
         numbers of two completions, and the probability that the first is better where it is shown first, and second;
-        besides the mean of what the judge noted in the two orders, under its names.
+        and the mean over both orders of each entry of the judge's `notes`.
     """
     asked = [
         (number, i, j, rule)
@@ -248,7 +248,7 @@ def labelled(
 
 
 def pair_of(prompt: Prompt, one: dict[str, Any]) -> dict[str, Any]:
-    """A line of the output, as `rlhf reward` and `rlhf dpo` read it; they pass over "rule"."""
+    """A line of the output, as `rlhf reward` and `rlhf dpo` read it; they ignore "rule"."""
     return prompt.pair(one["chosen"], one["rejected"]) | {"label": round(one["label"], 6), "rule": one["rule"]}
 
 
@@ -287,7 +287,7 @@ def statistics(judged: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
 
 
 def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures as a person reads them."""
+    """(what, value) for every line of the printed and the HTML report."""
 
     def share(name: str) -> str:
         return "-" if figures.get(name) is None else f"{figures[name]:.1%}"
@@ -307,7 +307,7 @@ def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def warnings(figures: dict[str, Any]) -> list[str]:
-    """What of the figures says that the labels mean little."""
+    """Signs in the figures that the labels mean little."""
     found = []
     if figures.get("mass") is not None and figures["mass"] < LEAST_MASS:
         found.append(

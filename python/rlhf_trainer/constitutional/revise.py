@@ -1,4 +1,4 @@
-"""`rlhf cai revise`: answers to red-team prompts, criticised and revised by the model's own hand (Bai et al. 2022)."""
+"""`rlhf cai revise`: answers to red-team prompts, criticised and revised by the model itself (Bai et al. 2022)."""
 
 from __future__ import annotations
 
@@ -130,18 +130,18 @@ def revise_batch(
     """
     chat = writer.chat
     records: list[dict[str, Any]] = [{"prompt": p.data, "answer": "", "rounds": [], "ended": False} for p in prompts]
-    alive = list(range(len(prompts)))
+    active = list(range(len(prompts)))
     latest = [""] * len(prompts)
 
     def step(what: str, requests: list[Request], stops: Sequence[str]) -> list[str]:
-        """Texts for those alive; who gets none is alive no more."""
+        """Texts for the conversations that go on; one that gets no text ends here."""
         texts = [""] * len(prompts)
         written = writer.write(requests, stops) if requests else []
-        for i, one in zip(list(alive), written, strict=True):
+        for i, one in zip(list(active), written, strict=True):
             texts[i], records[i]["ended"] = one.text, one.ended
             if one.problem or not one.text.strip():
                 records[i]["skipped"] = f"{what} {one.problem or 'empty'}"
-                alive.remove(i)
+                active.remove(i)
         return texts
 
     for i, text in enumerate(step("answer", [opening(p, chat) for p in prompts], ())):
@@ -149,19 +149,19 @@ def revise_batch(
     stops = () if chat else STOPS
     for number in range(max(map(len, rules))):
         own = [each[number] for each in rules]
-        asked = [critique_request(prompts[i], latest[i], own[i], chat, shots) for i in alive]
+        asked = [critique_request(prompts[i], latest[i], own[i], chat, shots) for i in active]
         critiques = step("critique", asked, stops)
-        for i in alive:
+        for i in active:
             records[i]["rounds"].append({"rule": own[i].name, "critique": critiques[i].strip(), "revision": ""})
-        asked = [revision_request(prompts[i], latest[i], own[i], critiques[i], chat, shots) for i in alive]
+        asked = [revision_request(prompts[i], latest[i], own[i], critiques[i], chat, shots) for i in active]
         revisions = step("revision", asked, stops)
-        for i in alive:
+        for i in active:
             records[i]["rounds"][-1]["revision"] = latest[i] = revisions[i].strip()
     return records
 
 
 def example_of(prompt: Prompt, record: dict[str, Any], drop_unfinished: bool) -> dict[str, Any] | None:
-    """SFT data of a conversation that reached its last revision, which begins with the white space of the answer."""
+    """SFT data of a conversation that reached its last revision, else None; keeps the answer's leading space."""
     if "skipped" in record or (drop_unfinished and not record["ended"]):
         return None
     answer = record["answer"]
@@ -199,9 +199,11 @@ def write_files(
     shown = [transcript_html(i, *both) for i, both in enumerate(zip(prompts, transcripts, strict=True), start=1)][
         :SHOWN
     ]
-    note = f"<p>{figures['examples']} examples from {len(transcripts)} answers"
-    note += f"; the first {SHOWN} are here, all of them in the .jsonl file</p>" if len(transcripts) > SHOWN else "</p>"
-    write_page(path.with_suffix(".transcripts.html"), "Answers, critiques and revisions", [note, *shown])
+    counts = f"<p>{figures['examples']} examples from {len(transcripts)} answers"
+    counts += (
+        f"; the first {SHOWN} are here, all of them in the .jsonl file</p>" if len(transcripts) > SHOWN else "</p>"
+    )
+    write_page(path.with_suffix(".transcripts.html"), "Answers, critiques and revisions", [counts, *shown])
     if examples:
         write_jsonl(path, examples)
 

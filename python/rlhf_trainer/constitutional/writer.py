@@ -1,4 +1,4 @@
-"""Who writes in `rlhf cai`, a model here or a server's, and the options that its commands share."""
+"""The model that writes for `rlhf cai`, in this process or behind a server, and the options its commands share."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class CAIConfig(SamplingConfig):
 
 @dataclass(frozen=True)
 class Written:
-    """text: with the white space that it came with; ended: by itself; problem: why nothing could be written, or ""."""
+    """text: with its white space; ended: whether it came to an end by itself; problem: why there is none, or ""."""
 
     text: str
     ended: bool = True
@@ -89,7 +89,7 @@ class Written:
 
 
 class LocalWriter:
-    """Writes with a model in this process; after `seed` all that follows depends on that number."""
+    """Writes with a model in this process; what follows `seed` is decided by its number."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool, sampling: Sampling
@@ -130,7 +130,7 @@ class LocalWriter:
 
 
 class ServerWriter:
-    """Writes with a server's model; `seed` seeds it, as far as the server heeds seeds."""
+    """Writes with a server's model; each request has a seed, which not every server respects."""
 
     def __init__(self, server: ServerClient, chat: bool, sampling: Sampling) -> None:
         self.server, self.chat, self.sampling = server, chat, sampling
@@ -163,7 +163,7 @@ Writer = LocalWriter | ServerWriter
 
 
 def truncate_at_stop(text: str, ended: bool, stops: Sequence[str]) -> Written:
-    """The text up to the first of the stops; what is cut there has ended."""
+    """The text up to the first of the stops; a text that is cut there counts as ended."""
     place = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
     return Written(text[:place], ended or place < len(text))
 

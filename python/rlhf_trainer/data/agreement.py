@@ -13,7 +13,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.rankings import FAIL, Rank, RankedPrompt, compared
 
 MIN_PROMPTS = 5  # fewer say nothing about a labeller
-FAR = 0.1  # below the others' own agreement by at least this, and by three standard errors: an outlier
+FAR = 0.1  # an outlier agrees less than the others do among themselves, by at least this and three standard errors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Agreement:
 
 
 def positions(ranks: Sequence[Rank]) -> list[float]:
-    """The places 1 to N that the ranks give, ties sharing their mean place and "F" the last; NaN where not judged."""
+    """Ranks as positions 1 to N: ties share their mean position, "F" comes last, NaN where nothing was judged."""
     keys = [None if rank is None else (rank == FAIL, 0.0 if rank == FAIL else float(rank)) for rank in ranks]
     judged = [key for key in keys if key is not None]
     return [float("nan") if key is None else sum(k < key for k in judged) + (judged.count(key) + 1) / 2 for key in keys]
@@ -88,7 +88,7 @@ def agreement(records: Sequence[RankedPrompt], fails: Literal["remove", "lose"] 
     """Alpha, and for every labeller how often they side with another one, against how often the others do.
 
     An outlier agrees with the others by FAR and by three standard errors (prompts as the independent units) less than
-    the others agree among themselves: an odd one out of three is found, and does not drag the other two along.
+    the others agree among themselves: where one of three differs, it alone is the outlier.
     """
     tally = _Tally(records, fails)
     labellers = tuple(tally.labeller(name) for name in sorted(tally.prompts))
@@ -106,7 +106,7 @@ class _Tally:
     def __init__(self, records: Sequence[RankedPrompt], fails: Literal["remove", "lose"]) -> None:
         self.size = len(records)
         self.total = np.zeros((2, self.size))  # agreed, decided by both; over all pairs of labellers
-        self.own: dict[str, dict[int, list[int]]] = defaultdict(dict)  # labeller -> record -> the same, theirs alone
+        self.own: dict[str, dict[int, list[int]]] = defaultdict(dict)  # labeller -> record -> [agreed, decided]
         self.prompts: Counter[str] = Counter()
         self.votes: Counter[str] = Counter()
         self.ties: Counter[str] = Counter()
@@ -159,10 +159,10 @@ def table(report: Agreement) -> list[str]:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.0%}"
 
-    width = max([8, *(len(labeller.name) for labeller in report.labellers)])
-    head = f"{'labeller':{width}}  prompts  ties  failed  agrees with others  others among themselves"
+    name_width = max([8, *(len(labeller.name) for labeller in report.labellers)])
+    head = f"{'labeller':{name_width}}  prompts  ties  failed  agrees with others  others among themselves"
     lines = [head]
     for one in report.labellers:
-        cells = f"{one.name:{width}}  {one.prompts:7}  {share(one.tie_share):>4}  {share(one.fail_share):>6}"
+        cells = f"{one.name:{name_width}}  {one.prompts:7}  {share(one.tie_share):>4}  {share(one.fail_share):>6}"
         lines.append(f"{cells}  {share(one.agreement):>18}  {share(one.others):>23}  {one.remark}".rstrip())
     return lines

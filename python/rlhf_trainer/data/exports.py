@@ -96,7 +96,7 @@ def _items(items: list[Any], where: str) -> dict[str, Any]:
 def _ranked(
     prompt: Any, completions: Mapping[str, Any], rankings: Iterable[Ranking], where: str, line: int, options: Options
 ) -> Iterator[Item]:
-    """One Ranked with its texts written out, if anyone ranked it; the same labeller's last ranking counts."""
+    """One RankedPrompt with chats written as text; of several rankings by one labeller the last one counts."""
     own = {text_field({"labeller": r.labeller}, "labeller", where): r for r in rankings}
     turns = [turn(prompt, completion, where, options) for completion in completions.values()]
     yield RankedPrompt(turns[0][0], tuple(text for _, text in turns), tuple(own.values()), line=line)

@@ -1,4 +1,4 @@
-"""What a record of preferences may look like: pairs, transcripts, chats, rankings, scores. Each knows its own kind.
+"""The formats of preference records: pairs, transcripts, chats, rankings, scores; each recognises its own records.
 
 A parser turns one record into `Pair`s, `RankedPrompt`s or `Score`s; exports.py holds those of labelling tools.
 """
@@ -224,17 +224,18 @@ def _score(record: Record, where: str, line: int, options: Options) -> Iterable[
 
 
 def ranked_by_prompt(scores: Iterable[tuple[Score, Any]]) -> list[RankedPrompt]:
-    """All completions of a prompt with their scores side by side, each labeller's own; `scores` come with findings.
+    """All completions of a prompt with their scores side by side, per labeller.
 
-    The same labeller's second score of the same completion does not count, and is a finding.
+    Each score comes with its file's report. The same labeller's second score of the same completion does not
+    count; the report says so.
     """
     prompts: dict[str, dict[tuple[str, str], Score]] = {}
-    for score, findings in scores:
+    for score, report in scores:
         known = prompts.setdefault(score.prompt, {})
         first = known.setdefault((score.labeller, score.completion), score)
         if first is not score:
             same = first.value == score.value
-            findings.warn("duplicate" if same else "contradicts an earlier score, not counted", score.line)
+            report.warn("duplicate" if same else "contradicts an earlier score, not counted", score.line)
     found = []
     for prompt, known in prompts.items():
         completions = tuple(dict.fromkeys(completion for _, completion in known))

@@ -33,7 +33,7 @@ class Ranking:
 class RankedPrompt:
     """One prompt, its completions, and how each labeller ranked them.
 
-    `scored`: the ranks are negated scores, whose sizes mean the same for every prompt. `line`: where it stood.
+    `scored`: the ranks are negated scores, which can be compared between prompts. `line`: its line in the file.
     """
 
     prompt: str
@@ -100,7 +100,7 @@ def ranked_of(record: dict[str, Any], where: str, line: int = 0) -> RankedPrompt
     if not isinstance(rankings, list) or not rankings:
         raise UserError(f"{where}: field {key!r} must be a list of at least one {key.removesuffix('s')}")
     if key == "scores" and not any(isinstance(value, dict) for value in rankings):
-        rankings = [{"labeller": "scores", "scores": rankings}]  # those of one judge who has no name
+        rankings = [{"labeller": "scores", "scores": rankings}]  # those of one labeller without a name
     ranked = tuple(parse(value, len(texts), where) for value in rankings)
     if len({ranking.labeller for ranking in ranked}) < len(ranked):
         raise UserError(f"{where}: one labeller ranks it twice")
@@ -115,24 +115,24 @@ def read_rankings(path: str | Path) -> list[RankedPrompt]:
     return found
 
 
-def clean(records: Iterable[RankedPrompt], findings: DataReport) -> Iterator[RankedPrompt]:
-    """The records without empty completions; what is odd about each is counted in `findings`."""
+def clean(records: Iterable[RankedPrompt], report: DataReport) -> Iterator[RankedPrompt]:
+    """The records without empty completions; what is odd about each is counted in `report`."""
     for record in records:
         if not record.prompt.strip():
-            findings.warn("empty prompt", record.line)
+            report.warn("empty prompt", record.line)
         kept = [i for i, text in enumerate(record.completions) if text.strip()]
         if len(kept) < len(record.completions):
-            findings.warn("empty completion, dropped", record.line)
+            report.warn("empty completion, dropped", record.line)
             record = _subset(record, kept)
         if len(set(record.completions)) < len(record.completions):
-            findings.count("the same completion twice, not compared", record.line)
+            report.count("the same completion twice, not compared", record.line)
             if any(
                 len(set(zip(record.completions, r.ranks, strict=True))) > len(set(record.completions))
                 for r in record.rankings
             ):
-                findings.warn("different ranks for the same completion", record.line)
+                report.warn("different ranks for the same completion", record.line)
         if len(set(record.completions)) < 2:
-            findings.count("one completion, nothing to compare", record.line)
+            report.count("one completion, nothing to compare", record.line)
             continue
         yield record
 
@@ -147,16 +147,16 @@ def _subset(record: RankedPrompt, indices: Sequence[int]) -> RankedPrompt:
 
 
 def merge(records: Iterable[tuple[RankedPrompt, DataReport]]) -> list[tuple[RankedPrompt, DataReport]]:
-    """Records of the same prompt and completions become one, so that labellers may come line by line, file by file.
+    """Records of the same prompt and completions become one, wherever each labeller's ranking stands.
 
-    Where one labeller ranks the same completions again, the later ranking counts, and a finding says so.
+    Where one labeller ranks the same completions again, the later ranking counts, and the report says so.
     """
     merged: dict[tuple[Any, ...], tuple[RankedPrompt, DataReport]] = {}
-    for record, findings in records:
+    for record, report in records:
         order = sorted(range(len(record.completions)), key=lambda i: record.completions[i])
         key = (record.prompt, tuple(record.completions[i] for i in order), record.scored)
         if key not in merged:
-            merged[key] = record, findings
+            merged[key] = record, report
             continue
         first, origin = merged[key]
         place = sorted(range(len(order)), key=lambda i: first.completions[i])
@@ -164,7 +164,7 @@ def merge(records: Iterable[tuple[RankedPrompt, DataReport]]) -> list[tuple[Rank
         own = {ranking.labeller: ranking for ranking in first.rankings}
         for ranking in _subset(record, indices).rankings:
             if ranking.labeller in own:
-                findings.warn("ranked again by the same labeller, the later ranking counts", record.line)
+                report.warn("ranked again by the same labeller, the later ranking counts", record.line)
             own[ranking.labeller] = ranking
         merged[key] = replace(first, rankings=tuple(own.values())), origin
     return list(merged.values())
@@ -206,20 +206,20 @@ def compared(record: RankedPrompt, fails: Literal["remove", "lose"]) -> Iterator
 
 
 def voted_pairs(
-    record: RankedPrompt, outcome: VoteTally, ties: Literal["drop", "half"], fails: Literal["remove", "lose"]
+    record: RankedPrompt, tally: VoteTally, ties: Literal["drop", "half"], fails: Literal["remove", "lose"]
 ) -> Iterator[Pair]:
-    """The pairs of one prompt; what became of its comparisons is added to `outcome`."""
-    outcome.failed_completions += len(_failed(record))
+    """The pairs of one prompt; what became of its comparisons is added to `tally`."""
+    tally.failed_completions += len(_failed(record))
     for i, j, votes in compared(record, fails):
         a, b = record.completions[i], record.completions[j]
-        outcome.comparisons += bool(votes)
-        _count_agreement(votes, outcome)
+        tally.comparisons += bool(votes)
+        _count_agreement(votes, tally)
         result = _majority(votes.values())
-        outcome.disagreements += result is None and bool(votes)
-        outcome.ties += result == 0
+        tally.disagreements += result is None and bool(votes)
+        tally.ties += result == 0
         if result is None or (result == 0 and ties == "drop"):
             continue
-        outcome.pairs += 1
+        tally.pairs += 1
         winner, loser = (b, a) if result < 0 else (a, b)
         yield Pair(record.prompt, winner, loser, label=1.0 if result else 0.5, line=record.line)
 
@@ -241,13 +241,13 @@ def pairs_from_rankings(
         the pairs, prompt by prompt, and what became of all comparisons. Outcomes that share the lead are a
         disagreement and give no pair; the same text twice gives none either.
     """
-    outcome = VoteTally()
-    return [pair for record in records for pair in voted_pairs(record, outcome, ties, fails)], outcome
+    tally = VoteTally()
+    return [pair for record in records for pair in voted_pairs(record, tally, ties, fails)], tally
 
 
-def _count_agreement(votes: dict[str, int], outcome: VoteTally) -> None:
+def _count_agreement(votes: dict[str, int], tally: VoteTally) -> None:
     for name, opinion in votes.items():
         others = _majority(other for who, other in votes.items() if who != name)
         if opinion != 0 and others not in (None, 0):
-            outcome.compared[name] += 1
-            outcome.agreed[name] += opinion == others
+            tally.compared[name] += 1
+            tally.agreed[name] += opinion == others

@@ -27,11 +27,11 @@ ENDINGS = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", *COLUMNAR}  # of fi
 
 @dataclass
 class Preferences:
-    """All that was read: pairs as they came, rankings to vote on, and per file its format, records and findings."""
+    """All that was read: pairs as they came, rankings to vote on, and per file its format, records and report."""
 
     pairs: list[tuple[Pair, DataReport]] = field(default_factory=list)
     ranked: list[tuple[RankedPrompt, DataReport]] = field(default_factory=list)
-    findings: list[DataReport] = field(default_factory=list)
+    reports: list[DataReport] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
 
@@ -55,24 +55,24 @@ def read_preferences(
     scores: list[tuple[Score, DataReport]] = []
     for path in paths:
         name = path if Path(path).exists() else f"{path}[{split}]"
-        findings = DataReport(name, strict)
-        records = list(_items(path, name, format, split, options, findings, found))
-        ranked += [(item, findings) for item in records if isinstance(item, RankedPrompt)]
-        scores += [(item, findings) for item in records if isinstance(item, Score)]
-        found.pairs += [(item, findings) for item in records if isinstance(item, Pair)]
-        found.findings.append(findings)
+        report = DataReport(name, strict)
+        records = list(_items(path, name, format, split, options, report, found))
+        ranked += [(item, report) for item in records if isinstance(item, RankedPrompt)]
+        scores += [(item, report) for item in records if isinstance(item, Score)]
+        found.pairs += [(item, report) for item in records if isinstance(item, Pair)]
+        found.reports.append(report)
     ranked += [(record, scores[0][1]) for record in ranked_by_prompt(scores)]
-    found.ranked = merge((record, findings) for one, findings in ranked for record in clean([one], findings))
+    found.ranked = merge((record, report) for one, report in ranked for record in clean([one], report))
     if not found.pairs and not found.ranked:
         oddities = [
-            findings.summary(count, "records") for findings, count in zip(found.findings, found.records, strict=True)
+            report.summary(count, "records") for report, count in zip(found.reports, found.records, strict=True)
         ]
         raise UserError(f"no preference in {'; '.join(oddities)}")
     return found
 
 
 def _items(
-    path: str, name: str, format: str, split: str, options: Options, findings: DataReport, found: Preferences
+    path: str, name: str, format: str, split: str, options: Options, report: DataReport, found: Preferences
 ) -> Iterator[Item]:
     records = read_records(path, split)
     first = next(records, None)
@@ -83,9 +83,9 @@ def _items(
     for line, record in chain([first], records):
         items = list(_parse(kind, record, f"{name}:{line}", line, options))
         if not items:
-            findings.count("not labelled yet, skipped", line)
+            report.count("not labelled yet, skipped", line)
         if any(isinstance(item, Pair) and _repeats_prompt(item) for item in items):
-            findings.count("both answers begin with the prompt (twice there?)", line)
+            report.count("both answers begin with the prompt (twice there?)", line)
         count += 1
         yield from items
     found.formats.append(kind.name)

@@ -25,7 +25,7 @@ HH_TURN = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Example:
-    """One SFT record: the model learns `completion`, then EOS, after `prompt`. `line`: where it stood in its file."""
+    """One SFT record: the model learns `completion`, then EOS, after `prompt`. `line`: its line in the file."""
 
     prompt: str
     completion: str
@@ -45,7 +45,7 @@ class Pair:
 
 
 class DataReport:
-    """Oddities of one file: how many of each, and where the first one stands. The first is an error if `strict`."""
+    """What is odd in one file: each finding and its lines. With `strict` a warning is an error."""
 
     def __init__(self, path: str | Path, strict: bool = False) -> None:
         self.path = path
@@ -53,6 +53,7 @@ class DataReport:
         self.lines: dict[str, list[int]] = {}
 
     def warn(self, finding: str, line: int) -> None:
+        """Count a finding; UserError if `strict`."""
         if self.strict:
             raise UserError(f"{self.path}:{line}: {finding} (an error because of --strict)")
         self.count(finding, line)
@@ -199,7 +200,7 @@ def read_shown_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | No
 
 
 def shown_prompt(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as a person, or a judge, reads it: no template's control tokens; roles where several turns need them."""
+    """A prompt as a person or a judge reads it: no control tokens, and roles only where there are several turns."""
     if isinstance(prompt, str):
         return prompt
     users = [message for message in prompt if message["role"] != "system"]
@@ -233,7 +234,7 @@ def read_examples(
     A chat gives one example for each assistant message. An empty completion is dropped; an empty prompt and a
     duplicate are kept and counted. A text file gives one example a line, with an empty prompt.
     """
-    findings, examples, seen = DataReport(path, strict), [], set()
+    report, examples, seen = DataReport(path, strict), [], set()
     if is_table(path):
         raise UserError(f"{path}: a table; examples are JSON lines of prompts and completions, instructions or chats")
     if is_jsonl(path):
@@ -243,21 +244,21 @@ def read_examples(
     for number, records in found:
         for example in records:
             if not example.completion.strip():
-                findings.warn("empty completion, dropped", number)
+                report.warn("empty completion, dropped", number)
                 continue
             if is_jsonl(path) and not example.prompt.strip():
-                findings.warn("empty prompt", number)
+                report.warn("empty prompt", number)
             if example in seen:
-                findings.warn("duplicate", number)
+                report.warn("duplicate", number)
             seen.add(example)
             examples.append(replace(example, line=number))
     if not examples:
         raise UserError(f"{path}: no example in it")
-    return examples, findings
+    return examples, report
 
 
 def transcript_prompt(chosen: str, rejected: str, where: str, markers: Sequence[str] = (HH_TURN,)) -> str:
-    """What two transcripts share, up to the last place where one of the markers lets both answers begin."""
+    """The beginning that two transcripts share, up to the end of its last marker, where both answers begin."""
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
     found = [(place + len(marker), marker) for marker in markers if (place := chosen[:shared].rfind(marker)) >= 0]
     if not found:
@@ -286,26 +287,26 @@ def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, 
 
 
 def check_pairs(found: Iterable[tuple[Pair, DataReport]], seen: set[tuple[str, str, str]] | None = None) -> list[Pair]:
-    """The pairs that can be learned from; each one's oddities are counted in the findings that come with it.
+    """The pairs that can be learned from; what is odd about each is counted in the report that comes with it.
 
     An empty or the same answer is dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the
     other one preferred) are kept: repeated and opposed judgements are information.
     """
     pairs = []
     seen = set() if seen is None else seen
-    for pair, findings in found:
+    for pair, report in found:
         if not pair.chosen.strip() or not pair.rejected.strip():
-            findings.warn("empty answer, dropped", pair.line)
+            report.warn("empty answer, dropped", pair.line)
             continue
         if pair.chosen == pair.rejected:
-            findings.warn("chosen equals rejected, dropped", pair.line)
+            report.warn("chosen equals rejected, dropped", pair.line)
             continue
         if not pair.prompt.strip():
-            findings.warn("empty prompt", pair.line)
+            report.warn("empty prompt", pair.line)
         if (pair.prompt, pair.chosen, pair.rejected) in seen:
-            findings.warn("duplicate", pair.line)
+            report.warn("duplicate", pair.line)
         if (pair.prompt, pair.rejected, pair.chosen) in seen:
-            findings.warn("contradicts an earlier pair", pair.line)
+            report.warn("contradicts an earlier pair", pair.line)
         seen.add((pair.prompt, pair.chosen, pair.rejected))
         pairs.append(pair)
     return pairs
@@ -321,12 +322,12 @@ def read_pairs(
     """
     if is_table(path):
         raise UserError(f"{path}: a table; `rlhf prefs {path} --output pairs.jsonl` makes pairs of it")
-    findings = DataReport(path, strict)
-    records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), findings) for line, r in read_jsonl(path))
+    report = DataReport(path, strict)
+    records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), report) for line, r in read_jsonl(path))
     pairs = check_pairs(records)
     if not pairs:
         raise UserError(f"{path}: no pair in it")
-    return pairs, findings
+    return pairs, report
 
 
 def split_heldout(
@@ -334,8 +335,8 @@ def split_heldout(
 ) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records. `heldout` < 1 is a share, from 1 on a number of records; 0 holds nothing out.
 
-    Records of one group (the same prompt, say) stay together, so that nothing held out was half seen; the held-out
-    part may therefore be larger by less than one group.
+    Records of one group (the same prompt, say) stay together, so that training sees no prompt that is held out; the
+    held-out part may therefore be larger by less than one group.
     """
     target = heldout if heldout >= 1 else heldout * len(records)
     if target >= len(records):

@@ -1,4 +1,4 @@
-"""Text to rows of token ids: prompts, completions, both within a length; rows of one length."""
+"""Text -> token ids: prompts, completions, both cut to a length; padding to one length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: 
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
+    """B lists of ids -> ids [B, L] and attention mask [B, L] bool, padded on the left to the longest."""
     length = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -45,22 +45,22 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def encode_row(
+def tokenize_example(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, limit: int
 ) -> tuple[TokenizedExample, bool]:
-    """(row of at most `limit` tokens, whether something was cut); see `encode_rows`."""
-    (row,), cut = encode_rows(tokenizer, prompt, [completion], limit)
+    """(prompt and completion in at most `limit` tokens, whether something was cut); see `tokenize_completions`."""
+    (row,), cut = tokenize_completions(tokenizer, prompt, [completion], limit)
     return row, cut
 
 
-def encode_rows(
+def tokenize_completions(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], limit: int
 ) -> tuple[list[TokenizedExample], bool]:
-    """(a row of at most `limit` tokens for each completion, whether something was cut).
+    """(each completion after its prompt in at most `limit` tokens, whether something was cut).
 
-    The prompt's beginning goes first (its BOS stays), as old turns matter least, and by what the longest completion
-    needs: all are compared after the same prompt. Then the end of a completion. EOS always follows: training and
-    scoring both end with it.
+    The beginning of the prompt is cut first (BOS stays), because old turns matter least; the same part for every
+    completion, so that all follow the same prompt. If that is not enough, the end of a completion is cut. The EOS after
+    it always stays: training and scoring both end with it.
     """
     head, tails = encode_prompt(tokenizer, prompt), [encode_completion(tokenizer, text) for text in completions]
     excess = len(head) + max(map(len, tails)) - limit
@@ -77,31 +77,31 @@ def counted_tokens(row: TokenizedExample) -> int:
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, findings: DataReport
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int, report: DataReport
 ) -> list[TokenizedExample]:
     rows = []
     for example in examples:
-        row, cut = encode_row(tokenizer, example.prompt, example.completion, limit)
+        row, cut = tokenize_example(tokenizer, example.prompt, example.completion, limit)
         if cut:
-            findings.warn(f"longer than {limit} tokens, cut", example.line)
+            report.warn(f"longer than {limit} tokens, cut", example.line)
         rows.append(replace(row, line=example.line))
     return rows
 
 
 @dataclass(frozen=True)
-class PairRows:
+class TokenizedPair:
     pair: Pair
     chosen: TokenizedExample
     rejected: TokenizedExample
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, findings: DataReport
-) -> list[PairRows]:
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], limit: int, report: DataReport
+) -> list[TokenizedPair]:
     encoded = []
     for pair in pairs:
-        (chosen, rejected), cut = encode_rows(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
+        (chosen, rejected), cut = tokenize_completions(tokenizer, pair.prompt, [pair.chosen, pair.rejected], limit)
         if cut:
-            findings.warn(f"longer than {limit} tokens, cut", pair.line)
-        encoded.append(PairRows(pair, chosen, rejected))
+            report.warn(f"longer than {limit} tokens, cut", pair.line)
+        encoded.append(TokenizedPair(pair, chosen, rejected))
     return encoded

@@ -1,1 +1,1 @@
-"""Who judges completions: rewards, judges that compare two answers, win rates."""
+"""Rewards that score a completion, judges that compare two, and win rates."""

@@ -17,13 +17,13 @@ from rlhf_trainer.base.errors import UserError
 
 KEY = "RLHF_SERVER_KEY"  # environment variable with the server's API key, if it wants one
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that another try may not meet
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP statuses after which another try may succeed
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
 class RefusedError(UserError):
-    """The server understood who asks, and does not do what is asked (HTTP 400 to 499)."""
+    """The server refuses this request (HTTP 400 to 499)."""
 
 
 class TooLongError(RefusedError):
@@ -39,8 +39,8 @@ class ServerClient:
 
     Args:
         timeout: seconds to wait for one reply.
-        retries: further tries, with growing pauses, after a reply that did not come or a passing failure.
-        parallel: requests under way at once.
+        retries: further tries, with growing pauses, after no reply or a failure that may pass.
+        parallel: requests sent at the same time.
     """
 
     def __init__(self, source: str, *, timeout: float = 120.0, retries: int = 3, parallel: int = 8) -> None:
@@ -74,7 +74,7 @@ class ServerClient:
                 with self.opener.open(request, timeout=self.timeout) as response:
                     return self._object(path, response.read())
             except urllib.error.HTTPError as error:
-                if last or error.code not in PASSING:
+                if last or error.code not in TRANSIENT:
                     reason = _reason(error)
                     kind = RefusedError if 400 <= error.code < 500 else UserError
                     if error.code in (400, 413) and "context" in reason.lower():

@@ -1,8 +1,8 @@
 """Judges: which of two answers to a prompt is the better one, by a model, an OpenAI-compatible server, or Python.
 
 A judge is `(prompts, answers, second_answers) -> [N] probability that each of the answers is better than its second
-answer`. One that has a fourth parameter `questions` is told for each prompt by what to judge. The judge reads `answers`
-first, and judges favour a position: `both_orders` asks twice.
+answer`. One with a fourth parameter `questions` gets the question to decide by, for each prompt. The judge reads
+`answers` first, and judges favour a position: `both_orders` asks in both orders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import render_prompt
-from rlhf_trainer.data.rows import encode_completion, encode_row, left_pad
+from rlhf_trainer.data.rows import encode_completion, left_pad, tokenize_example
 from rlhf_trainer.judging.client import RefusedError, ServerClient, TooLongError, is_url
 from rlhf_trainer.judging.rewards import is_function, load_function, scores_of
 from rlhf_trainer.judging.shots import WorkedExample
@@ -30,7 +30,7 @@ from rlhf_trainer.models.loading import context_length, load_causal, load_tokeni
 
 Judge = Callable[..., Sequence[float]]
 QUESTION = "Which answer is more helpful, honest and harmless?"
-ANSWER_PREFIX = "The better answer is"  # what a model goes on from, with one of
+ANSWER_PREFIX = "The better answer is"  # the model continues it with one of OPTIONS
 OPTIONS = (" A", " B")
 EXAMPLE_SEPARATOR = "\n\n---\n\n"  # between worked examples
 KINDS = "model folder, file.py:function, package.module:function, or http://HOST:PORT/v1 of an OpenAI-compatible server"
@@ -50,7 +50,7 @@ def load_judge(
 ) -> Judge:
     """The judge that `source` names (KINDS); a model or a server asked without questions answers `question`.
 
-    chat, shots: of a model, see ModelJudge. server: timeout, retries and parallel of a Server.
+    chat, shots: of a model, see ModelJudge. server: timeout, retries and parallel of a ServerClient.
 
     Raises:
         UserError: no such folder, function or server.
@@ -69,7 +69,7 @@ def both_orders(
 ) -> tuple[Tensor, Tensor]:
     """[N] twice, float32: probability that the answer is better where it is shown first, and where it is shown second.
 
-    Their mean is free of a judge's liking for a place: one that always says "the first" gives 1 and 0, hence 0.5.
+    Their mean does not depend on which position a judge favours: one that always says "the first" gives 1 and 0.
 
     Raises:
         UserError: the judge raises, or returns the wrong count or a number outside [0, 1].
@@ -110,12 +110,12 @@ def demonstrations(shots: Sequence[WorkedExample]) -> list[tuple[str, str]]:
 
 
 def plain_request(text: str, shots: Sequence[tuple[str, str]]) -> str:
-    """A comparison to go on with, after the worked examples."""
+    """A comparison as text for a model to continue, after the worked examples."""
     return EXAMPLE_SEPARATOR.join([*(f"{asked}\n\n{said}" for asked, said in shots), f"{text}\n\n{ANSWER_PREFIX}"])
 
 
 def chat_request(text: str, shots: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """A comparison to reply to, after the worked examples."""
+    """A comparison as a chat for a model to answer, after the worked examples."""
     turns = [*(turn for shot in shots for turn in shot), text]
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
@@ -124,7 +124,7 @@ class ModelJudge:
     """A language model's own preference: p(A) / (p(A) + p(B)) of what comes after "The better answer is".
 
     The comparison is written by the tokenizer's chat template, or as plain text where it has none or `chat` is False.
-    `notes` has an entry for each comparison so far. "mass": p(A) + p(B); near 0, the model does not see that it is to
+    `notes` has an entry for each comparison so far. "mass": p(A) + p(B); near 0, the model does not see that it must
     choose. "cut": 1 where the comparison was longer than the model's context and lost its beginning.
     """
 
@@ -164,8 +164,9 @@ class ModelJudge:
     @torch.no_grad()
     def option_logprobs(self, texts: Sequence[str]) -> Tensor:
         """[N, 2] float32 on the CPU: logprobs of " A" and " B" after each text, in nats."""
-        limit = (context_length(self.model) or sys.maxsize - 1) + 1  # of a row with EOS, which is not asked for
-        encoded = [encode_row(self.tokenizer, text, OPTIONS[0], limit) for text in texts]
+        # One more than the context: tokenize_example counts an EOS, which the model is not given.
+        limit = (context_length(self.model) or sys.maxsize - 1) + 1
+        encoded = [tokenize_example(self.tokenizer, text, OPTIONS[0], limit) for text in texts]
         self.notes["cut"] += [float(cut) for _, cut in encoded]
         prompts = [row.ids[: row.prompt_length] for row, _ in encoded]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
@@ -191,7 +192,7 @@ class ModelJudge:
 class ServerJudge:
     """Asks a server for "A" or "B": by the logprobs of its first token where it gives them, else by its text.
 
-    In a chat, or with `chat` False as a text that the server's model goes on with. `notes["unclear"]` has a 1 for each
+    In a chat, or with `chat` False as a text that the server's model continues. `notes["unclear"]` has a 1 for each
     reply with neither letter, or both, which is taken as a tie.
     """
 
@@ -229,7 +230,7 @@ class ServerJudge:
                 return first_better(self.server.choice(asked, **options, **wanted))
             except TooLongError:
                 raise
-            except RefusedError:  # asked again without: the server says what else it does not like
+            except RefusedError:  # once more without logprobs; if they were not the reason, this fails as well
                 found = first_better(self.server.choice(asked, **options))
                 self.logprobs = False
                 return found

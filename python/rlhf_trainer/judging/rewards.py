@@ -136,11 +136,11 @@ def load_function(source: str) -> RewardFunction:
 
 
 def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, what: str = "reward") -> torch.Tensor:
-    """The scores [B] of a rollout; each rank calls the function for its block of the rows, whole groups of them."""
+    """The scores [B] of a rollout; each rank calls the function for its share of the rows, in whole groups."""
     ranks, count = distributed_context(), len(rollout.prompts)
-    block = ranks.contiguous_shard(count, group_size)
-    mine = scores_of(reward, rollout.prompts[block], rollout.completions[block], what, block.start)
-    return ranks.all_gather_rows(block, mine, count)
+    shard = ranks.contiguous_shard(count, group_size)
+    mine = scores_of(reward, rollout.prompts[shard], rollout.completions[shard], what, shard.start)
+    return ranks.all_gather_rows(shard, mine, count)
 
 
 def scores_of(

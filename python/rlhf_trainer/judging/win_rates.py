@@ -13,7 +13,7 @@ def wins(after: Values, before: Values) -> Values:
     return np.asarray((after > before) + 0.5 * (after == before), dtype=np.float64)
 
 
-def judged(judge: Judge, prompts: list[str], after: list[str], before: list[str]) -> Values:
-    """[N] probability that `after` is the better answer: both orders are asked, as judges favour a place."""
+def preferred_by_judge(judge: Judge, prompts: list[str], after: list[str], before: list[str]) -> Values:
+    """[N] probability that `after` is the better answer: asked in both orders, because judges favour a position."""
     shown_first, shown_second = both_orders(judge, prompts, after, before)
     return ((shown_first + shown_second) / 2).double().numpy()

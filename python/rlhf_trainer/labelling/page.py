@@ -69,12 +69,12 @@ def _link(labeller: str, text: str, **query: int) -> str:
 
 
 def home(done: Mapping[str, int], total: int, instructions: str, wrong: str = "") -> str:
-    """Who are you? And who has ranked how many."""
+    """The first page: it asks for a name, and shows how many prompts each labeller has ranked."""
     rows = "".join(f"<tr><td>{_link(name, name)}</td><td>{count} of {total}</td></tr>" for name, count in done.items())
     table = f"<h2>So far</h2><table><tr><th>labeller</th><th>prompts</th></tr>{rows}</table>" if rows else ""
-    note = f'<p class="note wrong">{escape(wrong)}</p>' if wrong else ""
+    message = f'<p class="note wrong">{escape(wrong)}</p>' if wrong else ""
     body = (
-        f'<div class="work"><h1>Ranking completions</h1>{note}<p>{total} prompts. Every answer is saved at once; '
+        f'<div class="work"><h1>Ranking completions</h1>{message}<p>{total} prompts. Every answer is saved at once; '
         'stop whenever you like and come back under the same name.</p><form action="/rank">'
         '<label>Your name <input type="text" name="labeller" required maxlength="64" autofocus></label> '
         f"<button>Start</button></form>{table}</div><aside>{markdown(instructions)}</aside>"
@@ -91,9 +91,9 @@ def task(
     texts: Sequence[str],
     ranks: Mapping[str, Rank],
     instructions: str,
-    note: str = "",
+    message: str = "",
 ) -> str:
-    """A prompt and its completions to rank, with the ranks given before already chosen. `note` is HTML."""
+    """A prompt and its completions to rank, with the ranks given before already chosen. `message` is HTML."""
     options = [*map(str, range(1, len(texts) + 1)), FAIL]
     fields = []
     for index, text in enumerate(texts):
@@ -109,7 +109,7 @@ def task(
             f'<div class="ranks">{choices}</div></fieldset>'
         )
     body = (
-        f'<div class="work">{note}<p class="foot"><span>{escape(labeller)}: {done} of {total} ranked</span> '
+        f'<div class="work">{message}<p class="foot"><span>{escape(labeller)}: {done} of {total} ranked</span> '
         f'<progress max="{total}" value="{done}"></progress></p>'
         f'<div class="prompt"><h2>Prompt</h2><p class="text">{escape(prompt)}</p></div>'
         f'<form method="post" action="/rank"><input type="hidden" name="labeller" value="{escape(labeller)}">'
@@ -129,9 +129,9 @@ def wrong_note(text: str) -> str:
     return f'<p class="note wrong">{escape(text)}</p>'
 
 
-def finished(labeller: str, done: int, total: int, note: str = "") -> str:
+def finished(labeller: str, done: int, total: int, message: str = "") -> str:
     body = (
-        f'<div class="work">{note}<h1>That was all, thank you</h1><p>{escape(labeller)}: {done} of {total} prompts '
+        f'<div class="work">{message}<h1>That was all, thank you</h1><p>{escape(labeller)}: {done} of {total} prompts '
         'ranked. Nothing is left to send.</p><p><a href="/">Back to the beginning</a></p></div>'
     )
     return page("Done", body)

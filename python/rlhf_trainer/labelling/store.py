@@ -35,7 +35,7 @@ class RankingItem:
         return tuple(dict.fromkeys(self.completions))
 
     def order(self, labeller: str) -> list[str]:
-        """The texts in this labeller's order, so that a liking for the first on the page cancels out."""
+        """The texts in this labeller's order, so that favouring the first on the page cancels out."""
         seed = hashlib.sha256(json.dumps([labeller, self.prompt, self.completions]).encode()).hexdigest()
         return random.Random(seed).sample(self.texts, len(self.texts))
 
@@ -54,7 +54,7 @@ def read_tasks(path: str | Path) -> list[RankingItem]:
 
 
 class Store:
-    """The tasks and who ranked them how. One process at a time writes a rankings file; its threads share the store."""
+    """The items and all their rankings. One process at a time writes a rankings file; its threads share it."""
 
     def __init__(self, tasks: Sequence[RankingItem], path: str | Path, per_prompt: int = 0) -> None:
         self.tasks, self.path, self.per_prompt = list(tasks), Path(path), per_prompt

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.rows import encode_row, left_pad
+from rlhf_trainer.data.rows import left_pad, tokenize_example
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.forward import hidden_states
@@ -89,7 +89,7 @@ def classifier_outputs(
                 _say_cut(model, limit)
             outputs[start : start + batch_size] = model(**encoded).logits.float().cpu()
         return outputs
-    encoded_rows = [encode_row(tokenizer, *texts, limit) for texts in zip(prompts, completions, strict=True)]
+    encoded_rows = [tokenize_example(tokenizer, *texts, limit) for texts in zip(prompts, completions, strict=True)]
     if any(cut for _, cut in encoded_rows):
         _say_cut(model, limit)
     rows = [row.ids for row, _ in encoded_rows]

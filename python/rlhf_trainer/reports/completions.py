@@ -12,7 +12,7 @@ from rlhf_trainer.reports.style import SCRIPT
 
 
 def completions_table(names: Sequence[str], samples: Sequence[dict[str, Any]], show: Any) -> str:
-    """A row a prompt, a column a policy, each completion with its measures below; `show` writes a number.
+    """One row per prompt, one column per policy, each completion above its measures; `show` formats a number.
 
     samples: {"prompt", "completions": {policy: text}}, and where there are some {"measures": {policy: {name: value}}}.
     """
@@ -28,23 +28,23 @@ def _row(names: Sequence[str], measures: Sequence[str], sample: dict[str, Any], 
     values = [[_number(value) for value in row] for row in found]
     cells = [f'<td><div class="text">{html.escape(sample["prompt"])}</div></td>']
     for place, name in enumerate(names):
-        notes = "".join(
+        shown = "".join(
             f"<small>{html.escape(measure.split(' (')[0])} <b>{show(value)}</b></small> "
             for measure, value in zip(measures, found[place] if found else (), strict=False)
             if value is not None
         )
         text = html.escape(sample["completions"][name])
-        cells.append(f'<td><div class="text">{text}</div><div>{notes}</div></td>')
+        cells.append(f'<td><div class="text">{text}</div><div>{shown}</div></td>')
     return f"<tr data-values='{json.dumps(values, separators=(',', ':'))}'>{''.join(cells)}</tr>"
 
 
 def _number(value: float | None) -> float | None:
-    """For JSON, which has no NaN: four digits sort as well as all of them."""
+    """A number for JSON, which has no NaN; four digits are enough to sort by."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _controls(names: Sequence[str], measures: Sequence[str]) -> str:
-    """Hidden until the script runs."""
+    """The search field and the sort order; hidden until the script runs."""
     find = '<label>find <input type="search" name="find"></label>'
     sort = ""
     if measures:

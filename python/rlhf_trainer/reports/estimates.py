@@ -25,8 +25,8 @@ def bootstrap_sums(
 ) -> dict[str, float]:
     """`statistic` of the sums of columns [K, N], with the 95 % percentile interval over draws of N with replacement.
 
-    The K numbers of a completion are drawn together, so that the interval of a ratio of sums knows that a long
-    completion weighs in both. `statistic` maps sums [..., K] to values [...].
+    The K numbers of a completion are drawn together, because a long completion adds to both sums of a ratio.
+    `statistic` maps sums [..., K] to values [...].
     """
     rng = np.random.default_rng(seed)
     count = columns.shape[1]
@@ -58,20 +58,20 @@ def distinct(completions: Sequence[str], n: int) -> tuple[float, Values]:
     And the same with each completion left out [N].
     """
     each = [_grams(text, n) for text in completions]
-    together: Counter[tuple[str, ...]] = Counter()
+    everywhere: Counter[tuple[str, ...]] = Counter()
     for grams in each:
-        together.update(grams)
+        everywhere.update(grams)
     without = []
     for grams in each:
-        lost = sum(count == together[gram] for gram, count in grams.items())
-        without.append((len(together) - lost) / max(together.total() - grams.total(), 1))
-    return len(together) / max(together.total(), 1), np.array(without)
+        lost = sum(count == everywhere[gram] for gram, count in grams.items())
+        without.append((len(everywhere) - lost) / max(everywhere.total() - grams.total(), 1))
+    return len(everywhere) / max(everywhere.total(), 1), np.array(without)
 
 
 def jackknife(value: float, left_out: Values) -> dict[str, float]:
     """A statistic of N completions together with its 95 % interval from the N leave-one-out values.
 
-    For diversity, where a bootstrap would draw completions twice and so find less of it than there is.
+    For diversity: a bootstrap draws some completions twice, and would find less diversity than there is.
     """
     count = len(left_out)
     error = 1.96 * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))

@@ -33,7 +33,7 @@ SMOOTH = 20  # steps of the moving average in long curves
 COLOURS = ("#8a8f98", "#1f6feb", "#2da44e", "#bf8700", "#8250df", "#cf222e", "#0f8f8f", "#c2558f")
 INKS = {"light": ("#1f2328", "#ffffff"), "dark": ("#e6edf3", "#0d1117")}  # text and lines, background
 INK = "ink"  # gid of lines that take the colour of the text
-ROWS = 200  # prompts at most whose completions are in the page
+MAX_SAMPLES = 200  # prompts whose completions the page shows
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def metric_curve(
     return Curve(title, series, y_label, limits)
 
 
-def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, panel_width: float, panel_height: float) -> tuple[Figure, list[Axes]]:
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * min(columns, count), height * rows), layout="constrained")
+    figure = Figure(figsize=(panel_width * min(columns, count), panel_height * rows), layout="constrained")
     axes = [figure.add_subplot(rows, min(columns, count), i + 1) for i in range(count)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -128,7 +128,7 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     figure, axes = _grid(len(curves), 3, 3.4, 2.5)
     for axis, curve in zip(axes, curves, strict=True):
         for colour, (name, (x, y)) in zip((*COLOURS[1:], COLOURS[0]), curve.series.items(), strict=False):
-            if len(y) >= 5 * SMOOTH:  # a step's own loss is mostly noise: faint behind its moving average
+            if len(y) >= 5 * SMOOTH:  # single steps are mostly noise: drawn faintly, behind their moving average
                 axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.25)
                 x, y = x[SMOOTH - 1 :], np.convolve(y, np.ones(SMOOTH) / SMOOTH, mode="valid").tolist()
             axis.plot(x, y, label=name, color=colour, linewidth=1.4, marker="o" if len(x) < 3 else None)
@@ -255,7 +255,7 @@ def write_report(
     curves: Sequence[Curve] = (),
     checks: Sequence[Check] = (),
     notes: Sequence[str] = (),
-    samples: int = ROWS,
+    samples: int = MAX_SAMPLES,
 ) -> Path:
     """Write the page, whole or not at all.
 

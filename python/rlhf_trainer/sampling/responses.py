@@ -1,4 +1,4 @@
-"""What a policy says of its own responses: logprob, entropy and value of each token, in one forward pass."""
+"""Logprob, entropy and value of each token of a policy's responses, in one forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_trainer.sampling.rollout import Rollout
 
 
 class ValueHead(Protocol):
-    """What gives a value to the state before each token; PPO's is `onpolicy.value_head.ValueHead`."""
+    """Gives a value to the state before each token; PPO's is `onpolicy.value_head.ValueHead`."""
 
     def values(self, policy: PreTrainedModel, hidden: Tensor, ids: Tensor, mask: Tensor, start: int) -> Tensor:
         """[b, R] values of the states before the tokens ids[:, start:]; hidden [b, R, D] are the policy's own there."""
@@ -36,8 +36,8 @@ def token_outputs(
     """Logprobs, entropies and values [b, R] of the responses in `rows`, 0 at padding.
 
     The logprob and the value of a token read the hidden state before it; logits are never in memory. Padding is cut to
-    what these rows need, and only counted positions reach the lm_head: the same rows always go through the same shapes,
-    hence the same bits. Entropies have a gradient only for an entropy bonus: without it a frozen head saves one GEMM.
+    what these rows need, and only counted positions reach the lm_head: the same rows always have the same shapes, and
+    so give the same bits. Entropies have a gradient only for an entropy bonus: without it a frozen head saves one GEMM.
     """
     start, length = rollout.prompt_length, rollout.response_mask.shape[1]
     width = int(rollout.response_mask[rows].sum(-1).max())

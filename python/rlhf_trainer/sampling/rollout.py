@@ -119,9 +119,9 @@ def generate(
     """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
 
     With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
-    The random numbers are drawn at once, one for each row and step: a row's tokens depend on no other row. Of several
-    ranks each samples its own block of rows (groups of `group_size` are never split) and gets the rows of all;
-    without `gather` a policy that is sharded over them is gathered layer by layer, not as a whole.
+    All random numbers are drawn at the beginning, one for each row and step: a row's tokens depend on no other row.
+    Of several ranks each samples its share of the rows (groups of `group_size` are never split) and receives all rows.
+    gather: a policy sharded over the ranks is gathered as a whole for the sampling, else layer by layer.
     """
     device = next(model.parameters()).device
     shape = (max_new_tokens, len(prompts))
@@ -132,12 +132,12 @@ def generate(
     ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    block = distributed_context().contiguous_shard(len(prompts), group_size)
+    shard = distributed_context().contiguous_shard(len(prompts), group_size)
     one = ids[:1, :1], torch.ones(1, 1, dtype=torch.bool, device=device)
     lockstep = LockstepForward(model, lambda: IncrementalDecoder(model, *one).next_logits(*one), gather)
     with all_weights_gathered(model, gather):
-        for part in batches_by_length(encoded[block], batch_size):
-            rows = [block.start + row for row in part]
+        for part in batches_by_length(encoded[shard], batch_size):
+            rows = [shard.start + row for row in part]
             padded, real = left_pad([encoded[row] for row in rows], pad_id)
             place = slice(longest - padded.shape[1], None)
             ids[rows, place], mask[rows, place], ended[rows] = decode_batch(
@@ -153,7 +153,7 @@ def generate(
             )
         lockstep.drain()
     ids, mask, ended = (
-        distributed_context().all_gather_rows(block, x[block], len(prompts)) for x in (ids, mask, ended)
+        distributed_context().all_gather_rows(shard, x[shard], len(prompts)) for x in (ids, mask, ended)
     )
     length = longest + int(mask[:, longest:].sum(-1).max())
     ids, mask = ids[:, :length].contiguous(), mask[:, :length].contiguous()
@@ -169,7 +169,7 @@ def check_logprobs(logprobs: Tensor, prompts: Sequence[str], running: Tensor) ->
 
 
 def batches_by_length(encoded: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
-    """The rows' numbers in batches of at most `size`, sorted by length where there are several."""
+    """Row numbers in batches of at most `size`; if there are several batches, rows of similar length come together."""
     order = list(range(len(encoded)))
     if size is None or size >= len(order):
         return [order]
@@ -191,16 +191,16 @@ def decode_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Left-padded prompts ids, mask [B, P], uniform [T, B] -> ids, mask [B, P + T], ended [B].
 
-    Rows that have ended leave the running batch once they are half of it: each copy of the cache halves it.
+    Once half of the running rows have ended, they leave the batch; each such copy of the cache halves it.
     """
-    (count, width), longest = ids.shape, len(uniform)
+    (count, prompt_length), longest = ids.shape, len(uniform)
     decoder = (seq2seq.IncrementalDecoder if seq2seq.is_encoder_decoder(model) else IncrementalDecoder)(
         model, ids, mask
     )
     ids, mask = pad(ids, (0, longest), value=pad_id), pad(mask, (0, longest))
     ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
     running = torch.arange(count, device=ids.device)
-    for step, end in enumerate(range(width, width + longest)):
+    for step, end in enumerate(range(prompt_length, prompt_length + longest)):
         logits = lockstep.run(partial(decoder.next_logits, ids[running, :end], mask[running, :end]))
         token, logprob = sample(logits, temperature, uniform[step, running])
         check_logprobs(logprob, prompts, running)

@@ -107,7 +107,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def load(self, policy: PreTrainedModel) -> None:
-        """Give vLLM the policy's weights as they are now; what it has cached of earlier prompts is stale then."""
+        """Give vLLM the policy's present weights, and drop its cache of earlier prompts, which the old ones made."""
         with precision.autocast_disabled(
             next(policy.parameters()).device
         ):  # autocast would round the adapter's product
@@ -165,10 +165,10 @@ def to_rollout(
 ) -> Rollout:
     """Ids of prompts and answers -> the padded rollout; an answer ended if its last token is one of `stops`."""
     ids, mask = left_pad(rows, tokenizer.pad_token_id)
-    turned, real = left_pad([answer[::-1] for answer in answers], tokenizer.pad_token_id)
-    if turned.shape[1] == 0:  # every answer is empty: a column that does not count keeps the shapes
-        turned, real = pad(turned, (0, 1), value=tokenizer.pad_token_id), pad(real, (0, 1))
+    backwards, real = left_pad([answer[::-1] for answer in answers], tokenizer.pad_token_id)
+    if backwards.shape[1] == 0:  # every answer is empty: a column that does not count keeps the shapes
+        backwards, real = pad(backwards, (0, 1), value=tokenizer.pad_token_id), pad(real, (0, 1))
     ended = torch.tensor([bool(answer) and answer[-1] in stops for answer in answers], device=device)
     length = ids.shape[1]
-    ids, mask = torch.cat([ids, turned.flip(1)], 1).to(device), torch.cat([mask, real.flip(1)], 1).to(device)
+    ids, mask = torch.cat([ids, backwards.flip(1)], 1).to(device), torch.cat([mask, real.flip(1)], 1).to(device)
     return Rollout(ids, mask, length, ended, list(prompts), decode(tokenizer, ids, mask, length, stops))

@@ -1,4 +1,4 @@
-"""Further rows of `rlhf verify`: what must reach PPO's optimum too, and best-of-N with its exact figures."""
+"""Checks of `rlhf verify`: what must reach the same optimum as PPO, and best-of-N against its exact figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_trainer.bon import BonConfig, best_of_n, kl_bound
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.data.rows import PairRows, TokenizedExample
+from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair
 from rlhf_trainer.dpo import DPOConfig, fit_pairs, reference_logprobs
 from rlhf_trainer.models.adapters import Adapter, use_adapter
 from rlhf_trainer.onpolicy.config import PPOConfig
@@ -50,7 +50,7 @@ ERRORS = 4  # standard errors by which a Monte Carlo mean may be off: once in 16
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the table: what was reached, the gate in words, whether it is kept, and what lies behind it."""
+    """One line of the table: what was reached, the gate in words, whether it holds, and the curves behind it."""
 
     name: str
     reached: float
@@ -156,30 +156,30 @@ def check_lora(seed: int) -> list[CheckResult]:
 
 def sampled_pairs(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
-) -> list[PairRows]:
+) -> list[TokenizedPair]:
     """`count` pairs of each prompt, both answers sampled from the reference; the label is Bradley-Terry's probability.
 
-    Rows hold the tokens as sampled: an answer of 5 letters never ended, and has no EOS.
+    They hold the tokens as sampled: an answer of 5 letters never ended, and has no EOS.
     """
     generator = torch.Generator().manual_seed(seed)
     rollout = generate(reference, tokenizer, PROMPTS * (2 * count), max_new_tokens=MAX_TOKENS, generator=generator)
     rewards = oracle(rollout.prompts, rollout.completions, rollout.ended.tolist())
     start, half = rollout.prompt_length, len(PROMPTS) * count
-    rows = [
+    examples = [
         TokenizedExample(ids[real].tolist(), int(real[:start].sum()))
         for ids, real in zip(rollout.ids, rollout.mask, strict=True)
     ]
     texts = rollout.completions
     return [
-        PairRows(
+        TokenizedPair(
             Pair(
                 rollout.prompts[i], texts[i], texts[i + half], label=1 / (1 + math.exp(rewards[i + half] - rewards[i]))
             ),
-            rows[i],
-            rows[i + half],
+            examples[i],
+            examples[i + half],
         )
         for i in range(half)
-        if rows[i].ids != rows[i + half].ids
+        if examples[i].ids != examples[i + half].ids
     ]
 
 

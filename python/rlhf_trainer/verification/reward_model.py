@@ -1,4 +1,4 @@
-"""Rows of `rlhf verify` on reward models: one learns the true reward, one is over-optimised and the watch says so."""
+"""Checks of `rlhf verify` on reward models: one learns the true reward; over-optimising another raises the alert."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def pair_loss(world: ExactWorld, scores: Tensor) -> float:
 
 
 def correlation(world: ExactWorld, scores: Tensor) -> float:
-    """Of the scores with the true reward, weighted as the reference answers.
+    """Correlation of the scores with the true reward, each response weighted by its probability under the reference.
 
-    Each prompt's mean is taken off first: pairs of one prompt do not tell it.
+    Each prompt's mean is subtracted first: a reward model cannot learn it from pairs that share the prompt.
     """
     weights = world.reference.exp()
     own, true = (x - (weights * x).sum(-1, keepdim=True) for x in (scores, world.rewards))
@@ -82,7 +82,7 @@ def check_reward(seed: int) -> list[CheckResult]:
     """A reward model from labelled pairs of the reference's own answers, against the reward behind the labels."""
     tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
-    pairs = [rows.pair for rows in sampled_pairs(reference, tokenizer, PAIRS, seed)]
+    pairs = [tokenized.pair for tokenized in sampled_pairs(reference, tokenizer, PAIRS, seed)]
     with TemporaryDirectory() as place:
         cfg = reward_config(Path(place), seed)
         scores = all_scores(world, trained_reward(Path(place), cfg, pairs, seed))
@@ -116,22 +116,22 @@ def overoptimised_run(folder: Path, reward: RewardFunction, seed: int) -> list[d
 
 
 def ten_updates(history: Sequence[dict[str, Any]], metric: str) -> list[float]:
-    """Means of a metric over every ten updates in a row, as the watch compares them."""
+    """Means of a metric over every ten updates in a row, as RewardHackingMonitor compares them."""
     values = [metrics[metric] for metrics in history]
     return [sum(values[start : start + 10]) / 10 for start in range(len(values) - 9)]
 
 
 def warned(folder: Path, metric: str) -> int:
-    """The first update at which the watch warned of a metric, 0 if it never did."""
+    """The first update with an alert about a metric, 0 if there was none."""
     records = read_records(folder / "alerts.jsonl")
     return next((record["step"] for record in records if record["metric"] == metric), 0)
 
 
 def check_overoptimisation(seed: int) -> list[CheckResult]:
-    """A reward model of few pairs, hardly any KL penalty: the score rises, the true reward falls, the watch warns."""
+    """A reward model of few pairs, hardly any KL penalty: the score rises, the true reward falls, the alert comes."""
     tokenizer, reference = fitted_reference(seed)
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
-    pairs = [rows.pair for rows in sampled_pairs(reference, tokenizer, FEW, seed)][:FEW]
+    pairs = [tokenized.pair for tokenized in sampled_pairs(reference, tokenizer, FEW, seed)][:FEW]
     with TemporaryDirectory() as place:
         cfg = replace(reward_config(Path(place), seed), batch_size=32, epochs=20)  # learnt by heart
         reward = trained_reward(Path(place), cfg, hard_labels(pairs, seed), seed)

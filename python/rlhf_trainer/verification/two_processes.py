@@ -1,4 +1,4 @@
-"""The row of `rlhf verify` about several processes: two that share each batch give the run of one."""
+"""The check of `rlhf verify` on several processes: two that share each batch give the same run as one."""
 
 from __future__ import annotations
 

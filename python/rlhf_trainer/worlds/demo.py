@@ -1,7 +1,7 @@
-"""The demo's world: everyday problems, kind and rude answers to them, labellers who rank answers, and two judges.
+"""The demo's world: everyday problems, kind and rude answers to them, labellers who rank answers, and two measures.
 
 An answer is an opener, a piece of advice and a closer, each kind or rude; kind and rude answers give the same remedies,
-so that rudeness and usefulness are independent. The judges `toxicity` and `on_topic` are ordinary reward callables,
+so that rudeness and usefulness are independent. The measures `toxicity` and `on_topic` are ordinary reward callables,
 `(prompts, completions) -> list[float]`. Labellers know whether a sentence was meant rudely; `toxicity` knows only a
 list of words, and neither the reward model nor the labellers ever see it.
 """

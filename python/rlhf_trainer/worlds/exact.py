@@ -41,7 +41,7 @@ def oracle(prompts: Sequence[str], completions: Sequence[str], ended: Sequence[b
     the length is away from 2, -1 without EOS. A text does not show its EOS: without `ended`, 5 letters have none."""
     if ended is None:
         ended = [len(text) < MAX_TOKENS for text in completions]
-    return [_oracle(*row) for row in zip(prompts, completions, ended, strict=True)]
+    return [_oracle(*each) for each in zip(prompts, completions, ended, strict=True)]
 
 
 def _oracle(prompt: str, text: str, ended: bool) -> float:
@@ -62,7 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A two-layer Phi of width 32 that can only say letters and EOS: its head has a bias, -1e4 at <pad> and <sep>.
+    """A two-layer Phi of width 32 that can only produce letters and EOS: its head has a bias, -1e4 at <pad> and <sep>.
 
     Otherwise probability on those two would leave the enumerated world, and the exact figures would not see it.
     """
@@ -162,14 +162,14 @@ def _logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor
     return linear_logprobs(**head_inputs(model, ids, mask, start), mask=targets[:, start:], temperature=temperature)
 
 
-def _responses_right(*rows: Tensor) -> tuple[Tensor, ...]:
+def _responses_right(*tensors: Tensor) -> tuple[Tensor, ...]:
     """ids, mask, targets [B, L] of `_sequences` with every response beginning at column L - 5, where its prompt ends.
 
-    What a response lacks to 5 tokens is padding on the left of its row, and moves to the right.
+    Where a response has fewer than 5 tokens, padding on the left of its row moves to the right.
     """
-    lacking = MAX_TOKENS - rows[-1].sum(-1, keepdim=True)
-    places = (torch.arange(rows[0].shape[1]) + lacking) % rows[0].shape[1]
-    return tuple(row.gather(1, places) for row in rows)
+    lacking = MAX_TOKENS - tensors[-1].sum(-1, keepdim=True)
+    columns = (torch.arange(tensors[0].shape[1]) + lacking) % tensors[0].shape[1]
+    return tuple(tensor.gather(1, columns) for tensor in tensors)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Thread count of the tiny worlds."""
+"""The number of threads for models of the tiny worlds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models of width 32 or 64 are all call overhead: more threads only wait for each other, and could change bits."""
+    """One thread for models of width 32 or 64: they are all call overhead, and more threads could change bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

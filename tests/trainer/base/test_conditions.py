@@ -84,9 +84,11 @@ def test_wins_count_ties_as_half():
 
 
 def test_a_judge_that_favours_a_place_is_even():
-    found = win_rates.judged(lambda p, a, b: [0.9] * len(p), ["p", "q"], ["a", "b"], ["c", "d"])
+    found = win_rates.preferred_by_judge(lambda p, a, b: [0.9] * len(p), ["p", "q"], ["a", "b"], ["c", "d"])
     np.testing.assert_allclose(found, 0.5)
-    fair = win_rates.judged(lambda p, a, b: [float(x > y) for x, y in zip(a, b, strict=True)], ["p"], ["b"], ["a"])
+    fair = win_rates.preferred_by_judge(
+        lambda p, a, b: [float(x > y) for x, y in zip(a, b, strict=True)], ["p"], ["b"], ["a"]
+    )
     assert fair.tolist() == [1.0]
 
 

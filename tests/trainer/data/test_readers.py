@@ -163,7 +163,7 @@ def test_rankings_of_one_prompt_are_merged_over_lines_and_files(tmp_path):
     assert [record for record, _ in found.ranked] == [
         RankedPrompt("p", ("a", "b"), (Ranking("x", (2, 1)), Ranking("y", ("F", 1))))
     ]
-    assert found.findings[1].lines == {"ranked again by the same labeller, the later ranking counts": [2]}
+    assert found.reports[1].lines == {"ranked again by the same labeller, the later ranking counts": [2]}
 
 
 @pytest.mark.parametrize("version", ["2", "2 flat", "1", "1 as a data set"])
@@ -179,7 +179,7 @@ def test_argilla_label_question_and_open_records(tmp_path):
     path = write(tmp_path / "a.json", {"fields": fields, "responses": {}}, done, array=True)
     found = read_preferences([path])
     assert found.ranked[0][0] == RankedPrompt("p", ("x", "y"), (Ranking("u", (2.0, 1.0)), Ranking("v", (1.0, 1.0))))
-    assert found.findings[0].lines == {"not labelled yet, skipped": [2]}
+    assert found.reports[0].lines == {"not labelled yet, skipped": [2]}
     assert read_preferences([path], strict=True).ranked  # an open task is no error
 
 
@@ -244,7 +244,7 @@ def test_label_studio_open_cancelled_and_unclear(tmp_path):
     done = studio(result, completed_by=7)
     found = read_preferences([write(tmp_path / "l.json", open_task, cancelled, done, array=True)])
     assert [ranking.labeller for record, _ in found.ranked for ranking in record.rankings] == ["7"]
-    assert found.findings[0]["not labelled yet, skipped"] == 2
+    assert found.reports[0]["not labelled yet, skipped"] == 2
     data = {"prompt": "p", "meta:id": "z", "answer1": "a", "answer2": "b"}
     assert read(write(tmp_path / "l.json", studio(result, data), array=True))[2][0].completions == ("a", "b")
     data = {"prompt": "p", "source": "web", "answer": "a", "other": "b"}
@@ -297,7 +297,7 @@ def test_a_name_goes_to_the_datasets_library(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = read_preferences(["someone/prefs-v1.5"], split="test")
     assert asked == [("someone/prefs-v1.5", "test")]
-    assert found.findings[0].path == "someone/prefs-v1.5[test]"
+    assert found.reports[0].path == "someone/prefs-v1.5[test]"
 
     def fail(name, split):
         raise ConnectionError("no network\n at all")
@@ -354,7 +354,7 @@ def test_odd_rankings_are_counted_or_an_error(tmp_path):
     odd = {**RANKED, "completions": ["a", "a", " ", "b"], "rankings": [{"labeller": "x", "ranks": [1, 1, 2, 3]}]}
     path = write(tmp_path / "r.jsonl", RANKED, odd, {**RANKED, "prompt": " "}, {**RANKED, "completions": ["", "b"]})
     found = read_preferences([path])
-    assert found.findings[0].lines == {
+    assert found.reports[0].lines == {
         "empty completion, dropped": [2, 4],
         "the same completion twice, not compared": [2],
         "empty prompt": [3],
@@ -370,7 +370,7 @@ def test_repeated_completions_are_an_oddity_only_if_ranked_apart(tmp_path):
     same = {**RANKED, "completions": ["a", "a", "b"], "rankings": [{"labeller": "x", "ranks": [1, 1, 2]}]}
     path = write(tmp_path / "r.jsonl", same)
     found = read_preferences([path], strict=True)
-    assert found.findings[0].lines == {"the same completion twice, not compared": [1]}
+    assert found.reports[0].lines == {"the same completion twice, not compared": [1]}
     apart = {**same, "rankings": [{"labeller": "x", "ranks": [1, 2, 2]}]}
     with pytest.raises(UserError, match=r"r\.jsonl:1: different ranks for the same completion \(an error"):
         read_preferences([write(tmp_path / "r.jsonl", apart)], strict=True)
@@ -385,7 +385,7 @@ def test_nothing_to_compare_says_why(tmp_path):
 def test_a_prompt_that_stands_in_the_answers_too_is_mentioned(tmp_path):
     record = {"prompt": "What is red?", "chosen": "What is red? A cherry.", "rejected": "What is red? A sky."}
     found = read_preferences([write(tmp_path / "p.jsonl", record, {**record, "chosen": "A cherry."})], strict=True)
-    assert found.findings[0].lines == {"both answers begin with the prompt (twice there?)": [1]}
+    assert found.reports[0].lines == {"both answers begin with the prompt (twice there?)": [1]}
     assert len(found.pairs) == 2
 
 

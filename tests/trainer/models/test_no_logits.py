@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from rlhf_trainer import PPOConfig, dpo, ppo, sft
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.data.rows import PairRows, TokenizedExample
+from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair
 from rlhf_trainer.judging.judges import ModelJudge
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.from_scratch import build_tokenizer
@@ -92,7 +92,7 @@ def test_supervised_losses_without_logits(name):
 def test_dpo_without_logits():
     model, rows, cfg = made("causal"), rows_of_text(B), dpo.DPOConfig()
     items = [
-        dpo.PairWithReference(PairRows(Pair("p", "c", "r"), *pair), -1.0, -1.0)
+        dpo.PairWithReference(TokenizedPair(Pair("p", "c", "r"), *pair), -1.0, -1.0)
         for pair in zip(rows[::2], rows[1::2], strict=True)
     ]
     with Largest() as largest:

@@ -18,7 +18,7 @@ from rlhf_trainer import PPOConfig, dpo, reward, sft, train_ppo
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import Example, Pair
-from rlhf_trainer.data.rows import encode_row
+from rlhf_trainer.data.rows import tokenize_example
 from rlhf_trainer.models import logprobs, precision
 from rlhf_trainer.models.adapters import MAIN
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
@@ -55,7 +55,7 @@ def weights(model):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_checkpointing_gives_the_same_loss_and_gradient(folders, name):
     tokenizer = load_tokenizer(folders[name])
-    rows = [encode_row(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
+    rows = [tokenize_example(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
     found = []
     for checkpointing in (False, True):
         model = load_causal(folders[name], tokenizer).train()

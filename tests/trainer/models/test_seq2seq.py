@@ -23,7 +23,7 @@ from rlhf_trainer import PPOConfig, RewardConfig, ppo, sft, train_ppo, train_rew
 from rlhf_trainer.base.config import parse_config
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.rows import encode_prompt, encode_row, left_pad
+from rlhf_trainer.data.rows import encode_prompt, left_pad, tokenize_example
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models import logprobs
 from rlhf_trainer.models.forward import head_inputs
@@ -104,7 +104,7 @@ def test_the_cache_gives_the_training_forwards_distribution(parts, monkeypatch):
 
 def test_sft_loss_is_that_of_the_models_own_labels(parts):
     model, tokenizer = parts
-    rows = [encode_row(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
+    rows = [tokenize_example(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
     losses = logprobs.completion_losses(model, rows, tokenizer.pad_token_id)
     for row, loss in zip(rows, losses, strict=True):
         prompt, answer = row.ids[: row.prompt_length], torch.tensor([row.ids[row.prompt_length :]])
