@@ -35,8 +35,6 @@ from rlhf_trainer.training.supervised import (
     SupervisedConfig,
     TrainingObjective,
     length_limit,
-    load_train_and_heldout,
-    say_findings,
     train_loop,
     validate_options,
 )
@@ -182,7 +180,7 @@ def reference_logprobs(
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     ranks, logprobs = distributed_context(), None
     if cfg.output_dir:
-        refuse_leftovers(cfg)
+        refuse_leftovers(cfg.output_dir, resume=cfg.resume, overwrite=cfg.overwrite)
         path = Path(cfg.output_dir) / REFERENCE_CACHE
         described = [
             weights_digest(reference),
@@ -283,7 +281,8 @@ def train_dpo(
     set_seed(cfg.seed)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
+    split = cfg.load_records(read_pairs, tokenizer, pairs)
+    training, heldout, findings, heldout_findings = split.training, split.heldout, split.report, split.heldout_report
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg.load_in_4bit, device)}
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
     adapters.add_adapter(policy, cfg.lora, output_dir=cfg.output_dir)
@@ -294,13 +293,13 @@ def train_dpo(
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
         precision.to_bf16(ref_model, cfg.dtype, include_trainable=True)
-    limit = length_limit(cfg, policy)
+    limit = length_limit(cfg.max_length, policy)
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     for pair in training:
         if pair.margin:
             findings.count("margin, which DPO does not use", pair.line)
-    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
+    split.say("pairs", training=len(training), heldout=len(heldout))
     reference = policy if ref_model is None else prepare_model(ref_model, device)
     items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], tokenizer.pad_token_id)
     del reference, ref_model  # one that was loaded here takes no memory in training

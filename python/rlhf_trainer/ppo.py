@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def train_ppo(
     )
     run = set_up(cfg, model, tokenizer, ref_model, reward, prompts)
     stopped = run.checkpoints.stopped or "all updates done"
-    reporting: dict[str, Any] = {"start": run.start, "report_to": cfg.report_to, "cfg": cfg}
+    reporting: dict[str, Any] = {"start": run.start, "report_to": cfg.report_to, "options": asdict(cfg)}
     logging = RunLog(cfg.output_dir, cfg.updates, "ppo", **reporting) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:
         for update in range(run.start, run.start if run.checkpoints.stopped else cfg.updates):
@@ -161,11 +161,7 @@ def set_up(
     given = (model, tokenizer, ref_model, reward, prompts)
     policy, tokenizer, reference, reward, prompts = load_inputs(cfg, device, *given)
     reference_is_policy = starts_equal(policy, reference)
-    gold = None
-    if cfg.gold_reward is not None:
-        kind: dict[str, Any] = {"label": cfg.gold_label, "completion_only": cfg.reward_completion_only}
-        folder: dict[str, Any] = {"pad_token": cfg.pad_token, "trust_remote_code": cfg.trust_remote_code}
-        gold = load_reward(cfg.gold_reward, **kind, **folder, device=device, dtype=cfg.dtype)
+    gold = None if cfg.gold_reward is None else load_gold(cfg.gold_reward, cfg, device)
     value_head = None
     if cfg.advantage == "gae":
         value_head = load_value_head(policy, load_device(device), folder=cfg.model, own_adapter=cfg.value_adapter)
@@ -178,7 +174,7 @@ def set_up(
     optimizer, scheduler = make_optimizer(cfg, [policy, *heads.values()], device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     modules, data = {"policy": policy, **heads}, {"prompts": prompts}
-    checkpoints = Checkpoints(cfg, modules, optimizer, scheduler, generator, data, separate)
+    checkpoints = Checkpoints(asdict(cfg), modules, optimizer, scheduler, generator, data, separate)
     start, extra, history = checkpoints.resume({"beta": cfg.kl_coef})
     sample = load_engine(
         cfg.rollout_engine,
@@ -210,6 +206,19 @@ def set_up(
         history=history,
         monitor=RewardHackingMonitor(cfg.stop_kl, history),
         alerts=Alerts(cfg.alert, history),
+    )
+
+
+def load_gold(source: str, cfg: PPOConfig, device: torch.device) -> RewardFunction:
+    """The reward that is only watched, with the options of the reward itself."""
+    return load_reward(
+        source,
+        label=cfg.gold_label,
+        completion_only=cfg.reward_completion_only,
+        pad_token=cfg.pad_token,
+        trust_remote_code=cfg.trust_remote_code,
+        device=device,
+        dtype=cfg.dtype,
     )
 
 

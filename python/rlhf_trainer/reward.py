@@ -38,8 +38,6 @@ from rlhf_trainer.training.supervised import (
     SupervisedConfig,
     TrainingObjective,
     length_limit,
-    load_train_and_heldout,
-    say_findings,
     train_loop,
     validate_options,
 )
@@ -281,14 +279,15 @@ def train_reward(
     device = resolve_device(cfg.device)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_pairs, tokenizer, pairs)
+    split = cfg.load_records(read_pairs, tokenizer, pairs)
+    training, heldout, findings, heldout_findings = split.training, split.heldout, split.report, split.heldout_report
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
     restored = cfg.merge or model is not None
     model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
-    limit, pad_id = length_limit(cfg, model), tokenizer.pad_token_id
+    limit, pad_id = length_limit(cfg.max_length, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
-    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "pairs")
+    split.say("pairs", training=len(training), heldout=len(heldout))
     samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):

@@ -22,8 +22,6 @@ from rlhf_trainer.training.supervised import (
     SupervisedConfig,
     TrainingObjective,
     length_limit,
-    load_train_and_heldout,
-    say_findings,
     train_loop,
     validate_options,
 )
@@ -88,7 +86,8 @@ def train_sft(
     device = resolve_device(cfg.device)
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.model, cfg.pad_token, cfg.trust_remote_code)
-    training, heldout, findings, heldout_findings = load_train_and_heldout(cfg, read_examples, tokenizer, examples)
+    split = cfg.load_records(read_examples, tokenizer, examples)
+    training, heldout, findings, heldout_findings = split.training, split.heldout, split.report, split.heldout_report
     torch.manual_seed(cfg.seed)
     options = {"trust_remote_code": cfg.trust_remote_code, **quantised.load_options(cfg.load_in_4bit, device)}
     start = load_causal(cfg.model, tokenizer, **options) if model is None else model
@@ -96,10 +95,10 @@ def train_sft(
     restored = cfg.merge or model is not None
     model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
     quantised.check_adapter(cfg.load_in_4bit, model)
-    limit = length_limit(cfg, model)
+    limit = length_limit(cfg.max_length, model)
     rows = encode_examples(tokenizer, training, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
-    say_findings(cfg, len(training), len(heldout), findings, heldout_findings, "examples")
+    split.say("examples", training=len(training), heldout=len(heldout))
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:

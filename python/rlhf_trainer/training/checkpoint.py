@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -111,7 +110,7 @@ class Checkpoints:
     """The checkpoints of one run, in output_dir/checkpoints/step-XXXXXXXX.
 
     Args:
-        cfg: the stage's config, with output_dir ("": no checkpoints), resume, overwrite and keep_checkpoints.
+        options: the stage's, by name; output_dir ("": no checkpoints), resume, overwrite and keep_checkpoints are used.
         modules: what is trained, by name. optimizer, scheduler: torch's. generator: the one that all sampling uses.
         data: what the run reads, by name; a run resumed on other data is an error.
         reference: a frozen model whose identity belongs to the run, or None.
@@ -119,7 +118,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        cfg: Any,
+        options: Mapping[str, Any],
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
@@ -127,27 +126,28 @@ class Checkpoints:
         data: dict[str, Any],
         reference: nn.Module | None = None,
     ) -> None:
-        self.cfg, self.modules, self.optimizer, self.scheduler = cfg, modules, optimizer, scheduler
+        self.options, self.modules, self.optimizer, self.scheduler = options, modules, optimizer, scheduler
+        self.output_dir: str = options["output_dir"]
         self.generator = generator
         self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
-        self.folder = Path(cfg.output_dir) / "checkpoints"
-        self.identity: dict[str, Any] = {"config": _config_values(cfg)}
-        if cfg.output_dir:
+        self.folder = Path(self.output_dir) / "checkpoints"
+        self.identity: dict[str, Any] = {"config": _config_values(options)}
+        if self.output_dir:
             self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
             self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
             frozen = [m for m in modules.values() if not all(p.requires_grad for p in m.parameters())]
             self.identity |= {"frozen weights": [weights_digest(m, frozen=True) for m in frozen]}
 
     def resume(self, extra: Mapping[str, float] = MappingProxyType({})) -> Resumed:
-        """From the newest valid checkpoint if cfg.resume, else from step 0 with the stage's own `extra` state."""
-        if not self.cfg.output_dir:
+        """From the newest valid checkpoint if asked to resume, else from step 0 with the stage's own `extra` state."""
+        if not self.output_dir:
             return Resumed(0, dict(extra), [])
-        if not self.cfg.resume:
-            refuse_leftovers(self.cfg)
+        if not self.options["resume"]:
+            refuse_leftovers(self.output_dir, resume=False, overwrite=self.options["overwrite"])
             distributed_context().barrier()  # every rank has looked
             if distributed_context().main:
-                if read_metrics(self.cfg.output_dir):
-                    say(f"{self.cfg.output_dir}: what an earlier run left there, metrics and model, is replaced")
+                if read_metrics(self.output_dir):
+                    say(f"{self.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
             return Resumed(0, dict(extra), [])
         newest = distributed_context().broadcast_object(self._newest() if distributed_context().main else None)
@@ -179,7 +179,7 @@ class Checkpoints:
         temporary = self.folder / f".step-{step:08d}.tmp"
         generators = ranks.all_gather_object(_rng())
         state = {"step": step, **extra, "identity": self.identity, "scheduler": self.scheduler.state_dict()}
-        state["stopped"] = None if stopped is None else [stopped, _alerting(self.cfg)]
+        state["stopped"] = None if stopped is None else [stopped, _alerting(self.options)]
         try:
             if ranks.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -195,7 +195,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{final}: cannot write the checkpoint: {error}; earlier ones are kept") from None
         if ranks.main:
-            for old in self.all()[: -max(1, self.cfg.keep_checkpoints)]:
+            for old in self.all()[: -max(1, self.options["keep_checkpoints"])]:
                 shutil.rmtree(old)
         ranks.barrier()
         return final
@@ -239,9 +239,9 @@ class Checkpoints:
         if ranks.world != others:
             say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
         step = state["step"]
-        history = [metrics for metrics in read_metrics(self.cfg.output_dir) if metrics["step"] <= step]
+        history = [metrics for metrics in read_metrics(self.output_dir) if metrics["step"] <= step]
         say(f"resumed from {path} after step {step}")
-        if state.get("stopped") and state["stopped"][1] == _alerting(self.cfg):
+        if state.get("stopped") and state["stopped"][1] == _alerting(self.options):
             self.stopped = state["stopped"][0]
             say(f"the run had stopped there: {self.stopped}")
         return Resumed(step, {name: state[name] for name in extra}, history)
@@ -257,10 +257,10 @@ class Checkpoints:
                 raise UserError(f"{path}: the {key} changed since this checkpoint was made; cannot resume")
 
 
-def refuse_leftovers(cfg: Any) -> None:
+def refuse_leftovers(output_dir: str, *, resume: bool, overwrite: bool) -> None:
     """UserError if a new run would discard the checkpoints of an earlier one without being told to."""
-    folder = Path(cfg.output_dir) / "checkpoints"
-    if not cfg.resume and not cfg.overwrite and _checkpoints_in(folder):
+    folder = Path(output_dir) / "checkpoints"
+    if not resume and not overwrite and _checkpoints_in(folder):
         raise UserError(
             f"{folder} holds checkpoints of an earlier run; --resume goes on from them, --overwrite "
             "discards them, or choose another --output_dir"
@@ -323,13 +323,13 @@ def weights_digest(module: nn.Module, frozen: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _config_values(cfg: Any) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE_ON_RESUME}
+def _config_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in MAY_CHANGE_ON_RESUME}
 
 
-def _alerting(cfg: Any) -> list[Any]:
+def _alerting(options: Mapping[str, Any]) -> list[Any]:
     """The options that stop a run. If they have changed, --resume goes on with a run that had stopped."""
-    return [list(cfg.alert), cfg.stop_on_alert]
+    return [list(options["alert"]), options["stop_on_alert"]]
 
 
 def _rng() -> dict[str, Any]:

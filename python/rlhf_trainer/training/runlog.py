@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,7 @@ class RunLog:
     writes; the others' logs are silent.
 
     Args:
-        report_to: names of trackers, see `trackers`. cfg: the stage's options, which trackers keep with the run.
+        report_to: names of trackers, see `trackers`. options: the stage's, which trackers keep with the run.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RunLog:
         *,
         start: int = 0,
         report_to: Sequence[str] = (),
-        cfg: Any = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.silent = not distributed_context().main
         if self.silent:
@@ -58,7 +58,7 @@ class RunLog:
         self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task(description, total=total, completed=start, note="")
         self.live = self.console.is_terminal
-        self.trackers = Trackers(report_to, self.folder, cfg)
+        self.trackers = Trackers(report_to, self.folder, options)
         self.every = max(1, total // 10)  # without a terminal: about ten plain lines
 
     def __enter__(self) -> RunLog:

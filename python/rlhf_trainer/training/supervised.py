@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_trainer.base.conditions import parse_gates
 from rlhf_trainer.base.config import option, save_config
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import DataReport, Example, Pair, split_heldout
+from rlhf_trainer.data.records import DataReport
+from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import context_length
 from rlhf_trainer.models.quantised import LOAD_IN_4BIT
@@ -28,7 +29,6 @@ from rlhf_trainer.training.runlog import RunLog
 from rlhf_trainer.training.trackers import REPORT_TO, chosen_trackers
 
 Item = TypeVar("Item")
-Record = TypeVar("Record", Example, Pair)
 SCHEDULES = ("cosine", "linear", "constant")
 LONGEST = 1024  # tokens, where neither the user nor the model sets a limit below
 LARGEST_GROUP = 36  # items: all pairs of nine completions, the most that InstructGPT's labellers ranked of a prompt
@@ -76,6 +76,21 @@ class SupervisedConfig:
     pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
+    def load_records(
+        self, read: Callable[..., tuple[list[Record], DataReport]], tokenizer: Any, given: Sequence[Record] | None
+    ) -> Split[Record]:
+        """Training and held-out records as the options say; `given` ones take the place of --data's."""
+        return load_train_and_heldout(
+            read,
+            tokenizer,
+            data=self.data,
+            eval_data=self.eval_data,
+            heldout=self.heldout,
+            seed=self.seed,
+            strict=self.strict,
+            given=given,
+        )
+
     @property
     def lora(self) -> adapters.LoraOptions:
         return adapters.LoraOptions(self.lora_r, self.lora_alpha, self.lora_targets, self.lora_dropout)
@@ -105,47 +120,14 @@ def validate_options(cfg: SupervisedConfig) -> None:
             )
 
 
-def length_limit(cfg: SupervisedConfig, model: PreTrainedModel) -> int:
+def length_limit(max_length: int | None, model: PreTrainedModel) -> int:
     """Longest row in tokens; UserError if --max_length is beyond the model's context."""
     context = context_length(model)
-    if cfg.max_length is None:
+    if max_length is None:
         return min(context or LONGEST, LONGEST)
-    if context is not None and cfg.max_length > context:
-        raise UserError(f"--max_length {cfg.max_length} is beyond the model's context of {context} tokens")
-    return cfg.max_length
-
-
-def load_train_and_heldout(
-    cfg: SupervisedConfig,
-    read: Callable[..., tuple[list[Record], DataReport]],
-    tokenizer: PreTrainedTokenizerBase,
-    given: Sequence[Record] | None = None,
-) -> tuple[list[Record], list[Record], DataReport, DataReport]:
-    """Training and held-out records, and what was odd in the file of each. All records of a prompt are on one side.
-
-    `given` records take the place of cfg.data's.
-    """
-    if given is None:
-        records, findings = read(cfg.data, tokenizer, cfg.strict)
-    else:
-        records, findings = list(given), DataReport("data", cfg.strict)
-        if not records:
-            raise UserError("no training records were given; at least one is needed")
-    if cfg.eval_data:
-        heldout, heldout_findings = read(cfg.eval_data, tokenizer, cfg.strict)
-        return records, heldout, findings, heldout_findings
-    training, heldout = split_heldout(records, cfg.heldout, cfg.seed, group=lambda record: record.prompt or record)
-    return training, heldout, findings, findings
-
-
-def say_findings(
-    cfg: SupervisedConfig, training: int, heldout: int, findings: DataReport, other: DataReport, noun: str
-) -> None:
-    if cfg.eval_data:
-        say(findings.summary(training, noun))
-        say(other.summary(heldout, f"held-out {noun}"))
-    else:
-        say(findings.summary(training + heldout, f"{noun}, {heldout} held out"))
+    if context is not None and max_length > context:
+        raise UserError(f"--max_length {max_length} is beyond the model's context of {context} tokens")
+    return max_length
 
 
 @dataclass
@@ -197,13 +179,13 @@ def batches_of(groups: Sequence[list[int]], size: int, epoch: int, seed: int) ->
 
 
 def all_batches(
-    cfg: SupervisedConfig, items: Sequence[Item], group: Callable[[Item], Hashable] | None
+    items: Sequence[Item], group: Callable[[Item], Hashable] | None, *, epochs: int, batch_size: int, seed: int
 ) -> list[tuple[float, list[int]]]:
     """(epochs done after it, indices of its items) of every step of the run."""
-    groups = groups_of(items, group, max(cfg.batch_size, LARGEST_GROUP))
+    groups = groups_of(items, group, max(batch_size, LARGEST_GROUP))
     steps = []
-    for epoch in range(cfg.epochs):
-        batches = batches_of(groups, cfg.batch_size, epoch, cfg.seed)
+    for epoch in range(epochs):
+        batches = batches_of(groups, batch_size, epoch, seed)
         steps += [(epoch + (place + 1) / len(batches), batch) for place, batch in enumerate(batches)]
     return steps
 
@@ -219,7 +201,7 @@ def train_loop(
     Raises:
         UserError: a loss or gradient that is not finite, before the optimizer steps; it names step and items.
     """
-    batches = all_batches(cfg, items, task.group)
+    batches = all_batches(items, task.group, epochs=cfg.epochs, batch_size=cfg.batch_size, seed=cfg.seed)
     total = len(batches)
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(model)
@@ -228,17 +210,15 @@ def train_loop(
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    scheduler = get_scheduler(
-        cfg.schedule, optimizer, num_warmup_steps=round(cfg.warmup * total), num_training_steps=total
-    )
-    data = {"data": [task.text(item) for item in items]}
-    checkpoints = Checkpoints(cfg, {"model": model}, optimizer, scheduler, torch.Generator(), data)
+    warmup, data = round(cfg.warmup * total), {"data": [task.text(item) for item in items]}
+    scheduler = get_scheduler(cfg.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), data)
     start, _, past = checkpoints.resume()
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
     evaluations = {round(total * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     metrics: dict[str, float] = {}
-    reporting: dict[str, Any] = {"report_to": cfg.report_to, "cfg": cfg}
+    reporting: dict[str, Any] = {"report_to": cfg.report_to, "options": asdict(cfg)}
     alerts = Alerts(cfg.alert, past)
     logging = RunLog(cfg.output_dir, total, name, start=start, **reporting) if cfg.output_dir else nullcontext()
     with logging as log, stop_on_signals(bool(cfg.output_dir)) as terminated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,9 +37,9 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
 class Trackers:
     """The trackers of one run; every method reaches all of them. None are an offline run's."""
 
-    def __init__(self, names: Sequence[str], folder: Path, cfg: Any = None) -> None:
+    def __init__(self, names: Sequence[str], folder: Path, options: Mapping[str, Any] | None = None) -> None:
         self.trackers = [_start(name, folder) for name in chosen_trackers(names)]
-        values = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()} if cfg is not None else {}
+        values = {key: _plain(value) for key, value in (options or {}).items()}
         for tracker in self.trackers:
             if tracker.name == "tensorboard":  # its hyperparameters would be a run of their own beside this one
                 tracker.log({"config": markdown([{"option": key, "value": value} for key, value in values.items()])})

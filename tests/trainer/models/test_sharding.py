@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_checkpoints_copy_what_is_trained_and_read_the_base_one_weight_at_a_time
     read = one_at_a_time(monkeypatch, checkpoint)
     cfg = PPOConfig(output_dir=str(tmp_path))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    checkpoints = Checkpoints(cfg, {"policy": model}, optimizer, scheduler, torch.Generator(), {})
+    checkpoints = Checkpoints(asdict(cfg), {"policy": model}, optimizer, scheduler, torch.Generator(), {})
     assert sum(read) == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     copied = []
     right = sharding.unsharded_tensor

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import ClassVar
 
 import pytest
@@ -187,7 +188,7 @@ def test_a_tracker_that_fails_to_start_is_one_sentence(places, tmp_path, stub, m
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is optional, and not installed")
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with RunLog(tmp_path, 1, "x", report_to=["wandb"], cfg=sft.Config(model="m")) as log:
+    with RunLog(tmp_path, 1, "x", report_to=["wandb"], options=asdict(sft.Config(model="m"))) as log:
         log.step(1, {"loss": 0.5})
         log.completions(1, ROWS)
         log.alert(1, {"metric": "loss"}, "loss", "loss is high")
@@ -198,7 +199,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
 def test_trackio_local(tmp_path):
     import trackio
 
-    with RunLog(tmp_path, 1, "x", report_to=["trackio"], cfg=sft.Config(model="m")) as log:
+    with RunLog(tmp_path, 1, "x", report_to=["trackio"], options=asdict(sft.Config(model="m"))) as log:
         log.step(1, {"loss": 0.5})
         log.completions(1, ROWS)
         log.alert(1, {"metric": "loss"}, "loss", "loss is high")
