@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -64,8 +64,14 @@ class Inputs(NamedTuple):
 
     def empty_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         """Of the shapes that the registered ops return: zero elements for a gradient that is not wanted."""
-        shapes = [None if x is None else x.shape for x in self.leaves]
-        shapes[2] = self.weight.shape[:1]
+        hidden, weight, _, lora_a, lora_b = (None if x is None else x.shape for x in self.leaves)
+        shapes = (
+            hidden,
+            weight,
+            self.weight.shape[:1],
+            lora_a,
+            lora_b,
+        )  # of the bias: also where there is none
         return tuple(
             (self.weight if x is None else x).new_empty(shape if want and shape is not None else (0,))
             for x, shape, want in zip(self.leaves, shapes, wanted, strict=True)
@@ -73,13 +79,10 @@ class Inputs(NamedTuple):
 
 
 # torch reads a schema from a function's annotations only where it names every argument.
-SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels, Tensor? mask, "
-    "Tensor temperature, Tensor? row_temperature, Tensor? softcap, Tensor logit_scale, "
-    "SymInt vocab_offset, SymInt largest_shard_rows, str group, bool invariant, SymInt workspace"
-)
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", str: "str", bool: "bool"}
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Inputs).items())
 GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-TENSORS = Inputs._fields.index("vocab_offset")  # so many of Inputs, the first ones, are tensors
+TENSORS = SCHEMA.count("Tensor")  # so many of Inputs, the first ones, are tensors
 
 
 def split(arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
