@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
@@ -43,10 +44,10 @@ EXAMPLE = (
 @dataclass
 class BonConfig(SamplingConfig):
     output: str = option("", "JSON-lines file for the best completion of every prompt; the other files lie beside it")
-    n: int = option(16, "completions per prompt")
-    reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
-    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
-    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
+    n: int = shared.n(16)
+    reward: str = shared.reward("")
+    reward_label: str | None = shared.reward_label()
+    reward_completion_only: bool = shared.reward_completion_only()
     missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
     pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
     bootstrap: int = option(2000, "resamples of the prompts behind each 95 % interval")

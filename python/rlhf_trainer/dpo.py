@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_kernels import dpo_loss
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
@@ -50,9 +51,9 @@ REFERENCE_CACHE = "reference_logprobs.safetensors"
 class DPOConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label"; HH-RLHF transcripts; chats."""
 
-    heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
-    lr: float = option(5e-6, "AdamW's peak learning rate")
-    ref_model: str | None = option(None, "folder of the frozen reference; none: the policy as it is at the start")
+    heldout: float = shared.heldout_pairs()
+    lr: float = shared.lr(5e-6)
+    ref_model: str | None = shared.ref_model()
     beta: float = option(0.1, "strength of the pull towards the reference, the KL penalty's beta")
     loss_type: str = option("sigmoid", "`sigmoid` (DPO) or `ipo`, which does not drive certain pairs without bound")
     label_smoothing: float = option(0.0, "probability that a pair's label is wrong, below 0.5; sigmoid only")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.conditions import check_gates, parse_gates, short
 from rlhf_trainer.base.config import option, require, save_config
 from rlhf_trainer.base.distributed import resolve_device
@@ -50,17 +51,15 @@ EXAMPLE = (
 class EvalConfig:
     before: str = option("", "folder of the policy that the others are compared with; KL is measured to it")
     after: list[str] = option([], "folders of one or more other policies; `name=folder` names one in the report")
-    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    prompts: str = shared.prompts()
     output_dir: str = option("", "folder for eval.json, completions.jsonl and report.html")
     toxicity: str | None = option(
         None, "classifier folder (see toxicity_label), or file.py:function, or package.module:function; lower is better"
     )
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
-    reward: str | None = option(
-        None, "reward model or classifier folder, or file.py:function, or package.module:function"
-    )
-    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
-    reward_completion_only: bool = option(False, "show the reward model the completion without its prompt")
+    reward: str | None = shared.reward(None)
+    reward_label: str | None = shared.reward_label()
+    reward_completion_only: bool = shared.reward_completion_only()
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
     judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
     judge_question: str = option(QUESTION, "what a model or server is asked about two answers")
@@ -69,15 +68,15 @@ class EvalConfig:
     )
     completion_only: bool = option(False, "show the toxicity classifier the completion without its prompt")
     max_prompts: int = option(256, "how many prompts of the file are used, from its beginning")
-    max_new_tokens: int = option(32, "longest response in tokens")
+    max_new_tokens: int = shared.max_new_tokens()
     temperature: float = option(1.0, "sampling temperature; the KL is between the tempered policies")
-    stop_token: str | None = option(None, "a token that ends a response as EOS does, such as a newline")
+    stop_token: str | None = shared.stop_token()
     batch_size: int = option(64, "prompts per forward pass")
     bootstrap: int = option(2000, "resamples behind each 95 % interval")
     seed: int = option(0, "seed of sampling and bootstrap")
-    device: str = option("auto", "auto, cpu or cuda")
-    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
-    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+    device: str = shared.device()
+    pad_token: str | None = shared.pad_token()
+    trust_remote_code: bool = shared.trust_remote_code()
 
 
 Config = EvalConfig

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
@@ -62,7 +63,7 @@ class PrefsConfig:
     strict: bool = option(
         False, "an empty prompt or completion, chosen equal to rejected, a duplicate or a contradiction is an error"
     )
-    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+    trust_remote_code: bool = shared.trust_remote_code()
 
 
 Config = PrefsConfig

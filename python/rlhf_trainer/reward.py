@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
@@ -51,9 +52,9 @@ REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken 
 class RewardConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label" and "margin"; HH-RLHF transcripts; chats."""
 
-    heldout: float = option(0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
+    heldout: float = shared.heldout_pairs()
     batch_size: int = option(32, "pairs per optimizer step; those of a prompt stay together, so that a step may differ")
-    lr: float = option(5e-5, "AdamW's peak learning rate")
+    lr: float = shared.lr(5e-5)
     margin: float = option(0.0, "reward units by which the better answer shall win, added to each pair's own margin")
     reference_data: str | None = option(
         None, "examples whose scores become mean 0 and std 1; none: the answers of the training pairs"

@@ -22,8 +22,6 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 
-DTYPE = "float32, or bfloat16: mixed precision, what is trained stays in float32"
-CHECKPOINTING = "compute a layer's activations again in the backward pass: less memory, a third more time, same result"
 DTYPES = ("float32", "bfloat16")
 FP32_COPY = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
 

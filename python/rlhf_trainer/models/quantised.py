@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models.adapters import has_adapter
 
-LOAD_IN_4BIT = "keep the frozen base in 4 bits (QLoRA; needs bitsandbytes): an adapter is trained on it"
-
 
 def validate_options(load_in_4bit: bool, *, merge: bool) -> None:
     """UserError where --load_in_4bit cannot work here."""

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option
-from rlhf_trainer.models import adapters, precision
-from rlhf_trainer.models.quantised import LOAD_IN_4BIT
-from rlhf_trainer.training.alerts import ALERT, STOP_ON_ALERT
-from rlhf_trainer.training.trackers import REPORT_TO
+from rlhf_trainer.models import adapters
 
 
 @dataclass
 class PPOConfig:
     model: str = option("", "folder (or hub name) of the policy to start from, usually the SFT model")
-    ref_model: str | None = option(None, "folder of the frozen reference; none: the policy as it is at the start")
-    reward: str = option("", "reward model or classifier folder, or file.py:function, or package.module:function")
-    reward_label: str | None = option(None, "class whose logit is the reward, for a classifier of several classes")
+    ref_model: str | None = shared.ref_model()
+    reward: str = shared.reward("")
+    reward_label: str | None = shared.reward_label()
     reward_completion_only: bool = option(False, "show the reward models the completion without its prompt")
     gold_reward: str | None = option(
         None, "a second reward that is only watched: falling while the first rises is over-fitting; see stop_gold"
     )
     gold_label: str | None = option(None, "class whose logit is the gold reward, such as a toxicity model's `nothate`")
-    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    prompts: str = shared.prompts()
     output_dir: str = option("", "folder for the aligned policy, metrics.jsonl, TensorBoard and checkpoints")
     updates: int = option(100, "number of rollout-and-update iterations, at most")
     batch_size: int = option(64, "responses per rollout")
@@ -36,9 +34,9 @@ class PPOConfig:
     )
     micro_batch_size: int | None = option(None, "sequences per forward pass; changes memory, never the result")
     epochs: int = option(4, "passes over each rollout")
-    max_new_tokens: int = option(32, "longest response in tokens")
+    max_new_tokens: int = shared.max_new_tokens()
     temperature: float = option(1.0, "sampling temperature; all logprobs divide the logits by it")
-    stop_token: str | None = option(None, "a token that ends a response as EOS does, such as a newline")
+    stop_token: str | None = shared.stop_token()
     rollout_engine: str = option("hf", "what samples: `hf`, the policy itself, or `vllm` on the same GPU (extra vllm)")
     vllm_memory: float = option(0.3, "share of the GPU's memory that vLLM may take")
     missing_eos_penalty: float | None = option(None, "reward units for a response that never ended")
@@ -47,7 +45,7 @@ class PPOConfig:
     )
     lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
     adam_eps: float = option(1e-5, "Adam's epsilon")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = shared.max_grad_norm()
     kl_coef: float = option(0.05, "beta, the weight of the KL penalty in the reward")
     kl_estimator: str = option("k1", "estimator of the penalty; only k1 has the right gradient inside the reward")
     kl_target: float | None = option(None, "nats per response to steer beta to (adaptive KL); none: beta is fixed")
@@ -68,27 +66,25 @@ class PPOConfig:
     stop_reward: float | None = option(None, "stop training once the mean score of a rollout reaches this")
     stop_gold: float | None = option(None, "stop training once the mean gold reward of a rollout reaches this")
     stop_kl: float | None = option(None, "stop training once KL to the reference exceeds this many nats per response")
-    report_to: list[str] = option(["tensorboard"], REPORT_TO)
-    alert: list[str] = option([], ALERT)
-    stop_on_alert: bool = option(False, STOP_ON_ALERT)
+    report_to: list[str] = shared.report_to()
+    alert: list[str] = shared.alert()
+    stop_on_alert: bool = shared.stop_on_alert()
     save_every: int = option(25, "updates between checkpoints; 0: none")
-    keep_checkpoints: int = option(2, "how many checkpoints to keep")
-    resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
-    lora_r: int = option(0, "rank of LoRA adapters on the frozen model; 0: every weight is trained")
-    lora_alpha: int = option(16, "LoRA's scale is lora_alpha / lora_r")
-    lora_targets: list[str] = option(
-        [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
-    )
+    keep_checkpoints: int = shared.keep_checkpoints()
+    resume: bool = shared.resume()
+    lora_r: int = shared.lora_r()
+    lora_alpha: int = shared.lora_alpha()
+    lora_targets: list[str] = shared.lora_targets()
     value_adapter: bool = option(False, "a LoRA adapter of the value's own; false: its head reads the policy's states")
-    load_in_4bit: bool = option(False, LOAD_IN_4BIT)
-    merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
+    load_in_4bit: bool = shared.load_in_4bit()
+    merge: bool = shared.merge()
     seed: int = option(0, "seed of sampling, permutations and the value head")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("float32", precision.DTYPE)
-    gradient_checkpointing: bool = option(False, precision.CHECKPOINTING)
-    overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
-    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
-    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+    device: str = shared.device()
+    dtype: str = shared.dtype()
+    gradient_checkpointing: bool = shared.gradient_checkpointing()
+    overwrite: bool = shared.overwrite()
+    pad_token: str | None = shared.pad_token()
+    trust_remote_code: bool = shared.trust_remote_code()
 
     @property
     def lora(self) -> adapters.LoraOptions:

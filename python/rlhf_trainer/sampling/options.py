@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option
 from rlhf_trainer.base.errors import UserError
 
@@ -22,9 +23,9 @@ class Sampling:
 @dataclass
 class SamplingConfig:
     model: str = option("", "folder or hub name of the model that answers")
-    prompts: str = option("", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+    prompts: str = shared.prompts()
     output: str = option("", "JSON-lines file to write; the options are kept beside it, in .config.yaml")
-    n: int = option(4, "completions per prompt")
+    n: int = shared.n(4)
     max_prompts: int | None = option(None, "how many prompts of the file are used, from its beginning; default all")
     max_new_tokens: int = option(128, "longest completion in tokens")
     temperature: float = option(1.0, "sampling temperature; there is no top-k and no top-p")
@@ -32,9 +33,9 @@ class SamplingConfig:
     batch_size: int = option(32, "completions sampled at once")
     seed: int = option(0, "seed of the sampling")
     resume: bool = option(False, "go on where an interrupted run with the same options stopped")
-    device: str = option("auto", "auto, cpu or cuda")
-    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
-    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+    device: str = shared.device()
+    pad_token: str | None = shared.pad_token()
+    trust_remote_code: bool = shared.trust_remote_code()
 
     @property
     def sampling(self) -> Sampling:

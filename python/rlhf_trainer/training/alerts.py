@@ -11,8 +11,6 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.training.runlog import RunLog
 
-ALERT = "warn once a metric crosses a bound, as in 'objective/kl>20' or 'change in val/response_length>50'; any number"
-STOP_ON_ALERT = "stop training, and save the model, once an --alert is given"
 SHOWN = 3  # texts with each warning
 
 

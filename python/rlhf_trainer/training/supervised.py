@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.conditions import parse_gates
 from rlhf_trainer.base.config import option, save_config
 from rlhf_trainer.base.console import say
@@ -21,12 +22,11 @@ from rlhf_trainer.data.records import DataReport
 from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import context_length
-from rlhf_trainer.models.quantised import LOAD_IN_4BIT
 from rlhf_trainer.models.sharding import unsharded_tensor
-from rlhf_trainer.training.alerts import ALERT, SHOWN, STOP_ON_ALERT, Alerts, announce
+from rlhf_trainer.training.alerts import SHOWN, Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, stop_on_signals
 from rlhf_trainer.training.runlog import RunLog
-from rlhf_trainer.training.trackers import REPORT_TO, chosen_trackers
+from rlhf_trainer.training.trackers import chosen_trackers
 
 Item = TypeVar("Item")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -46,35 +46,33 @@ class SupervisedConfig:
     epochs: int = option(1, "passes over the data")
     batch_size: int = option(32, "records per optimizer step")
     micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
-    lr: float = option(1e-4, "AdamW's peak learning rate")
+    lr: float = shared.lr(1e-4)
     schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
     warmup: float = option(0.03, "share of the steps over which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = shared.max_grad_norm()
     max_length: int | None = option(None, f"longest record in tokens; none: the model's context, {LONGEST} at most")
     evals: int = option(10, "how many times the held-out records are scored")
     save_every: int = option(0, "steps between checkpoints; 0: none")
-    keep_checkpoints: int = option(2, "how many checkpoints to keep")
-    report_to: list[str] = option(["tensorboard"], REPORT_TO)
-    alert: list[str] = option([], ALERT)
-    stop_on_alert: bool = option(False, STOP_ON_ALERT)
-    resume: bool = option(False, "go on from the newest valid checkpoint in output_dir")
-    overwrite: bool = option(False, "discard the checkpoints of an earlier run in output_dir")
+    keep_checkpoints: int = shared.keep_checkpoints()
+    report_to: list[str] = shared.report_to()
+    alert: list[str] = shared.alert()
+    stop_on_alert: bool = shared.stop_on_alert()
+    resume: bool = shared.resume()
+    overwrite: bool = shared.overwrite()
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
-    lora_r: int = option(0, "rank of LoRA adapters on the frozen model; 0: every weight is trained")
-    lora_alpha: int = option(16, "LoRA's scale is lora_alpha / lora_r")
+    lora_r: int = shared.lora_r()
+    lora_alpha: int = shared.lora_alpha()
     lora_dropout: float = option(0.0, "dropout before LoRA's A, while training")
-    lora_targets: list[str] = option(
-        [], "modules that get LoRA, or all-linear; none: peft's choice for the architecture"
-    )
-    load_in_4bit: bool = option(False, LOAD_IN_4BIT)
-    merge: bool = option(False, "add the adapter into the weights and save a whole model, not the adapter")
+    lora_targets: list[str] = shared.lora_targets()
+    load_in_4bit: bool = shared.load_in_4bit()
+    merge: bool = shared.merge()
     seed: int = option(0, "seed of the order of the records, of the held-out part and of new weights")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("float32", precision.DTYPE)
-    gradient_checkpointing: bool = option(False, precision.CHECKPOINTING)
-    pad_token: str | None = option(None, "pad token to add to a tokenizer that has none or pads with EOS")
-    trust_remote_code: bool = option(False, "run code that comes with the model folder")
+    device: str = shared.device()
+    dtype: str = shared.dtype()
+    gradient_checkpointing: bool = shared.gradient_checkpointing()
+    pad_token: str | None = shared.pad_token()
+    trust_remote_code: bool = shared.trust_remote_code()
 
     def load_records(
         self, read: Callable[..., tuple[list[Record], DataReport]], tokenizer: Any, given: Sequence[Record] | None

@@ -11,7 +11,6 @@ from accelerate import PartialState, tracking
 
 from rlhf_trainer.base.errors import UserError
 
-REPORT_TO = "where metrics, completions and alerts go besides metrics.jsonl: tensorboard, wandb, trackio; or none"
 PROJECT = "rlhf"  # in wandb and trackio, where WANDB_PROJECT or TRACKIO_PROJECT does not name another
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+import rlhf_trainer
+from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, parse_config, parser_for, require, save_config
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import STAGES, main, usage
@@ -50,6 +55,27 @@ def test_every_option_of_every_stage_may_be_spelled_with_dashes():
             }
             for field in dataclasses.fields(module.Config):
                 assert actions[f"--{field.name}"] is actions["--" + field.name.replace("_", "-")]
+
+
+def test_the_text_of_an_option_is_written_once():
+    texts = Counter()
+    for file in Path(rlhf_trainer.__file__).parent.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        options = [call for call in calls if "option" in [getattr(part, "id", "") for part in [call.func, *call.args]]]
+        literals = [part for call in options for part in [*call.args, *(word.value for word in call.keywords)]]
+        texts.update(part.value for part in literals if isinstance(part, ast.Constant) and " " in str(part.value))
+    assert texts["run code that comes with the model folder"] == 1
+    assert [text for text, times in texts.items() if times > 1] == []
+
+
+def test_a_shared_option_is_a_field_of_its_own_in_every_stage():
+    first, second = shared.report_to(), shared.report_to()
+    assert first is not second
+    assert first.default_factory() == ["tensorboard"]
+    assert first.default_factory() is not first.default_factory()
+    assert shared.lr(0.5).default == 0.5
+    with pytest.raises(TypeError, match="default"):  # the stages' defaults differ: each must say its own
+        shared.lr()
 
 
 def test_a_yaml_value_that_looks_like_an_option(tmp_path):
