@@ -132,7 +132,7 @@ def prepare(cfg: RewardConfig, model: PreTrainedModel) -> PreTrainedModel:
 
 def has_head(path: str, trust_remote_code: bool) -> bool:
     """Whether the folder holds a classifier, so that its head is kept."""
-    if adapters.config_of(path) is not None:
+    if adapters.adapter_folder(path) is not None:
         return bool(adapters.read_weights(path)[1])
     architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or []
     return any(name.endswith("SequenceClassification") for name in architectures)

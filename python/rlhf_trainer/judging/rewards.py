@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.adapters import REWARD, Adapter, attach_reward, score_head, shares_base, use_adapter
+from rlhf_trainer.models.adapters import REWARD, Adapter, adapter_over, attach_reward, score_head, use_adapter
 from rlhf_trainer.models.loading import fit_vocabulary, load_reward_model, load_tokenizer
 from rlhf_trainer.models.precision import autocast, to_bf16
 from rlhf_trainer.models.scoring import load_normalisation, score_sequences
@@ -60,8 +60,8 @@ def load_reward(
     mean, std = load_normalisation(source)
     model: PreTrainedModel | Adapter
     head: nn.Linear | None = None
-    if base is not None and not is_encoder_decoder(base) and shares_base(base, source):
-        head = attach_reward(base, source).to(device)
+    if base is not None and not is_encoder_decoder(base) and (adapter := adapter_over(base, source)):
+        head = attach_reward(base, adapter).to(device)
         model, index = Adapter(base, REWARD), output_index(head.out_features, label, source)
         tokenizer = load_tokenizer(source, pad_token, trust_remote_code)
     else:

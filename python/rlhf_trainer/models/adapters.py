@@ -179,10 +179,33 @@ def same_adapters(model: nn.Module, first: str, second: str) -> bool:
 # Folders
 
 
-def config_of(path: str | Path) -> LoraConfig | None:
-    """The config of an adapter folder, None for any other; UserError if it is no LoRA adapter, or names no base."""
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with an adapter: where its base lies, and peft's config."""
+
+    path: str | Path
+    base: str
+    config: LoraConfig
+
+
+def adapter_folder(path: str | Path) -> AdapterFolder | None:
+    """The adapter that lies in a folder, None of any other folder.
+
+    Raises:
+        UserError: it is no LoRA adapter, or names no base, or one that is an adapter too or a folder that is gone.
+    """
     if not (Path(path) / CONFIG).is_file():
         return None
+    config = _read_config(path)
+    base = str(config.base_model_name_or_path)
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise UserError(f"{path}: its base model {base} is gone; write the new place to base_model_name_or_path")
+    if (Path(base) / CONFIG).is_file():
+        raise UserError(f"{path}: its base {base} is an adapter itself; merge that one first")
+    return AdapterFolder(path, base, config)
+
+
+def _read_config(path: str | Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -197,28 +220,16 @@ def config_of(path: str | Path) -> LoraConfig | None:
     return config
 
 
-def base_of(path: str | Path, config: LoraConfig) -> str:
-    """The base that an adapter folder names; UserError if that was a folder and is gone."""
-    base = str(config.base_model_name_or_path)
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise UserError(f"{path}: its base model {base} is gone; write the new place to base_model_name_or_path")
-    if (Path(base) / CONFIG).is_file():
-        raise UserError(f"{path}: its base {base} is an adapter itself; merge that one first")
-    return base
-
-
 def base_name(model: PreTrainedModel) -> str:
     """Where the model came from, folders as absolute paths; empty if it was made in memory."""
     name = str(model.config.name_or_path or "")
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def shares_base(model: PreTrainedModel, path: str | Path) -> bool:
-    """Whether `path` is an adapter folder over the base that `model` carries adapters on."""
-    config = config_of(path) if has_adapter(model) else None
-    if config is None:
-        return False
-    return is_base(model, base_of(path, config))
+def adapter_over(model: PreTrainedModel, path: str | Path) -> AdapterFolder | None:
+    """The adapter in a folder if it is over the base that `model` carries adapters on, else None."""
+    adapter = adapter_folder(path) if has_adapter(model) else None
+    return adapter if adapter is not None and is_base(model, adapter.base) else None
 
 
 def is_base(model: PreTrainedModel, path: str | Path) -> bool:
@@ -237,22 +248,21 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in HEADS}, head
 
 
-def attach(model: PreTrainedModel, path: str | Path, name: str = MAIN, trained: bool = True) -> dict[str, Tensor]:
-    """Put the folder's adapter on `model`, its base; returns the head that lies with it."""
-    config = config_of(path)
-    assert config is not None, path
+def attach(model: PreTrainedModel, adapter: AdapterFolder, name: str = MAIN, trained: bool = True) -> dict[str, Tensor]:
+    """Put the adapter on `model`, its base; returns the head that lies with it."""
+    config = copy.deepcopy(adapter.config)
     config.modules_to_save = None
-    tensors, head = read_weights(path)
+    tensors, head = read_weights(adapter.path)
     _inject(model, config, name, trained)
-    load_adapter_weights(model, name, tensors, str(path))
+    load_adapter_weights(model, name, tensors, str(adapter.path))
     return head
 
 
-def attach_reward(model: PreTrainedModel, path: str | Path) -> nn.Linear:
+def attach_reward(model: PreTrainedModel, adapter: AdapterFolder) -> nn.Linear:
     """Put a reward model's adapter on the base that `model` already carries, and return its head."""
-    head = attach(model, path, REWARD, trained=False)
+    head = attach(model, adapter, REWARD, trained=False)
     if "weight" not in head:
-        raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
+        raise UserError(f"{adapter.path}: the adapter has no `score` head, so that it is no reward model")
     linear = nn.Linear(head["weight"].shape[1], head["weight"].shape[0], bias="bias" in head)
     linear.load_state_dict(head)
     return linear.requires_grad_(False)

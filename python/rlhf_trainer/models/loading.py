@@ -101,26 +101,25 @@ def load_causal(
     Raises:
         UserError: there is no language model in the folder, or it cannot be loaded.
     """
-    adapter = adapters.config_of(path)
-    if adapter is not None:
-        model = load_causal(adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, **options)
-        if adapters.attach(model, path):
-            raise UserError(f"{path}: the adapter of a reward model; a language model is needed")
-        return model
-    config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
+    adapter = adapters.adapter_folder(path)
+    base = path if adapter is None else adapter.base
+    config = _load(AutoConfig, base, "model", trust_remote_code=trust_remote_code)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        raise UserError(f"{path}: a reward model or another classifier; a language model is needed")
+        raise UserError(f"{base}: a reward model or another classifier; a language model is needed")
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(
         loader,
-        path,
+        base,
         "language model",
         config=_without_dropout(config),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         **options,
     )
-    return fit_vocabulary(force_eager_attention(quantised.disable_weight_repacking(model)), tokenizer)
+    model = fit_vocabulary(force_eager_attention(quantised.disable_weight_repacking(model)), tokenizer)
+    if adapter is not None and adapters.attach(model, adapter):
+        raise UserError(f"{path}: the adapter of a reward model; a language model is needed")
+    return model
 
 
 def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
@@ -152,20 +151,15 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     return model
 
 
-def load_reward_model(
+def _load_classifier(
     path: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    num_labels: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    num_labels: int | None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
-    adapter = adapters.config_of(path)
-    if adapter is not None:
-        return _load_reward_adapter(
-            path, adapters.base_of(path, adapter), tokenizer, dtype, trust_remote_code, num_labels, **options
-        )
+    """A folder of a whole model as `AutoModelForSequenceClassification`."""
     config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
     if num_labels is not None:
         config.num_labels = num_labels
@@ -185,23 +179,26 @@ def load_reward_model(
     return fit_vocabulary(quantised.disable_weight_repacking(model), tokenizer)
 
 
-def _load_reward_adapter(
+def load_reward_model(
     path: str | Path,
-    base: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    num_labels: int | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
     **options: Any,
 ) -> PreTrainedModel:
+    """The folder's `AutoModelForSequenceClassification`; `num_labels` puts a new head on a causal LM's backbone."""
+    adapter = adapters.adapter_folder(path)
+    if adapter is None:
+        return _load_classifier(path, tokenizer, dtype, trust_remote_code, num_labels, **options)
     _, head = adapters.read_weights(path)
     weight = head.get("weight", head.get("out_proj.weight"))
     if weight is None and num_labels is None:
         raise UserError(f"{path}: the adapter has no `score` head, so that it is no reward model")
     labels = len(weight) if weight is not None else num_labels
     with suppress_transformers_warnings():
-        model = load_reward_model(base, tokenizer, dtype, trust_remote_code, labels, **options)
-    adapters.attach(model, path)
+        model = _load_classifier(adapter.base, tokenizer, dtype, trust_remote_code, labels, **options)
+    adapters.attach(model, adapter)
     own = score_head(model)
     if own is not None:
         own.requires_grad_(True)

@@ -17,6 +17,7 @@ from rlhf_trainer.models.adapters import (
     MAIN,
     REFERENCE,
     Adapter,
+    adapter_over,
     add_adapter,
     attach,
     copy_adapter,
@@ -24,7 +25,6 @@ from rlhf_trainer.models.adapters import (
     is_base,
     is_zero,
     same_adapters,
-    shares_base,
 )
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer, same_weights
 from rlhf_trainer.models.quantised import check_adapter, load_options
@@ -95,8 +95,9 @@ def load_reference(
         return given
     if given is None and cfg.ref_model is not None:
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
-        if shares_base(policy, cfg.ref_model):
-            attach(policy, cfg.ref_model, REFERENCE, trained=False)
+        adapter = adapter_over(policy, cfg.ref_model)
+        if adapter is not None:
+            attach(policy, adapter, REFERENCE, trained=False)
             return Adapter(policy, REFERENCE)
         if has_adapter(policy) and is_base(policy, cfg.ref_model):
             return Adapter(policy, None)

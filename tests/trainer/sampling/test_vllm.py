@@ -97,7 +97,7 @@ def test_merged_weights_are_those_of_a_merged_model(folder, tmp_path, wider):
     if wider:  # as a reward model's on the policy's base may be
         other = adapters.add_adapter(load_causal(folder), PPOConfig(lora_r=2, lora_targets=["all-linear"]).lora)
         save_folder(tmp_path / "other", other, load_tokenizer(folder))
-        adapters.attach(policy, tmp_path / "other", adapters.REWARD, trained=False)
+        adapters.attach(policy, adapters.adapter_folder(tmp_path / "other"), adapters.REWARD, trained=False)
     for name, parameter in adapters.parameters_of(policy, adapters.MAIN).items():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     sent = {name: tensor.clone() for name, tensor in merged_weights(policy)}
