@@ -37,7 +37,7 @@ EXCEPTIONS = {
     "test_tokens.py": SUMS,
 }
 TESTS = Path(__file__).parent
-TOLERANCE = re.compile(r"\b[ra]tol=(?!0\b)")
+TOLERANCE = re.compile(r"\b[ra]tol=(?!0(?:\.0*)?(?![\d.]))")
 
 
 def with_tolerances(folder: Path) -> set[str]:
@@ -53,7 +53,9 @@ def test_every_other_tolerance_has_its_reason() -> None:
     assert EXCEPTIONS.keys() - found == set(), "an exception that is none any more"
 
 
-@pytest.mark.parametrize(("text", "found"), [("rtol=0, atol=0", False), ("rtol=1e-5", True), ("atol=tolerance", True)])
+@pytest.mark.parametrize(
+    ("text", "found"), [("rtol=0, atol=0", False), ("rtol=1e-5", True), ("atol=0.02", True), ("atol=tolerance", True)]
+)
 def test_a_tolerance_is_found(text: str, found: bool, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(f"assert_close(a, b, {text})")
     assert bool(with_tolerances(tmp_path)) == found
