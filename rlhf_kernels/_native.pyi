@@ -80,25 +80,6 @@ def gae_packed(
     /,
 ) -> int: ...
 def isa() -> str: ...
-def linear_fold(
-    *,
-    data: int,
-    dtype: int,
-    rows: int,
-    stride: int,
-    width: int,
-    first: int,
-    bias: int,
-    softcap: float,
-    scale: float,
-    labels: int,
-    label_bytes: int,
-    temperature: float,
-    row_temperature: int,
-    state: int,
-    entropy: bool,
-    threads: int,
-) -> None: ...
 def linear_gradient(
     *,
     data: int,
@@ -126,6 +107,25 @@ def loss_bwd(
     dtype: int,
     threads: int,
     /,
+) -> None: ...
+def online_softmax_update(
+    *,
+    data: int,
+    dtype: int,
+    rows: int,
+    stride: int,
+    width: int,
+    first: int,
+    bias: int,
+    softcap: float,
+    scale: float,
+    labels: int,
+    label_bytes: int,
+    temperature: float,
+    row_temperature: int,
+    state: int,
+    entropy: bool,
+    threads: int,
 ) -> None: ...
 def per_token_kl_bwd(
     grad: int,

@@ -293,7 +293,7 @@ def check_linear(backend: str, side: str) -> int:
                 for place in (Tensor.clone, lambda x: guarded(x, side)):
                     x, b, label, temperature, state, rows = (None if y is None else place(y) for y in plain)
                     head = (x, 5, b, 3.0 if dressed else 0.0, 0.7 if dressed else 1.0, label, 1.0, temperature)
-                    module.linear_fold(*head, state, True)
+                    module.online_softmax_update(*head, state, True)
                     module.linear_gradient(*head, rows)
                     outputs.append((state, x))
                 for one, other in zip(*outputs, strict=True):

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from rlhf_kernels.backends.triton.full_kl import full_kl_bwd, full_kl_fwd
-from rlhf_kernels.backends.triton.linear import linear_fold, linear_gradient
+from rlhf_kernels.backends.triton.linear import linear_gradient, online_softmax_update
 from rlhf_kernels.backends.triton.logits import selected_logprobs_bwd, selected_logprobs_fwd
 from rlhf_kernels.backends.triton.losses import policy_loss as policy_loss_kernel
 from rlhf_kernels.backends.triton.losses import value_loss as value_loss_kernel
@@ -77,7 +77,7 @@ def launch_linear(rows: int, width: int, dtype: torch.dtype, full: bool, scalar:
     tile, labels = _empty(rows, width, dtype=dtype), _empty(rows, dtype=torch.int64 if full else torch.int32)
     bias, row_temperature = (_empty(width), _empty(rows)) if full else (None, None)
     head = (tile, first, bias, 30.0 if full else 0.0, scalar, labels, scalar, row_temperature)
-    linear_fold(*head, _empty(rows, 4, dtype=torch.float64), full)
+    online_softmax_update(*head, _empty(rows, 4, dtype=torch.float64), full)
     linear_gradient(*head, _empty(rows, 4))
 
 

@@ -23,13 +23,15 @@ HeadTile head_tile(uintptr_t data, int dtype, int64_t stride, int64_t width, int
           temperature};
 }
 
-RK_KEYWORDS(void, linear_fold, uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width,
-            int64_t first, uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
-            double temperature, uintptr_t row_temperature, uintptr_t state, bool entropy, int threads) {
-  const LinearFold args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
-                                     label_bytes, temperature, row_temperature),
-                           pointer<double>(state), entropy};
-  parallel_for_rows(kernels().linear_fold, args, rows, rows_per_task(rows, width, threads), threads);
+RK_KEYWORDS(void, online_softmax_update, uintptr_t data, int dtype, int64_t rows, int64_t stride,
+            int64_t width, int64_t first, uintptr_t bias, double softcap, double scale, uintptr_t labels,
+            int label_bytes, double temperature, uintptr_t row_temperature, uintptr_t state, bool entropy,
+            int threads) {
+  const OnlineSoftmax args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
+                                        label_bytes, temperature, row_temperature),
+                              pointer<double>(state), entropy};
+  parallel_for_rows(kernels().online_softmax_update, args, rows, rows_per_task(rows, width, threads),
+                    threads);
 }
 
 RK_KEYWORDS(void, linear_gradient, uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width,

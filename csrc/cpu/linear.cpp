@@ -122,7 +122,7 @@ int read_block(const T* x, int64_t start, const HeadTile& tile, const Head& head
 }
 
 template <class T, class Head, bool kEntropy>
-void fold(const LinearFold& args, int64_t begin, int64_t end) {
+void update(const OnlineSoftmax& args, int64_t begin, int64_t end) {
   const HeadTile& tile = args.tile;
   const Head head(tile);
   alignas(kBytes) float z[kBlock];
@@ -200,9 +200,10 @@ void gradient(const LinearGradient& args, int64_t begin, int64_t end) {
 bool bare(const HeadTile& tile) { return !tile.bias && tile.softcap <= 0 && tile.scale == 1; }
 
 template <class T>
-void fold_as(const LinearFold& args, int64_t begin, int64_t end) {
-  if (bare(args.tile)) return (args.entropy ? fold<T, Bare, true> : fold<T, Bare, false>)(args, begin, end);
-  (args.entropy ? fold<T, Dressed, true> : fold<T, Dressed, false>)(args, begin, end);
+void update_as(const OnlineSoftmax& args, int64_t begin, int64_t end) {
+  if (bare(args.tile))
+    return (args.entropy ? update<T, Bare, true> : update<T, Bare, false>)(args, begin, end);
+  (args.entropy ? update<T, Dressed, true> : update<T, Dressed, false>)(args, begin, end);
 }
 
 template <class T>
@@ -212,8 +213,8 @@ void gradient_as(const LinearGradient& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void linear_fold(const LinearFold& args, int64_t begin, int64_t end) {
-  with_type(args.tile.dtype, [&](auto type) { fold_as<decltype(type)>(args, begin, end); });
+void online_softmax_update(const OnlineSoftmax& args, int64_t begin, int64_t end) {
+  with_type(args.tile.dtype, [&](auto type) { update_as<decltype(type)>(args, begin, end); });
 }
 
 void linear_gradient(const LinearGradient& args, int64_t begin, int64_t end) {

@@ -22,7 +22,7 @@ struct HeadTile {
 };
 
 // Takes the tile into each row's running softmax.
-struct LinearFold {
+struct OnlineSoftmax {
   HeadTile tile;
   double* state;  // [R, 4]: max m, sum(e), sum(e * (z - m)) with e = exp((z - m) / T), logit of the label
   bool entropy;   // whether the third is wanted
@@ -37,6 +37,6 @@ struct LinearGradient {
 }  // namespace rk
 
 // X(kernel, arguments): one line for each kernel of the family's .cpp.
-#define RK_LINEAR_KERNELS(X) \
-  X(linear_fold, LinearFold) \
+#define RK_LINEAR_KERNELS(X)              \
+  X(online_softmax_update, OnlineSoftmax) \
   X(linear_gradient, LinearGradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ class _FirstDerivative(torch.autograd.Function):
     """Gradients as they are; their own derivative raises."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, _output: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: str, count: int, *inputs_and_grads: Tensor) -> tuple[Tensor, ...]:
+        """inputs_and_grads: `count` inputs, which lead on in the graph, and the gradients."""
         ctx.op = op
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in inputs_and_grads[count:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
@@ -23,13 +25,16 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def first_derivative(op: str, output: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def first_derivative(op: str, inputs: Iterable[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a backward returns: `grads`, and under create_graph=True a graph in which their own derivative raises.
 
-    output: one of the op's differentiable outputs, as saved for the backward. It leads to the inputs, so that the error
-    is on every way from a gradient to them, whether or not the upstream gradient requires one; and it costs no memory.
+    inputs: the op's inputs, as saved for the backward. Those that require a gradient lead on, so that the error is on
+    every way from a gradient to any of them, whether or not the upstream gradient requires one.
     """
-    if not torch.is_grad_enabled() or not output.requires_grad:
+    if not torch.is_grad_enabled():
         return grads
-    found = iter(_FirstDerivative.apply(op, output, *(grad for grad in grads if grad is not None)))
+    sources = [x for x in inputs if x is not None and x.requires_grad]
+    if not sources:
+        return grads
+    found = iter(_FirstDerivative.apply(op, len(sources), *sources, *(grad for grad in grads if grad is not None)))
     return tuple(None if grad is None else next(found) for grad in grads)

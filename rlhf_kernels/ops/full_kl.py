@@ -123,20 +123,20 @@ def _(grad: Any, logits: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, direction = inputs
-    kl, stats = output
+    stats = output[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(*tensors, stats, kl)
+    ctx.save_for_backward(*tensors, stats)
     ctx.direction = direction
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
-    *tensors, stats, kl = ctx.saved_tensors
+    *tensors, stats = ctx.saved_tensors
     grad_logits = None
     if grad is not None:
         inputs = (None if x is None else x.detach() for x in tensors)
         grad_logits = _backward(grad.detach(), *inputs, ctx.direction, stats)
-    return *first_derivative(OP, kl, grad_logits), None, None, None, None, None
+    return *first_derivative(OP, tensors[:1], grad_logits), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

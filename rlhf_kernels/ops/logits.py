@@ -185,34 +185,29 @@ def _(*arguments: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, mask, temperature, row_temperature, with_entropy, inplace = inputs
-    logprobs, entropy, stats = output
+    *tensors, ctx.with_entropy, ctx.inplace = inputs
+    _, entropy, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, labels, mask, temperature, row_temperature, stats, entropy, logprobs)
-    ctx.with_entropy, ctx.inplace = with_entropy, inplace
+    ctx.save_for_backward(*tensors, stats, entropy)
 
 
 def _autograd(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: None
 ) -> tuple[Tensor | None, ...]:
-    logits, labels, mask, temperature, row_temperature, stats, entropy, logprobs = ctx.saved_tensors
+    logits, *saved = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
-        logits = logits.detach()
-        upstream = (None if x is None else x.detach() for x in (grad_logprobs, grad_entropy))
-        arguments = (
-            *(*upstream, logits, labels, mask),
-            *(temperature, row_temperature, stats, entropy),
-        )
+        upstream = [None if x is None else x.detach() for x in (grad_logprobs, grad_entropy)]
+        rows, *saved = (None if x is None else x.detach() for x in (logits, *saved))
         if ctx.inplace:
-            _backward_inplace(*arguments)
-            grad = logits
+            _backward_inplace(*upstream, rows, *saved)
+            grad = rows
         else:
-            grad = _backward(*arguments)
-    return *first_derivative(OP, logprobs, grad), None, None, None, None, None, None
+            grad = _backward(*upstream, rows, *saved)
+    return *first_derivative(OP, [logits], grad), None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

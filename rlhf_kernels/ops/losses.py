@@ -245,29 +245,30 @@ def _differentiable(op: str) -> type[torch.autograd.Function]:
             loss, stats, grad = call(x, *rest)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(stats, grad)
-            ctx.save_for_backward(grad, stats, loss)
-            ctx.dtype, ctx.native = x.dtype, dispatch.require_backend(op, x) == "cpu"
+            ctx.save_for_backward(grad, stats)
+            # Not saved: its values are not needed, and an input makes no circle of references.
+            ctx.input, ctx.native = x, dispatch.require_backend(op, x) == "cpu"
             return loss, stats, grad
 
         @staticmethod
         def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
             if upstream is None:
                 return None, None, None
-            grad, stats, loss = ctx.saved_tensors
+            grad, stats = ctx.saved_tensors
             # no_grad costs as much as the kernel, and is for create_graph=True alone.
             if not torch.is_grad_enabled():
                 return None, _scaled(ctx, grad, stats, upstream), None
             with torch.no_grad():
                 found = _scaled(ctx, grad, stats, upstream)
-            return None, *first_derivative(op, loss, found), None
+            return None, *first_derivative(op, [ctx.input], found), None
 
     return Loss
 
 
 def _scaled(ctx: Any, grad: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
     if ctx.native and unseen((grad, stats, upstream)):
-        return dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.dtype)
-    return saturating_cast(grad * (upstream / stats[-1]), ctx.dtype)
+        return dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.input.dtype)
+    return saturating_cast(grad * (upstream / stats[-1]), ctx.input.dtype)
 
 
 _policy_loss_op = register(

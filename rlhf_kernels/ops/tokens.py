@@ -87,18 +87,18 @@ def _(grad: Tensor, slope: Tensor, dtype: torch.dtype | None, ref_dtype: torch.d
 def _kl_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], output[0])
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.save_for_backward(output[1])
+    ctx.inputs = inputs[:2]  # not saved: their values are not needed, and inputs make no circle of references
 
 
 def _kl_autograd(ctx: Any, grad: Tensor | None, _grad_slope: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
-    wanted = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)]
-    slope, kl = ctx.saved_tensors
+    wanted = [x.dtype if needed else None for x, needed in zip(ctx.inputs, ctx.needs_input_grad, strict=False)]
+    (slope,) = ctx.saved_tensors
     grads = _per_token_kl_backward(grad.detach(), slope, *wanted)
     found = (g if dtype is not None else None for g, dtype in zip(grads, wanted, strict=True))
-    return *first_derivative(KL, kl, *found), None, None
+    return *first_derivative(KL, ctx.inputs, *found), None, None
 
 
 _per_token_kl.register_autograd(_kl_autograd, setup_context=_kl_context)
@@ -232,16 +232,16 @@ def _whiten_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     x, mask, _, eps, shift_mean = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, mask, output[1], eps, output[0])
+    ctx.save_for_backward(x, mask, output[1], eps)
     ctx.shift_mean = shift_mean
 
 
 def _whiten_autograd(ctx: Any, grad: Tensor | None, _grad_moments: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None
-    x, mask, moments, eps, white = ctx.saved_tensors
+    x, mask, moments, eps = ctx.saved_tensors
     found = _whiten_backward(grad.detach(), x.detach(), mask, moments, eps, ctx.shift_mean)
-    return *first_derivative(WHITEN, white, found), None, None, None, None
+    return *first_derivative(WHITEN, [x], found), None, None, None, None
 
 
 _whiten.register_autograd(_whiten_autograd, setup_context=_whiten_context)

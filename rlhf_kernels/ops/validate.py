@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlhf_kernels import dispatch
 
@@ -24,6 +25,13 @@ def checks_forced() -> bool:
 def readable() -> bool:
     """Whether a tensor has values here: not in a trace, and not in torch.func's transforms."""
     return not torch.compiler.is_compiling() and not dispatch.transformed()
+
+
+def is_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether every tensor is a plain one, and no tracer or mode looks at the ops that are called."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
 
 
 def float_tensor(op: str, name: str, x: object) -> Tensor:

@@ -137,8 +137,8 @@ void logits(Dtype dtype) {
   const std::vector<float> bias(kWidth, 0.25f), coefficients(4 * kRows, 0.5f);
   const HeadTile tile = {x.rows().data, dtype, kWidth,       kWidth,       0,  bias.data(),
                          3.0f,          0.7f,  {kLabels, 8}, kTemperature, 1.0};
-  isa::linear_fold({tile, state.data(), true}, 0, kRows);
-  print("linear_fold", dtype, state);
+  isa::online_softmax_update({tile, state.data(), true}, 0, kRows);
+  print("online_softmax_update", dtype, state);
   isa::linear_gradient({tile, coefficients.data()}, 0, kRows);
   x.print("linear_gradient");
 }

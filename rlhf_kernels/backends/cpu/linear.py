@@ -32,7 +32,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
 
-def linear_fold(
+def online_softmax_update(
     tile: Tensor,
     first: int,
     bias: Tensor | None,
@@ -49,7 +49,9 @@ def linear_fold(
     bias: [W] float32. softcap: 0 for none. state: max m, sum(e), sum(e * (z - m)), the label's logit.
     """
     arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
-    _native.linear_fold(**arguments, state=state.data_ptr(), entropy=with_entropy, threads=torch.get_num_threads())
+    _native.online_softmax_update(
+        **arguments, state=state.data_ptr(), entropy=with_entropy, threads=torch.get_num_threads()
+    )
 
 
 def linear_gradient(

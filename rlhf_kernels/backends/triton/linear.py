@@ -39,7 +39,7 @@ def _logits(x, bias_ptr, columns, inside, softcap, logit_scale, SOFTCAP: tl.cons
 
 
 @triton.jit(do_not_specialize=["first", "stride", "W"])
-def _linear_fold_kernel(
+def _online_softmax_kernel(
     tile_ptr,
     bias_ptr,
     labels_ptr,
@@ -158,7 +158,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def linear_fold(
+def online_softmax_update(
     tile: Tensor,
     first: int,
     bias: Tensor | None,
@@ -176,7 +176,7 @@ def linear_fold(
     """
     block, warps = _blocks(tile.shape[1])
     launch(
-        _linear_fold_kernel,
+        _online_softmax_kernel,
         tile.shape[0],
         *(tile, bias, labels, row_temperature, state, first, softcap, logit_scale, temperature),
         *(tile.stride(0), tile.shape[1]),

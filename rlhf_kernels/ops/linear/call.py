@@ -2,150 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.linear.chunks import ChunkedHead, Head
+from rlhf_kernels.ops.linear.chunks import ChunkedHead
 from rlhf_kernels.ops.linear.shards import local, shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Lora = tuple[Tensor, Tensor, float]  # A [r, D], B [V, r], scale: weight + scale * B @ A
-# What may want a gradient, in this order: hidden, weight, bias, lora_a, lora_b.
-Leaves = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-LEAVES = 5
 
 
-class Inputs(NamedTuple):
-    """What every registered op of the family starts with; N = O * I rows."""
+class Wanted(NamedTuple):
+    """Which of the head's inputs want a gradient. Gradients come back in this order."""
 
-    hidden: Tensor  # [O, I, D]
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    lora_a: bool = False
+    lora_b: bool = False
+
+
+class LinearCall(NamedTuple):
+    """The checked arguments that the whole family shares: in the caller's shapes, or by rows (see `by_rows`).
+
+    logits = softcap * tanh((hidden @ (weight + lora_b @ lora_a).T + bias) * logit_scale / softcap), over a temperature.
+    """
+
+    hidden: Tensor  # [..., D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, D], times its scale
+    lora_a: Tensor | None  # [r, D], times its scale; several adapters one below the other
     lora_b: Tensor | None  # [V, r]
-    labels: Tensor  # [N]
-    mask: Tensor | None  # [N]
-    temperature: Tensor
-    row_temperature: Tensor | None  # [N], replaces temperature
+    labels: Tensor  # [...]
+    mask: Tensor | None  # [...] bool
+    temperature: Tensor  # this and the other scalars: [] float64 on the CPU, where reading them is no sync
+    row_temperature: Tensor | None  # [...], replaces temperature
     softcap: Tensor | None
     logit_scale: Tensor
-    vocab_offset: int  # token of weight's first row, in a vocabulary sharded over `group`
-    largest_shard_rows: int  # rows of the largest shard
-    group: str
-    invariant: bool
-    workspace: int
+    vocab_offset: int  # token of weight's first row: not 0 for a shard of the vocabulary
+    largest_shard_rows: int  # rows of the largest shard: all ranks must cut the same chunks
+    group: str  # name of the process group whose ranks hold the other shards, or ""
+    batch_invariant: bool  # a row's products have the same bits in any batch
+    workspace: int  # bytes
 
     @property
-    def leaves(self) -> Leaves:
-        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+    def head_inputs(self) -> tuple[Tensor | None, ...]:
+        """What may want a gradient, in Wanted's order."""
+        return tuple(getattr(self, name) for name in Wanted._fields)
 
-    def head(self) -> Head:
-        """The scalars live on the CPU, where reading them is no sync."""
-        return Head(
-            *self.leaves[1:],
-            temperature=self.temperature.item(),
-            row_temperature=self.row_temperature,
-            softcap=None if self.softcap is None else self.softcap.item(),
-            logit_scale=self.logit_scale.item(),
-            vocab_offset=self.vocab_offset,
-            largest_shard_rows=self.largest_shard_rows,
-            group=self.group,
-            invariant=self.invariant,
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in self.head_inputs))
+
+    @property
+    def divisor(self) -> Tensor:
+        """The temperature, of one or of each row, in the dtype of the reference's arithmetic."""
+        found = self.temperature if self.row_temperature is None else self.row_temperature
+        return found.to(torch.float64 if self.hidden.dtype == torch.float64 else torch.float32)
+
+    def reference_arguments(self) -> dict[str, Any]:
+        """What the reference's head_logits takes."""
+        return {name: getattr(self, name) for name in (*Wanted._fields, "mask", "softcap", "logit_scale")}
+
+    def detached(self) -> LinearCall:
+        return self.with_head_inputs(None if x is None else x.detach() for x in self.head_inputs)
+
+    def by_rows(self) -> LinearCall:
+        """As the registered ops take it: hidden [O, I, D], everything else of its shape [N] with N = O * I.
+
+        Without a softcap logit_scale is 1: it goes into the temperature.
+        """
+        temperature, row_temperature, scale = self.temperature, self.row_temperature, self.logit_scale
+        if self.softcap is None:  # z * scale / T
+            temperature, scale = temperature / scale, validate.runtime_scalar(1.0)
+            row_temperature = None if row_temperature is None else row_temperature / self.logit_scale
+        return self._replace(
+            hidden=rows.as_rows(self.hidden),
+            labels=self.labels.reshape(-1),
+            mask=rows.flat(self.mask),
+            temperature=temperature,
+            row_temperature=rows.flat(row_temperature),
+            logit_scale=scale,
         )
 
-    def sweep(self, op: str, **plan: Any) -> ChunkedHead:
-        return ChunkedHead(op, self.hidden, self.head(), self.labels, self.mask, self.workspace, **plan)
+    def with_head_inputs(self, found: Iterable[Tensor | None]) -> LinearCall:
+        return self._with(Wanted._fields, found)
 
-    def empty_gradients(self, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    def _with(self, names: Sequence[str], values: Iterable[Tensor | None]) -> LinearCall:
+        changes: dict[str, Any] = dict(zip(names, values, strict=True))
+        return self._replace(**changes)
+
+    def sweep(self, op: str, **plan: Any) -> ChunkedHead:
+        return ChunkedHead(op, self, **plan)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a graph saves for the backward; `with_tensors` puts it back."""
+        return tuple(getattr(self, name) for name in _TENSORS)
+
+    def without_tensors(self) -> LinearCall:
+        return self._with(_TENSORS, [None] * len(_TENSORS))
+
+    def with_tensors(self, saved: Sequence[Tensor | None]) -> LinearCall:
+        return self._with(_TENSORS, saved)
+
+    def empty_gradients(self, wanted: Wanted) -> tuple[Tensor, ...]:
         """Of the shapes that the registered ops return: zero elements for a gradient that is not wanted."""
-        hidden, weight, _, lora_a, lora_b = (None if x is None else x.shape for x in self.leaves)
-        shapes = (
-            hidden,
-            weight,
-            self.weight.shape[:1],
-            lora_a,
-            lora_b,
-        )  # of the bias: also where there is none
+        shapes = [None if x is None else x.shape for x in self.head_inputs]
+        shapes[Wanted._fields.index("bias")] = self.weight.shape[:1]  # also where there is none
         return tuple(
             (self.weight if x is None else x).new_empty(shape if want and shape is not None else (0,))
-            for x, shape, want in zip(self.leaves, shapes, wanted, strict=True)
+            for x, shape, want in zip(self.head_inputs, shapes, wanted, strict=True)
         )
 
 
 # torch reads a schema from a function's annotations only where it names every argument.
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", str: "str", bool: "bool"}
-SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Inputs).items())
-GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-TENSORS = SCHEMA.count("Tensor")  # so many of Inputs, the first ones, are tensors
+_TYPES = get_type_hints(LinearCall)
+_TENSORS = [name for name, kind in _TYPES.items() if kind in (Tensor, Tensor | None)]
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in _TYPES.items())
+GRADIENTS = ", ".join(["Tensor"] * len(Wanted._fields))
 
 
-def split(arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
-    """A registered op's arguments: what the family shares, and its own."""
-    return Inputs(*arguments[: len(Inputs._fields)]), arguments[len(Inputs._fields) :]
-
-
-class Call(NamedTuple):
-    """The checked arguments that the whole family shares, in the caller's shapes."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None  # [r, D], times its scale; several adapters one below the other
-    lora_b: Tensor | None  # [V, r]
-    labels: Tensor
-    mask: Tensor | None  # bool
-    temperature: float
-    row_temperature: Tensor | None  # [...], replaces temperature
-    softcap: float | None
-    logit_scale: float
-    workspace: int
-    vocab_offset: int
-    largest_shard_rows: int
-    group: str = ""
-    invariant: bool = False
-
-    @property
-    def leaves(self) -> Leaves:
-        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
-
-    @property
-    def divisor(self) -> float | Tensor:
-        return self.temperature if self.row_temperature is None else self.row_temperature
-
-    def detached(self) -> Call:
-        bias, lora_a, lora_b = (None if x is None else x.detach() for x in self.leaves[2:])
-        return self._replace(
-            hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, lora_a=lora_a, lora_b=lora_b
-        )
-
-    def flat(self) -> Inputs:
-        temperature, row_temperature, scale = self.temperature, self.row_temperature, 1.0
-        if self.softcap is not None:
-            scale = self.logit_scale
-        else:  # z * scale / T
-            temperature = temperature / self.logit_scale
-            row_temperature = None if row_temperature is None else row_temperature / self.logit_scale
-        return Inputs(
-            rows.as_rows(self.hidden),
-            *self.leaves[1:],
-            self.labels.reshape(-1),
-            rows.flat(self.mask),
-            validate.runtime_scalar(temperature),
-            rows.flat(row_temperature),
-            None if self.softcap is None else validate.runtime_scalar(self.softcap),
-            validate.runtime_scalar(scale),
-            self.vocab_offset,
-            self.largest_shard_rows,
-            self.group,
-            self.invariant,
-            self.workspace,
-        )
+def split(arguments: Sequence[Any]) -> tuple[LinearCall, Sequence[Any]]:
+    """A registered op's arguments: the call by rows, and the op's own."""
+    return LinearCall(*arguments[: len(LinearCall._fields)]), arguments[len(LinearCall._fields) :]
 
 
 def prepare(
@@ -153,6 +139,7 @@ def prepare(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor | None,
+    *,
     bias: Tensor | None,
     lora: Lora | Sequence[Lora] | None,
     temperature: float | Tensor,
@@ -160,12 +147,13 @@ def prepare(
     logit_scale: float,
     mask: Tensor | None,
     workspace: int,
-    process_group: ProcessGroup | None = None,
-    like: Call | None = None,
-) -> Call:
+    process_group: ProcessGroup | None,
+    batch_invariant: bool = False,
+    sharded_like: LinearCall | None = None,
+) -> LinearCall:
     """Checks what the family's ops have in common, applies autocast, and reads labels where that is free.
 
-    like: a call whose weight is sharded in the same way; the ranks are not asked again.
+    sharded_like: a call whose weight is sharded in the same way; the ranks are not asked again.
     """
     weight, bias = local(op, "weight", weight, process_group), local(op, "bias", bias, process_group)
     shape = _check_head(op, hidden, weight, bias)
@@ -180,23 +168,34 @@ def prepare(
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask)
-    if like is None:
+    if sharded_like is None:
         vocab_offset, vocab, largest_shard_rows = shard(process_group, weight.shape[0], hidden.device)
     else:
         # The size of the vocabulary is for labels alone.
-        vocab_offset, vocab, largest_shard_rows = like.vocab_offset, 0, like.largest_shard_rows
+        vocab_offset, vocab, largest_shard_rows = sharded_like.vocab_offset, 0, sharded_like.largest_shard_rows
     if rows.reading_is_free(hidden):
         rows.positive(op, row_temperature)
         if labels is not None:
             validate.label_in_range(op, labels, mask, vocab)
-    if isinstance(temperature, Tensor):
-        temperature = 1.0
     if labels is None:  # the op has none, and its kernels look at none
         labels = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
-    return Call(
-        *(hidden, weight, bias, lora_a, lora_b, labels, mask),
-        *(temperature, row_temperature, softcap, logit_scale, workspace, vocab_offset, largest_shard_rows),
+    return LinearCall(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        labels=labels,
+        mask=mask,
+        temperature=rows.scalar(temperature),
+        row_temperature=row_temperature,
+        softcap=None if softcap is None else validate.runtime_scalar(softcap),
+        logit_scale=validate.runtime_scalar(logit_scale),
+        vocab_offset=vocab_offset,
+        largest_shard_rows=largest_shard_rows,
         group="" if process_group is None else process_group.group_name,
+        batch_invariant=batch_invariant,
+        workspace=workspace,
     )
 
 
@@ -224,7 +223,9 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     if not torch.is_autocast_enabled(hidden.device.type):
         for name, x in (("weight", weight), ("bias", bias)):
             if x is not None and x.dtype != hidden.dtype:
-                raise TypeError(f"{op}: {name} is {x.dtype}; with this hidden it takes {hidden.dtype}")
+                raise TypeError(
+                    f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}; pass {name}.to({hidden.dtype}), or use autocast"
+                )
     return hidden.shape[:-1]
 
 

@@ -11,15 +11,18 @@ Where a device has no arithmetic for the inputs' 16 bits, products are float32: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops.linear.shards import gathered, merged
+
+if TYPE_CHECKING:
+    from rlhf_kernels.ops.linear.call import LinearCall
 
 DEFAULT_WORKSPACE = 64 << 20  # bytes
 # A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
@@ -30,26 +33,6 @@ BLOCK = 1024  # columns: tiles are whole blocks of the epilogue
 TALLEST = 4096  # rows of a recomputed chunk
 # One shape of GEMM for every batch: libraries choose their blocking, and with it the order of the sums, by the shape.
 INVARIANT_ROWS, INVARIANT_COLUMNS = 64, 4096
-
-
-class Head(NamedTuple):
-    """logits = softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap), sampled at a temperature.
-
-    Without a softcap logit_scale is 1: it has gone into the temperature.
-    """
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, D]: the weight is that plus lora_b @ lora_a, which is never formed
-    lora_b: Tensor | None  # [V, r]
-    temperature: float
-    row_temperature: Tensor | None  # [N], replaces temperature
-    softcap: float | None
-    logit_scale: float
-    vocab_offset: int = 0  # token of the weight's first row: not 0 for a shard of the vocabulary
-    largest_shard_rows: int = 0  # rows of the largest shard: all ranks must cut the same chunks
-    group: str = ""  # name of the process group whose ranks hold the other shards
-    invariant: bool = False  # a row's products have the same bits in any batch
 
 
 class RowChunk(NamedTuple):
@@ -65,57 +48,56 @@ class RowChunk(NamedTuple):
 
 
 class ChunkedHead:
-    """One pass over the counted rows of hidden [O, I, D] under a head; with `gradients`, it ends in theirs."""
+    """One pass over the counted rows of a call: its tiles, their softmax, and the gradient of the products."""
 
     def __init__(
         self,
         op: str,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        mask: Tensor | None,
-        workspace: int,
+        call: LinearCall,
         *,
         keep: bool = False,
-        wanted: Sequence[bool] = (False,) * 5,
+        wants_weight: bool = False,
         rows: int | None = None,
         logits_buffer: Tensor | None = None,
     ) -> None:
-        """keep: the plan of the two above. wanted: which of Gradients' five. rows: of a chunk, instead of a plan.
+        """call: by rows. keep: the plan of the two above. wants_weight: whether dW is wanted. rows: of a chunk, instead
+        of a plan.
 
         logits_buffer: where the first chunk's logits are, or are to stay; see `fits_weight_gradient`.
         """
         self.logits_buffer = logits_buffer
-        self.backend: ModuleType = dispatch.backend_module(dispatch.require_backend(op, hidden))
-        self.head, self._labels = head, labels.contiguous()
+        self.backend: ModuleType = dispatch.backend_module(dispatch.require_backend(op, call.hidden))
+        self.call, self._labels, hidden = call, call.labels.contiguous(), call.hidden
+        self.softcap = None if call.softcap is None else call.softcap.item()
+        self.logit_scale, self.head_temperature = call.logit_scale.item(), call.temperature.item()
         self.dtype = self.backend.product_dtype(hidden.dtype)
         self.widens = self.dtype != hidden.dtype
-        self._bias = None if head.bias is None else head.bias.float().contiguous()
-        self.lora_a = None if head.lora_a is None else head.lora_a.to(self.dtype)
+        self._bias = None if call.bias is None else call.bias.float().contiguous()
+        self.lora_a = None if call.lora_a is None else call.lora_a.to(self.dtype)
         self._hidden = hidden.flatten(0, 1) if hidden.is_contiguous() else hidden
         # The one host sync on a GPU: how many rows count decides how many chunks there are.
-        self._counted = None if mask is None else mask.nonzero().squeeze(-1)
-        if self._counted is not None and self._counted.numel() == labels.numel():
+        self._counted = None if call.mask is None else call.mask.nonzero().squeeze(-1)
+        if self._counted is not None and self._counted.numel() == self._labels.numel():
             self._counted = None
-        self.count = labels.numel() if self._counted is None else self._counted.numel()
+        self.count = self._labels.numel() if self._counted is None else self._counted.numel()
         self._keep = keep
-        self._plan(workspace, wanted[1], rows)
-        columns = head.weight.shape[0] if keep else self._tile_columns
+        self._plan(call.workspace, wants_weight, rows)
+        columns = call.weight.shape[0] if keep else self._tile_columns
         self._tile = self.backend.allocate((min(self._rows, self.count) * columns,), self.dtype, hidden.device)
         self._widened_columns: slice | None = None  # of the weight in _weight_tile_fp32
-        wide = (self._tile_columns if self.widens and self.count else 0, head.weight.shape[1])
+        wide = (self._tile_columns if self.widens and self.count else 0, call.weight.shape[1])
         self._weight_tile_fp32 = self.backend.allocate(wide, self.dtype, hidden.device)
 
     def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
         """Sets the rows of a chunk and the columns of a tile."""
-        hidden_size, vocab = self.head.weight.shape[1], self.head.largest_shard_rows
+        hidden_size, vocab = self.call.weight.shape[1], self.call.largest_shard_rows
         size = self.dtype.itemsize
         low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # lora_hidden and its gradient
         if self._keep:
             dh_sum = 4 * hidden_size if self.widens else 0  # over tiles
             per_row = (vocab + hidden_size) * size + low + dh_sum
             limit = max(1, workspace // per_row)
-            accumulator = 4 * vocab * hidden_size if wants_weight and self.head.weight.element_size() == 2 else 0
+            accumulator = 4 * vocab * hidden_size if wants_weight and self.call.weight.element_size() == 2 else 0
             if self.count * per_row <= workspace + accumulator:
                 # A larger chunk costs no more than the fp32 accumulator it makes unnecessary.
                 limit = max(limit, self.count)
@@ -132,15 +114,15 @@ class ChunkedHead:
         if rows is not None:
             self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
-        columns = INVARIANT_COLUMNS if self.head.invariant else room // (size * self._rows)
+        columns = INVARIANT_COLUMNS if self.call.batch_invariant else room // (size * self._rows)
         if self.widens:
             columns = min(columns, WIDE_BYTES // (size * hidden_size))
         columns = max(64, columns // 2 * 2)
-        self._tile_columns = min(self.head.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
+        self._tile_columns = min(self.call.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
     def fits_weight_gradient(self) -> bool:
         """Whether the first chunk's products [R, V] fit in the memory of dW [V, D]: they may wait there."""
-        rows, weight = min(self._rows, self.count), self.head.weight
+        rows, weight = min(self._rows, self.count), self.call.weight
         return 0 < rows * self.dtype.itemsize <= weight.shape[1] * weight.element_size()
 
     def __iter__(self) -> Iterator[RowChunk]:
@@ -148,8 +130,8 @@ class ChunkedHead:
             stop = min(start + self._rows, self.count)
             row_indices = slice(start, stop) if self._counted is None else self._counted[start:stop]
             hidden = self._gather(row_indices, start, stop).to(self.dtype)
-            temperature = self.head.row_temperature
-            vocab = self.head.weight.shape[0]
+            temperature = self.call.row_temperature
+            vocab = self.call.weight.shape[0]
             yield RowChunk(
                 row_indices,
                 hidden,
@@ -169,7 +151,7 @@ class ChunkedHead:
 
     def column_tiles(self) -> Iterator[slice]:
         """The vocabulary, tile by tile."""
-        vocab = self.head.weight.shape[0]
+        vocab = self.call.weight.shape[0]
         for start in range(0, vocab, self._tile_columns):
             yield slice(start, min(start + self._tile_columns, vocab))
 
@@ -202,21 +184,21 @@ class ChunkedHead:
     def weight(self, columns: slice) -> Tensor:
         """Its rows of a tile, in the dtype of the products; until the next call."""
         if not self.widens:
-            return self.head.weight[columns]
+            return self.call.weight[columns]
         tile = self._weight_tile_fp32[: columns.stop - columns.start]
         if self._widened_columns != columns:
-            tile.copy_(self.head.weight[columns])
+            tile.copy_(self.call.weight[columns])
             self._widened_columns = columns
         return tile
 
     def lora_b(self, columns: slice) -> Tensor | None:
         """Its rows of a tile, in the dtype of the products."""
-        return None if self.head.lora_b is None else self.head.lora_b[columns].to(self.dtype)
+        return None if self.call.lora_b is None else self.call.lora_b[columns].to(self.dtype)
 
     def _product(self, x: Tensor, y: Tensor, *, out: Tensor | None = None, beta: int = 0) -> Tensor:
         """x [R, K] @ y [W, K].T over out, or added to it; in pieces of one shape for bits that do not depend on R."""
         out = x.new_empty(x.shape[0], y.shape[0]) if out is None else out
-        if not self.head.invariant:
+        if not self.call.batch_invariant:
             return torch.addmm(out, x, y.T, out=out) if beta else torch.mm(x, y.T, out=out)
         for start in range(0, x.shape[0], INVARIANT_ROWS):
             some, to = x[start : start + INVARIANT_ROWS], out[start : start + INVARIANT_ROWS]
@@ -233,17 +215,16 @@ class ChunkedHead:
             tile = self._products(chunk, columns)
             if self._bias is not None:
                 tile += self._bias[columns]
-            if self.head.softcap is not None:
-                tile.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap)
+            if self.softcap is not None:
+                tile.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
         return chunk.logits_before_bias
 
     def epilogue(self, chunk: RowChunk, columns: slice) -> tuple[object, ...]:
         """What both epilogues take besides the tile."""
-        head = self.head
         bias = None if self._bias is None else self._bias[columns]
-        softcap = 0.0 if head.softcap is None else head.softcap
-        offset = head.vocab_offset + columns.start
-        return offset, bias, softcap, head.logit_scale, chunk.labels, head.temperature, chunk.temperature
+        softcap = 0.0 if self.softcap is None else self.softcap
+        offset = self.call.vocab_offset + columns.start
+        return offset, bias, softcap, self.logit_scale, chunk.labels, self.head_temperature, chunk.temperature
 
     def softmax(
         self, chunk: RowChunk, with_entropy: bool, folded: Callable[[slice, Tensor, Tensor], None] | None = None
@@ -256,12 +237,12 @@ class ChunkedHead:
         state[:, 0], state[:, 3] = float("-inf"), float("nan")  # no label seen: NaN
         for columns in self.column_tiles():
             tile = self._products(chunk, columns)
-            self.backend.linear_fold(tile, *self.epilogue(chunk, columns), state, with_entropy)
+            self.backend.online_softmax_update(tile, *self.epilogue(chunk, columns), state, with_entropy)
             if folded is not None:
                 folded(columns, tile, state)
         temperature = self.temperature(chunk)
-        if self.head.group:
-            state = merged(gathered(state, self.head.group), temperature)
+        if self.call.group:
+            state = merged(gathered(state, self.call.group), temperature)
         m, s, w, label = state.unbind(1)
         # Only -inf: no distribution. (+inf and NaN have made s NaN already.)
         log_s = torch.where((m == float("-inf")) | label.isnan(), float("nan"), s.log())
@@ -287,7 +268,7 @@ class ChunkedHead:
         return torch.stack([*(torch.where(still, 0.0, x) for x in (a, b, c)), m], 1).float()
 
     def temperature(self, chunk: RowChunk) -> float | Tensor:
-        return self.head.temperature if chunk.temperature is None else chunk.temperature.double()
+        return self.head_temperature if chunk.temperature is None else chunk.temperature.double()
 
     def gradient_tiles(self, chunk: RowChunk, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops.linear.call import Wanted
 from rlhf_kernels.ops.linear.chunks import TILE_BYTES, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.shards import summed
 
@@ -21,7 +22,7 @@ class GradAccumulator:
         """result: memory for it."""
         allocate, shape = sweep.backend.allocate, tuple(like.shape)
         self._result = allocate(shape if wanted else (0,), like.dtype, like.device) if result is None else result
-        one_product = sweep.chunks <= 1 and like.dtype == sweep.head.weight.dtype
+        one_product = sweep.chunks <= 1 and like.dtype == sweep.call.weight.dtype
         self._in_place = not wanted or one_product or like.dtype == torch.float32
         self._sum = self._result if self._in_place else allocate(shape, torch.float32, like.device)
         self.is_first_add = True
@@ -42,33 +43,28 @@ class GradAccumulator:
 
 
 class Gradients:
-    """Those of hidden, weight, bias, lora_a and lora_b that are wanted, summed over tiles and chunks.
+    """Those of the head's inputs that are wanted, summed over tiles and chunks; zero elements for one that is not."""
 
-    Zero elements stand for one that is not.
-    """
-
-    def __init__(
-        self, sweep: ChunkedHead, hidden: Tensor, wanted: Sequence[bool], weight: Tensor | None = None
-    ) -> None:
-        """weight: memory for dW."""
-        head, place = sweep.head, weight
-        weight, self._like_bias = head.weight, head.weight if head.bias is None else head.bias
+    def __init__(self, sweep: ChunkedHead, wanted: Wanted, weight_gradient: Tensor | None = None) -> None:
+        """weight_gradient: memory for dW."""
+        call = sweep.call
+        hidden, weight = call.hidden, call.weight
+        self._like_bias = weight if call.bias is None else call.bias
         self._sweep, self._wanted = sweep, wanted
-        self.hidden = torch.zeros(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self._weight = GradAccumulator(sweep, weight, wanted[1], place)
-        self._bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
-        like_a, like_b = (weight[:0] if x is None else x for x in (head.lora_a, head.lora_b))
-        self._lora_a = like_a.new_zeros(like_a.shape if wanted[3] else (0,), dtype=torch.float32)
-        self._like_a, self._lora_b = like_a, GradAccumulator(sweep, like_b, wanted[4])
+        self.hidden = torch.zeros(hidden.shape if wanted.hidden else 0, dtype=hidden.dtype, device=hidden.device)
+        self._weight = GradAccumulator(sweep, weight, wanted.weight, weight_gradient)
+        self._bias = weight.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=torch.float32)
+        like_a, like_b = (weight[:0] if x is None else x for x in (call.lora_a, call.lora_b))
+        self._lora_a = like_a.new_zeros(like_a.shape if wanted.lora_a else (0,), dtype=torch.float32)
+        self._like_a, self._lora_b = like_a, GradAccumulator(sweep, like_b, wanted.lora_b)
 
     def add(self, chunk: RowChunk, tiles: Iterable[tuple[slice, Tensor]]) -> None:
         """Add a chunk's share: the gradient of its logits before the bias, tile by tile, and kept as a whole or not."""
-        sweep, weight = self._sweep, self._sweep.head.weight
-        want_hidden, want_weight, want_bias, want_a, want_b = self._wanted
+        sweep, weight, wanted = self._sweep, self._sweep.call.weight, self._wanted
         by_hidden, by_low = None, None
-        if want_hidden and (chunk.logits_before_bias is None or sweep.head.group or sweep.widens):
+        if wanted.hidden and (chunk.logits_before_bias is None or sweep.call.group or sweep.widens):
             by_hidden = weight.new_zeros(chunk.hidden.shape, dtype=torch.float32)
-        if chunk.lora_hidden is not None and (want_hidden or want_a):
+        if chunk.lora_hidden is not None and (wanted.hidden or wanted.lora_a):
             by_low = weight.new_zeros(chunk.lora_hidden.shape, dtype=torch.float32)
         for columns, grad in tiles:
             low = sweep.lora_b(columns)
@@ -76,33 +72,33 @@ class Gradients:
                 accumulate(by_hidden, grad, sweep.weight(columns))
             if by_low is not None and low is not None:
                 accumulate(by_low, grad, low)
-            if want_weight:
+            if wanted.weight:
                 self._weight.add(columns, grad.T, chunk.hidden)
-            if want_b and chunk.lora_hidden is not None:
+            if wanted.lora_b and chunk.lora_hidden is not None:
                 self._lora_b.add(columns, grad.T, chunk.lora_hidden)
-            if want_bias:
+            if wanted.bias:
                 self._bias[columns] += grad.sum(0, dtype=torch.float32)
         self._weight.is_first_add = self._lora_b.is_first_add = False
         narrow = None if by_low is None else by_low.to(sweep.dtype)
-        if want_a and narrow is not None:
+        if wanted.lora_a and narrow is not None:
             accumulate(self._lora_a, narrow.T, chunk.hidden)
         if by_hidden is not None:
             self._add_hidden(chunk, by_hidden, narrow)
-        elif want_hidden:
+        elif wanted.hidden:
             self._add_hidden_at_once(chunk, narrow)
 
     def _add_hidden(self, chunk: RowChunk, by_hidden: Tensor, by_low: Tensor | None) -> None:
         """A chunk's dH from its sum over tiles."""
         if by_low is not None and self._sweep.lora_a is not None:
             accumulate(by_hidden, by_low, self._sweep.lora_a)
-        if self._sweep.head.group:  # each rank has the share of its tokens
-            summed(by_hidden, self._sweep.head.group)
+        if self._sweep.call.group:  # each rank has the share of its tokens
+            summed(by_hidden, self._sweep.call.group)
         self.hidden.flatten(0, 1)[chunk.row_indices] = by_hidden.to(self.hidden.dtype)
 
     def _add_hidden_at_once(self, chunk: RowChunk, by_low: Tensor | None) -> None:
         """A chunk's dH in one GEMM from its kept products."""
         assert chunk.logits_before_bias is not None
-        flat, weight = self.hidden.flatten(0, 1), self._sweep.head.weight
+        flat, weight = self.hidden.flatten(0, 1), self._sweep.call.weight
         to = flat[chunk.row_indices] if isinstance(chunk.row_indices, slice) else torch.empty_like(chunk.hidden)
         if by_low is not None and self._sweep.lora_a is not None:
             torch.addmm(torch.mm(by_low, self._sweep.lora_a, out=to), chunk.logits_before_bias, weight, out=to)
@@ -112,8 +108,8 @@ class Gradients:
             flat[chunk.row_indices] = to
 
     def finish(self) -> tuple[Tensor, ...]:
-        if self._wanted[3] and self._sweep.head.group:
-            summed(self._lora_a, self._sweep.head.group)
+        if self._wanted.lora_a and self._sweep.call.group:
+            summed(self._lora_a, self._sweep.call.group)
         return (
             self.hidden,
             self._weight.finish(),

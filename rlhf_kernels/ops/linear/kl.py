@@ -12,7 +12,7 @@ from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.full_kl import DIRECTIONS
-from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Inputs, Lora, prepare, split
+from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, TILE_BYTES, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.shards import gathered, merged_kl, summed
@@ -67,9 +67,11 @@ def linear_kl(
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     validate.choice(OP, "direction", direction, DIRECTIONS)
-    scalars = (temperature, softcap, logit_scale, mask, workspace, process_group)
-    call = prepare(OP, hidden, weight, None, bias, lora, *scalars)
-    ref = prepare(f"{OP} (reference)", ref_hidden, ref_weight, None, ref_bias, ref_lora, *scalars, like=call)
+    shared: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    shared |= {"mask": mask, "workspace": workspace, "process_group": process_group}
+    call = prepare(OP, hidden, weight, None, bias=bias, lora=lora, **shared)
+    reference_op = f"{OP} (reference)"
+    ref = prepare(reference_op, ref_hidden, ref_weight, None, bias=ref_bias, lora=ref_lora, **shared, sharded_like=call)
     if ref.labels.shape != call.labels.shape or ref.hidden.device != hidden.device:
         raise ValueError(
             f"{OP}: ref_hidden is {list(ref_hidden.shape)} on {ref.hidden.device}; with this hidden it takes "
@@ -83,17 +85,16 @@ def linear_kl(
     if dispatch.select_backend(OP, call.hidden) is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
-        logits, ref_logits = (head_logits(*x.leaves, x.mask, softcap, logit_scale) for x in (call, ref))
+        logits, ref_logits = (head_logits(**x.reference_arguments()) for x in (call, ref))
         return reference.full_kl(logits, ref_logits.detach(), call.mask, call.divisor, direction)
-    constants = ref.detached().flat().leaves
-    kl, _ = _forward(*call.flat(), *constants, DIRECTIONS.index(direction))
+    kl, _ = _forward(*call.by_rows(), *ref.detached().by_rows().head_inputs, DIRECTIONS.index(direction))
     return kl.view(call.labels.shape)
 
 
 class _Pair:
     """Both heads' sweeps in step, chunk by chunk, with the divergence of the backend's full_kl."""
 
-    def __init__(self, call: Inputs, ref: Inputs, direction: int) -> None:
+    def __init__(self, call: LinearCall, ref: LinearCall, direction: int) -> None:
         # Logits of both, and the gradient beside them.
         per_row = 3 * call.largest_shard_rows + call.hidden.shape[-1] + ref.hidden.shape[-1]
         size = (
@@ -110,7 +111,7 @@ class _Pair:
     def divergence(self, chunk: RowChunk, logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of a chunk: KL [R] and what the gradient needs [R, 5]."""
         jsd = DIRECTIONS[self._direction] == "jsd"
-        forward, scalars = self.own.backend.full_kl_fwd, (None, self.own.head.temperature, chunk.temperature)
+        forward, scalars = self.own.backend.full_kl_fwd, (None, self.own.head_temperature, chunk.temperature)
         if not self._group:
             return forward(logits, ref_logits, *scalars, self._direction)
         # The mixture needs both sums over all shards first: those of the reverse divergence.
@@ -140,7 +141,7 @@ class _Pair:
             x, y = (side[:, some].float() for side in (logits, ref_logits))
             own = whole[some]
             temperature = None if chunk.temperature is None else chunk.temperature[some]
-            scalars = (None, self.own.head.temperature, temperature, DIRECTIONS.index("jsd"))
+            scalars = (None, self.own.head_temperature, temperature, DIRECTIONS.index("jsd"))
             for half, (a, b, stats) in enumerate(((x, y, own), (y, x, own[:, [2, 3, 0, 1, 4]]))):
                 terms = self.own.backend.full_kl_bwd(g[some], a, b, *scalars, stats.contiguous())
                 halves[some, half] = terms.view(-1, vocab).sum(-1, dtype=torch.float64)
@@ -148,15 +149,15 @@ class _Pair:
 
     def gradient(self, chunk: RowChunk, logits: Tensor, ref_logits: Tensor, grad: Tensor, stats: Tensor) -> Tensor:
         """grad [R] -> gradient of the chunk's products [R, V]; its logits are used up."""
-        scalars = (None, self.own.head.temperature, chunk.temperature)
+        scalars = (None, self.own.head_temperature, chunk.temperature)
         by_logits = self.own.backend.full_kl_bwd(grad, logits, ref_logits, *scalars, self._direction, stats)
         return self.slope(chunk, by_logits.view(logits.shape[1:]))
 
     def slope(self, chunk: RowChunk, grad: Tensor) -> Tensor:
         """grad by the logits -> grad by the products; the logits in rows are used up."""
-        head = self.own.head
-        if head.softcap is not None and chunk.logits_before_bias is not None:  # d softcap * tanh(x * scale / softcap)
-            slope = chunk.logits_before_bias.div_(head.softcap).square_().neg_().add_(1).mul_(head.logit_scale)
+        own = self.own
+        if own.softcap is not None and chunk.logits_before_bias is not None:  # d softcap * tanh(x * scale / softcap)
+            slope = chunk.logits_before_bias.div_(own.softcap).square_().neg_().add_(1).mul_(own.logit_scale)
             grad.mul_(slope)
         return grad
 
@@ -167,11 +168,12 @@ _SCHEMA = (
 )
 
 
-def _pair(arguments: Sequence[Any]) -> tuple[Inputs, _Pair, Sequence[Any]]:
+def _pair(arguments: Sequence[Any]) -> tuple[LinearCall, _Pair, Sequence[Any]]:
     """The policy's call, both sweeps, and what is left of a registered op's arguments."""
     call, rest = split(arguments)
-    ref = Inputs(*rest[:LEAVES], *call[LEAVES:])
-    return call, _Pair(call, ref, rest[LEAVES]), rest[LEAVES + 1 :]
+    count = len(Wanted._fields)
+    ref = call.with_head_inputs(rest[:count])
+    return call, _Pair(call, ref, rest[count]), rest[count + 1 :]
 
 
 @torch.library.custom_op("rlhf_kernels::linear_kl", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
@@ -198,9 +200,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     schema=f"({_SCHEMA}, Tensor grad, Tensor stats, bool[] wanted) -> ({GRADIENTS})",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the policy's leaves; zero elements for one that is not wanted."""
-    call, pair, (grad, stats, wanted) = _pair(arguments)
-    gradients = Gradients(pair.own, call.hidden, wanted)
+    """Gradients of the policy's head inputs; zero elements for one that is not wanted."""
+    _, pair, (grad, stats, wanted) = _pair(arguments)
+    gradients = Gradients(pair.own, Wanted(*wanted))
     for rows, logits, ref_logits in pair:
         products = pair.gradient(rows, logits, ref_logits, grad[rows.row_indices], stats[rows.row_indices])
         gradients.add(
@@ -213,28 +215,29 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 @_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, (*_, wanted) = split(arguments)
-    return call.empty_gradients(wanted)
+    return call.empty_gradients(Wanted(*wanted))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, (*constants, direction) = split(inputs)
+    call, (*ref_inputs, direction) = split(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*call[:TENSORS], *constants, output[1], output[0])
-    ctx.scalars, ctx.direction = call[TENSORS:], direction
+    ctx.save_for_backward(*ref_inputs, output[1], *call.tensors())
+    ctx.call, ctx.direction = call.without_tensors(), direction
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:LEAVES])
-    grads: list[Tensor | None] = [None] * LEAVES
-    if grad is not None:
-        *saved, stats, kl = ctx.saved_tensors
-        tensors = [None if x is None else x.detach() for x in saved]
-        arguments = (*tensors[:TENSORS], *ctx.scalars, *tensors[TENSORS:], ctx.direction)
-        found = _backward(*arguments, grad.detach(), stats, wanted)
-        chosen = (x if want else None for x, want in zip(found, wanted, strict=True))
-        grads = list(first_derivative(OP, kl, *chosen))
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - LEAVES)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if grad is None:
+        return tuple(grads)
+    count = len(Wanted._fields)
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
+    *ref_inputs, stats = (None if x is None else x.detach() for x in saved[: count + 1])
+    call = ctx.call.with_tensors(saved[count + 1 :])
+    wanted = Wanted(*ctx.needs_input_grad[:count])
+    found = _backward(*call.detached(), *ref_inputs, ctx.direction, grad.detach(), stats, wanted)
+    grads[:count] = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return first_derivative(OP, call.head_inputs, *grads)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -31,7 +31,7 @@ class LogprobGradient:
         coefficients = torch.zeros(state.shape, dtype=torch.float32, device=state.device)
         coefficients[:, 0], coefficients[:, 3] = 1.0, pivot
         sweep.backend.linear_gradient(tile, *sweep.epilogue(rows, columns), coefficients)
-        column = rows.labels.long() - (sweep.head.vocab_offset + columns.start)
+        column = rows.labels.long() - (sweep.call.vocab_offset + columns.start)
         here = (column >= 0) & (column < tile.shape[1])
         column = column.clamp(0, tile.shape[1] - 1).unsqueeze(1)
         tile.scatter_(1, column, tile.gather(1, column).masked_fill_(here.unsqueeze(1), 0))
@@ -41,27 +41,34 @@ class LogprobGradient:
 
     def store(self, to: Tensor, logprobs: Tensor, stats: Tensor) -> None:
         """Into the chunk's rows of to [N, D], from the chunk's logprobs [R] and softmax stats [R, 2]."""
-        sweep, rows, head = self._sweep, self._rows, self._sweep.head
+        sweep, rows, call = self._sweep, self._rows, self._sweep.call
         temperature, (m, log_s) = sweep.temperature(rows), stats.unbind(1)
         others = -torch.exp((self._top - m) / temperature - log_s) / temperature
-        slope = head.logit_scale * torch.ones_like(m)
-        if head.softcap is not None:
-            slope *= 1 - (self._label / head.softcap).square()
+        slope = sweep.logit_scale * torch.ones_like(m)
+        if sweep.softcap is not None:
+            slope *= 1 - (self._label / sweep.softcap).square()
         label = torch.where(self._label.isnan(), 0.0, -torch.expm1(logprobs.double()) * slope / temperature)
-        token = (rows.labels.long() - head.vocab_offset).clamp(0, head.weight.shape[0] - 1)
+        token = (rows.labels.long() - call.vocab_offset).clamp(0, call.weight.shape[0] - 1)
         others, label = others.float().unsqueeze(1), label.float().unsqueeze(1)
         step = max(1, TILE_BYTES // (16 * self._sum.shape[1]))
         for some in (slice(start, start + step) for start in range(0, len(token), step)):
-            self._sum[some].mul_(others[some]).addcmul_(head.weight[token[some]].float(), label[some])
-        if head.group:  # each rank has the share of its tokens
-            summed(self._sum, head.group)
+            self._sum[some].mul_(others[some]).addcmul_(call.weight[token[some]].float(), label[some])
+        if call.group:  # each rank has the share of its tokens
+            summed(self._sum, call.group)
         to[rows.row_indices] = self._sum.to(to.dtype)
 
 
-def scale_rows_(unit: Tensor, grad: Tensor, mask: Tensor | None) -> None:
-    """unit [N, D] times grad [N], in fp32 and in place; 0 where grad is 0 or the row does not count."""
+def scale_rows_(dlogprob_dhidden: Tensor, grad: Tensor, mask: Tensor | None) -> None:
+    """dlogprob_dhidden [N, D] times grad [N], in fp32 and in place; 0 where grad is 0 or the row does not count."""
     still = grad == 0 if mask is None else (grad == 0) | ~mask
-    step = max(1, TILE_BYTES // (16 * unit.shape[1]))
-    for start in range(0, len(unit), step):
+    step = max(1, TILE_BYTES // (16 * dlogprob_dhidden.shape[1]))
+    for start in range(0, len(dlogprob_dhidden), step):
         some = slice(start, start + step)
-        unit[some].mul_(grad[some].float().unsqueeze(1)).masked_fill_(still[some].unsqueeze(1), 0)
+        dlogprob_dhidden[some].mul_(grad[some].float().unsqueeze(1)).masked_fill_(still[some].unsqueeze(1), 0)
+
+
+def scaled_rows(dlogprob_dhidden: Tensor, grad: Tensor, mask: Tensor | None) -> Tensor:
+    """The same as a new tensor, for a trace."""
+    still = grad == 0 if mask is None else (grad == 0) | ~mask
+    scaled = dlogprob_dhidden.float() * grad.float().unsqueeze(1)
+    return torch.where(still.unsqueeze(1), 0.0, scaled).to(dlogprob_dhidden.dtype)

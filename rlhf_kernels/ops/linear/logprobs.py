@@ -11,10 +11,10 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, TENSORS, Call, Inputs, Lora, prepare, split
-from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE
+from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
+from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead
 from rlhf_kernels.ops.linear.gradients import Gradients
-from rlhf_kernels.ops.linear.logprob_gradient import LogprobGradient, scale_rows_
+from rlhf_kernels.ops.linear.logprob_gradient import LogprobGradient, scale_rows_, scaled_rows
 from rlhf_kernels.reference import linear as reference
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def linear_logprobs(
         mask: [...] bool or 0/1, true where the row counts. On a GPU a mask costs one host sync: how many rows count.
         with_entropy: also return the entropy, differentiable as logprobs are; "detached": as a statistic, without a
             gradient, which saves a frozen head a GEMM.
-        workspace: bytes of extra memory, at least one row's logits whatever it says. A 16-bit weight that needs a
-            gradient adds one fp32 accumulator of its size where the rows do not fit one chunk.
+        workspace: bytes of extra memory. One row's logits are taken even where they are more. A 16-bit weight that
+            needs a gradient adds one fp32 accumulator of its size where the rows do not fit one chunk.
         process_group: weight, bias and B are this rank's rows of a vocabulary sharded over the group's ranks, in their
             order; hidden, A, labels and mask are the same on all. One all-gather of a few numbers a row in the forward,
             one all-reduce of dH in the backward; kernels only (not float64).
@@ -118,100 +118,111 @@ def linear_logprobs(
             RLHF_KERNELS_CHECK=1 makes it raise there too.
     """
     call = prepare(
-        *(OP, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
+        OP,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        workspace=workspace,
+        process_group=process_group,
+        batch_invariant=batch_invariant,
     )
     validate.choice(OP, "with_entropy", with_entropy, (False, True, "detached"))
-    logprobs, entropy = logprobs_of(call._replace(invariant=batch_invariant), with_entropy)
+    logprobs, entropy = logprobs_of(call, with_entropy)
     return logprobs if entropy is None else (logprobs, entropy)
 
 
-def logprobs_of(call: Call, with_entropy: bool | Literal["detached"]) -> tuple[Tensor, Tensor | None]:
+def logprobs_of(call: LinearCall, with_entropy: bool | Literal["detached"]) -> tuple[Tensor, Tensor | None]:
     """linear_logprobs of a checked call."""
-    shape = call.labels.shape
     if dispatch.select_backend(OP, call.hidden) is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
-        scalars = (call.divisor, call.softcap, call.logit_scale)
         logprobs, entropy = reference.linear_logprobs(
-            *call.leaves, call.labels, call.mask, *scalars, bool(with_entropy)
+            labels=call.labels,
+            temperature=call.divisor,
+            with_entropy=bool(with_entropy),
+            **call.reference_arguments(),
         )
     else:
-        kept = _kept(call, bool(with_entropy) and with_entropy != "detached")
-        logprobs, entropy, *_ = _forward(*call.flat(), bool(with_entropy), kept)
+        flat, shape = call.by_rows(), call.labels.shape
+        # d logprob / d hidden, formed in the forward, is all that the backward of a frozen head needs.
+        hidden_alone = call.wanted == Wanted(hidden=True) and call.lora_a is None and with_entropy is not True
+        # A trace keeps nothing in place: a registered op never writes into what it gave.
+        eager = validate.is_eager(call.tensors())
+        if eager and call.wanted.weight:
+            logprobs, entropy = _KeepsLogits.apply(flat, bool(with_entropy), *flat.head_inputs)
+        elif eager and hidden_alone:
+            logprobs, entropy = _KeepsGradient.apply(flat, bool(with_entropy), flat.hidden)
+        else:
+            logprobs, entropy, *_ = _forward(*flat, bool(with_entropy), hidden_alone)
         logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else None
     return logprobs, entropy.detach() if with_entropy == "detached" and entropy is not None else entropy
-
-
-Kept = Literal["nothing", "products", "unit"]
-
-
-def _kept(call: Call, entropy_has_gradient: bool) -> Kept:
-    """What the forward leaves for the backward: either saves a GEMM in memory that a gradient will take anyhow."""
-    if not torch.is_grad_enabled():
-        return "nothing"
-    hidden, *others = (x is not None and x.requires_grad for x in call.leaves)
-    if call.weight.requires_grad:  # the logits, in the memory of dW; a compiled graph would copy it
-        return "nothing" if torch.compiler.is_compiling() else "products"
-    alone = hidden and not any(others) and call.lora_a is None and not entropy_has_gradient
-    return "unit" if alone else "nothing"
 
 
 @torch.library.custom_op(
     "rlhf_kernels::linear_logprobs",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool with_entropy, str keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, bool with_entropy, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], and what is kept.
-
-    keep: "products": the first chunk's, in memory for dW, or [0]: how many rows count is not known before. "unit":
-    d logprob / d hidden, of hidden's shape. "nothing": [0].
-    """
-    call, (with_entropy, keep) = split(arguments)
-    count = call.labels.shape[0]
-    new = call.hidden.new_zeros
-    logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
-    entropy = new(count if with_entropy else 0, dtype=torch.float32)
-    sweep, weight = call.sweep(OP), call.weight
-    if keep == "products" and sweep.fits_weight_gradient():
-        sweep.logits_buffer = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
-    kept = weight.new_empty(0) if sweep.logits_buffer is None else sweep.logits_buffer
-    if keep == "unit":
-        kept = torch.zeros(call.hidden.shape, dtype=call.hidden.dtype, device=call.hidden.device)
-    for chunk in sweep:
-        unit = LogprobGradient(sweep, chunk) if keep == "unit" else None
-        chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(
-            chunk, with_entropy, None if unit is None else unit.add
-        )
-        logprobs[chunk.row_indices], stats[chunk.row_indices] = chunk_logprobs, chunk_stats
-        if with_entropy:
-            entropy[chunk.row_indices] = chunk_entropy
-        if unit is not None:
-            unit.store(kept.flatten(0, 1), chunk_logprobs, chunk_stats)
-    return logprobs, entropy, stats, kept
+    """logprobs [N], entropy [N] or [0], (max, log s) [N, 2], and `with_gradient` d logprob / d hidden, of hidden's
+    shape, else [0]."""
+    call, (with_entropy, with_gradient) = split(arguments)
+    like = call.hidden
+    gradient = torch.zeros(like.shape if with_gradient else (0,), dtype=like.dtype, device=like.device)
+    return *_run(call.sweep(OP), with_entropy, gradient if with_gradient else None), gradient
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (with_entropy, keep) = split(arguments)
+    call, (with_entropy, with_gradient) = split(arguments)
     count, new = call.labels.shape[0], call.hidden.new_empty
-    shape = {"nothing": (0,), "products": call.weight.shape, "unit": call.hidden.shape}[keep]
     return (
         new(count, dtype=torch.float32),
         new(count if with_entropy else 0, dtype=torch.float32),
         new((count, 2), dtype=torch.float64),
-        new(shape),
+        new(call.hidden.shape if with_gradient else (0,)),
     )
 
 
-_BACKWARD = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor stats, bool[] wanted"
+def _run(sweep: ChunkedHead, with_entropy: bool, dlogprob_dhidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and stats as `_forward`'s; dlogprob_dhidden: zeros of hidden's shape, filled where given."""
+    call = sweep.call
+    count, new = call.labels.shape[0], call.hidden.new_zeros
+    logprobs, stats = new(count, dtype=torch.float32), new((count, 2), dtype=torch.float64)
+    entropy = new(count if with_entropy else 0, dtype=torch.float32)
+    for chunk in sweep:
+        gradient = None if dlogprob_dhidden is None else LogprobGradient(sweep, chunk)
+        chunk_logprobs, chunk_entropy, chunk_stats = sweep.softmax(
+            chunk, with_entropy, None if gradient is None else gradient.add
+        )
+        logprobs[chunk.row_indices], stats[chunk.row_indices] = chunk_logprobs, chunk_stats
+        if with_entropy:
+            entropy[chunk.row_indices] = chunk_entropy
+        if gradient is not None and dlogprob_dhidden is not None:
+            gradient.store(dlogprob_dhidden.flatten(0, 1), chunk_logprobs, chunk_stats)
+    return logprobs, entropy, stats
 
 
-def _gradients(arguments: Sequence[Any], weight_gradient: Tensor | None) -> tuple[Tensor, ...]:
-    """weight_gradient: memory for it."""
-    call, (grad_logprobs, grad_entropy, entropy, stats, wanted, kept) = split(arguments)
-    sweep = call.sweep(OP, wanted=wanted, logits_buffer=kept if kept.numel() else None)
-    gradients = Gradients(sweep, call.hidden, wanted, weight_gradient)
+def _gradients(
+    call: LinearCall,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    *,
+    entropy: Tensor,
+    stats: Tensor,
+    wanted: Wanted,
+    logits_buffer: Tensor | None = None,
+    weight_gradient: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """logits_buffer: what the forward kept. weight_gradient: memory for dW."""
+    sweep = call.sweep(OP, wants_weight=wanted.weight, logits_buffer=logits_buffer)
+    gradients = Gradients(sweep, wanted, weight_gradient)
     for chunk in sweep:
         g, g_entropy = (None if x is None else x[chunk.row_indices] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.row_indices]
@@ -223,63 +234,19 @@ def _gradients(arguments: Sequence[Any], weight_gradient: Tensor | None) -> tupl
 @torch.library.custom_op(
     "rlhf_kernels::linear_logprobs_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, {_BACKWARD}, Tensor kept) -> ({GRADIENTS})",
+    schema=f"({SCHEMA}, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor stats, bool[] wanted)"
+    f" -> ({GRADIENTS})",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of the call's leaves; zero elements for one that is not wanted. kept: the forward's, only read."""
-    return _gradients(arguments, None)
+    """Gradients of the call's head inputs; zero elements for one that is not wanted."""
+    call, (grad_logprobs, grad_entropy, entropy, stats, wanted) = split(arguments)
+    return _gradients(call, grad_logprobs, grad_entropy, entropy=entropy, stats=stats, wanted=Wanted(*wanted))
 
 
 @_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (*_, wanted, _kept) = split(arguments)
-    return call.empty_gradients(wanted)
-
-
-@torch.library.custom_op(
-    "rlhf_kernels::linear_logprobs_backward_",
-    mutates_args=("kept",),
-    schema=f"({SCHEMA}, {_BACKWARD}, Tensor(a!) kept) -> ({GRADIENTS})",
-)
-def _backward_in_place(*arguments: Any) -> tuple[Tensor, ...]:
-    """The same from the forward's products in `kept`, which becomes dW; the weight's place in the result is empty."""
-    kept = arguments[-1]
-    found = list(_gradients(arguments, kept))
-    found[1] = kept.new_empty(0)
-    return tuple(found)
-
-
-@_backward_in_place.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (*_, wanted, _kept) = split(arguments)
-    return call.empty_gradients([wanted[0], False, *wanted[2:]])
-
-
-@torch.library.custom_op(
-    "rlhf_kernels::linear_logprobs_from_unit",
-    mutates_args=(),
-    schema="(Tensor unit, Tensor grad_logprobs, Tensor? mask) -> Tensor",
-)
-def _from_unit(unit: Tensor, grad: Tensor, mask: Tensor | None) -> Tensor:
-    """dH of hidden's shape [O, I, D] from the forward's d logprob / d hidden and the upstream gradient [N]."""
-    found = unit.clone()
-    scale_rows_(found.flatten(0, 1), grad, mask)
-    return found
-
-
-@_from_unit.register_fake
-def _(unit: Tensor, _grad: Tensor, _mask: Tensor | None) -> Tensor:
-    return torch.empty_like(unit)
-
-
-@torch.library.custom_op(
-    "rlhf_kernels::linear_logprobs_from_unit_",
-    mutates_args=("unit",),
-    schema="(Tensor(a!) unit, Tensor grad_logprobs, Tensor? mask) -> ()",
-)
-def _from_unit_in_place(unit: Tensor, grad: Tensor, mask: Tensor | None) -> None:
-    """The same over the unit gradient."""
-    scale_rows_(unit.flatten(0, 1), grad, mask)
+    call, (*_, wanted) = split(arguments)
+    return call.empty_gradients(Wanted(*wanted))
 
 
 def graph_is_kept() -> bool:
@@ -289,45 +256,98 @@ def graph_is_kept() -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logprobs, entropy, stats, kept = output
+    call, (ctx.with_entropy, ctx.with_gradient) = split(inputs)
+    _, entropy, stats, dlogprob_dhidden = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats, kept)
-    *ctx.scalars, ctx.with_entropy, ctx.keep = inputs[TENSORS:]
-    if ctx.keep == "unit":
-        ctx.save_for_backward(inputs[Inputs._fields.index("mask")], kept, logprobs)
-    else:
-        ctx.save_for_backward(*inputs[:TENSORS], entropy, stats, kept, logprobs)
+    ctx.mark_non_differentiable(stats, dlogprob_dhidden)
+    ctx.save_for_backward(dlogprob_dhidden, entropy, stats, *call.tensors())
+    ctx.call = call.without_tensors()
 
 
 def _autograd(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _stats: None, _kept: None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    if not ctx.with_entropy:
-        grad_entropy = None
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    grad_entropy = grad_entropy if ctx.with_entropy else None
     if grad_logprobs is None and grad_entropy is None:
         return tuple(grads)
-    *saved, kept, logprobs = ctx.saved_tensors  # read once: checkpointing unpacks each tensor a single time
+    dlogprob_dhidden, entropy, stats, *saved = ctx.saved_tensors
+    call = ctx.call.with_tensors(saved)
+    wanted = Wanted(*ctx.needs_input_grad[: len(Wanted._fields)])
     grad_logprobs, grad_entropy = (None if x is None else x.detach() for x in (grad_logprobs, grad_entropy))
-    # Another backward may need it once more; a graph (a fake or functional tensor) must not write into what it saved.
-    in_place = type(kept) is Tensor and not graph_is_kept()
-    if ctx.keep == "unit":
-        assert grad_logprobs is not None
-        (mask,) = saved
-        if in_place:
-            _from_unit_in_place(kept, grad_logprobs, mask)
-        grads[0] = kept if in_place else _from_unit(kept, grad_logprobs, mask)
-        return first_derivative(OP, logprobs, *grads)
-    wanted = list(ctx.needs_input_grad[:LEAVES])
-    *tensors, entropy, stats = (None if x is None else x.detach() for x in saved)
-    arguments = (*tensors, *ctx.scalars, grad_logprobs, grad_entropy, entropy, stats, wanted, kept)
-    if wanted[1] and kept.numel() and in_place:
-        found = list(_backward_in_place(*arguments))
-        found[1] = kept
+    if ctx.with_gradient and wanted == Wanted(hidden=True) and grad_entropy is None and grad_logprobs is not None:
+        grads[0] = scaled_rows(dlogprob_dhidden.flatten(0, 1), grad_logprobs, call.mask).view(call.hidden.shape)
     else:
-        found = list(_backward(*arguments))
-    grads[:LEAVES] = [x if want else None for x, want in zip(found, wanted, strict=True)]
-    return first_derivative(OP, logprobs, *grads)
+        upstream_and_saved = grad_logprobs, grad_entropy, entropy.detach(), stats
+        found = _backward(*call.detached(), *upstream_and_saved, wanted)
+        grads[: len(wanted)] = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return first_derivative(OP, call.head_inputs, *grads)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _KeepsLogits(torch.autograd.Function):
+    """linear_logprobs of an eager call that leaves the first chunk's logits in memory that becomes dW."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, with_entropy: bool, *_head_inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = call.weight
+        with torch.profiler.record_function(f"rlhf_kernels::{OP}"):
+            sweep = call.detached().sweep(OP)
+            if sweep.fits_weight_gradient():
+                sweep.logits_buffer = sweep.backend.allocate(tuple(weight.shape), weight.dtype, weight.device)
+            logprobs, entropy, stats = _run(sweep, with_entropy, None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sweep.logits_buffer, entropy, stats, *call.tensors())
+        ctx.call = call.without_tensors()
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        logits_buffer, entropy, stats, *saved = ctx.saved_tensors
+        call = ctx.call.with_tensors(saved)
+        wanted = Wanted(*ctx.needs_input_grad[-len(Wanted._fields) :])
+        with torch.no_grad(), torch.profiler.record_function(f"rlhf_kernels::{OP}_backward"):
+            found = _gradients(
+                call.detached(),
+                grad_logprobs,
+                grad_entropy,
+                entropy=entropy,
+                stats=stats,
+                wanted=wanted,
+                logits_buffer=logits_buffer,
+                # Another backward would need the logits once more.
+                weight_gradient=logits_buffer if wanted.weight and not graph_is_kept() else None,
+            )
+        chosen = (x if want else None for x, want in zip(found, wanted, strict=True))
+        return None, None, *first_derivative(OP, call.head_inputs, *chosen)
+
+
+class _KeepsGradient(torch.autograd.Function):
+    """linear_logprobs of an eager call that leaves d logprob / d hidden, in memory that becomes dH."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, with_entropy: bool, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        with torch.profiler.record_function(f"rlhf_kernels::{OP}"):
+            logprobs, entropy, _ = _run(call.detached().sweep(OP), with_entropy, gradient)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(entropy)
+        # Neither hidden nor weight is kept; the output leads to them where a second derivative is asked for.
+        ctx.save_for_backward(gradient, call.mask, logprobs)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, _grad_entropy: None) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None:
+            return None, None, None
+        gradient, mask, logprobs = ctx.saved_tensors
+        with torch.no_grad(), torch.profiler.record_function(f"rlhf_kernels::{OP}_backward"):
+            grad = gradient.clone() if graph_is_kept() else gradient
+            scale_rows_(grad.flatten(0, 1), grad_logprobs, mask)
+        return None, None, *first_derivative(OP, [logprobs], grad)

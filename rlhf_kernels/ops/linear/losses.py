@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.linear.call import GRADIENTS, LEAVES, SCHEMA, Call, Lora, prepare, split
+from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.logprobs import graph_is_kept, logprobs_of
@@ -85,7 +85,18 @@ def linear_policy_loss(
         TypeError, ValueError, IndexError: as `linear_logprobs` and `policy_loss`.
     """
     call = prepare(
-        *(OP, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
+        OP,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        workspace=workspace,
+        process_group=process_group,
     )
     mask = call.mask
     _per_token(OP, labels, old_logprobs=old_logprobs, advantages=advantages)
@@ -119,10 +130,10 @@ def linear_policy_loss(
     scalars = (clip_low, clip_high, float("inf") if dual_clip is None else dual_clip, entropy_coef, kl_coef)
     loss, logprobs, entropy = _swept(
         call,
-        torch.stack([x.detach().float().reshape(-1) for x in per_row]),
-        torch.stack([validate.runtime_scalar(x) for x in scalars]),
-        "policy" if ref_logprobs is None else f"policy {kl_estimator}",
-        entropy_coef != 0,
+        per_row=torch.stack([x.detach().float().reshape(-1) for x in per_row]),
+        scalars=torch.stack([validate.runtime_scalar(x) for x in scalars]),
+        kind="policy" if ref_logprobs is None else f"policy {kl_estimator}",
+        with_entropy=entropy_coef != 0,
     )
     with torch.no_grad():
         seen = entropy.view(labels.shape) if entropy_coef != 0 else None
@@ -164,14 +175,26 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     call = prepare(
-        *(op, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
+        op,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        lora=lora,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        workspace=workspace,
+        process_group=process_group,
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
     if dispatch.select_backend(OP, call.hidden) is None:  # logprobs_of refuses a group there
         logprobs, _ = logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
-    return _swept(call, factor, torch.zeros(0, dtype=torch.float64), "nll", False)[0]
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
+    return _swept(call, per_row=factor, scalars=none, kind="nll", with_entropy=False)[0]
 
 
 def linear_dpo_loss(
@@ -226,7 +249,18 @@ def linear_dpo_loss(
     ):
         op = f"linear_dpo_loss ({side})"
         call = prepare(
-            *(op, hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, mask, workspace, process_group)
+            op,
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            lora=lora,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=mask,
+            workspace=workspace,
+            process_group=process_group,
         )
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
@@ -271,36 +305,36 @@ def token_weights(mask: Tensor | None, labels: Tensor, mode: str, denominator: f
 
 
 def _swept(
-    call: Call, per_row: Tensor, scalars: Tensor, kind: str, with_entropy: bool
+    call: LinearCall, *, per_row: Tensor, scalars: Tensor, kind: str, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, logprobs [N], entropy [N] or [0], the gradients of the loss formed for those inputs that want one."""
-    recorded = torch.is_grad_enabled()
-    wanted = [x is not None and x.requires_grad and recorded for x in call.leaves]
-    constants = call.detached()
-    loss, logprobs, entropy, *grads = _forward(*constants.flat(), per_row, scalars, kind, with_entropy, wanted)
+    wanted = call.wanted
+    loss, logprobs, entropy, *grads = _forward(*call.detached().by_rows(), per_row, scalars, kind, with_entropy, wanted)
     if any(wanted):
-        grads[0] = grads[0].view(call.hidden.shape) if wanted[0] else grads[0]
-        loss = _WithGradients.apply(loss, *grads, *call.leaves)
+        grads[0] = grads[0].view(call.hidden.shape) if wanted.hidden else grads[0]
+        loss = _WithGradients.apply(loss, *grads, *call.head_inputs)
     return loss, logprobs, entropy
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, with the gradients of the call's leaves that the forward has formed already."""
+    """The loss, with the gradients of the call's head inputs that the forward has formed already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *grads_and_leaves: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, *grads_and_inputs: Tensor | None) -> Tensor:
         found = loss.clone()
-        ctx.save_for_backward(*grads_and_leaves[:LEAVES], found)
+        # Not the inputs: hidden is not needed any more. The output leads to them if a second derivative is asked for.
+        ctx.save_for_backward(*grads_and_inputs[: len(Wanted._fields)], found)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *grads, loss = ctx.saved_tensors
+        count = len(grads)
         scaled = [
             _scaled(grad.detach(), grad_loss.detach()) if need else None
-            for grad, need in zip(grads, ctx.needs_input_grad[1 + LEAVES :], strict=True)
+            for grad, need in zip(grads, ctx.needs_input_grad[1 + count :], strict=True)
         ]
-        return *(None,) * (1 + LEAVES), *first_derivative(OP, loss, *scaled)
+        return *(None,) * (1 + count), *first_derivative(OP, [loss], *scaled)
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -327,8 +361,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     rows, new = call.labels.shape[0], call.hidden.new_zeros
     losses, logprobs = (new(rows, dtype=torch.float32) for _ in range(2))
     entropy = new(rows if with_entropy else 0, dtype=torch.float32)
-    sweep = call.sweep(OP, keep=any(wanted), wanted=wanted)
-    gradients = Gradients(sweep, call.hidden, wanted)
+    wanted = Wanted(*wanted)
+    sweep = call.sweep(OP, keep=any(wanted), wants_weight=wanted.weight)
+    gradients = Gradients(sweep, wanted)
     numbers = scalars.tolist()
     for chunk in sweep:
         found, found_entropy, stats = sweep.softmax(chunk, with_entropy)
@@ -350,7 +385,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         new((), dtype=torch.float32),
         new(rows, dtype=torch.float32),
         new(rows if with_entropy else 0, dtype=torch.float32),
-        *call.empty_gradients(wanted),
+        *call.empty_gradients(Wanted(*wanted)),
     )
 
 
