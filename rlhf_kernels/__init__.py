@@ -6,9 +6,10 @@ from rlhf_kernels.dispatch import use_backend
 from rlhf_kernels.heads import head_of
 from rlhf_kernels.info import info
 from rlhf_kernels.ops.full_kl import full_kl
+from rlhf_kernels.ops.linear.dpo import linear_dpo_loss
 from rlhf_kernels.ops.linear.kl import linear_kl
 from rlhf_kernels.ops.linear.logprobs import linear_logprobs
-from rlhf_kernels.ops.linear.losses import linear_cross_entropy, linear_dpo_loss, linear_policy_loss
+from rlhf_kernels.ops.linear.losses import linear_cross_entropy, linear_policy_loss
 from rlhf_kernels.ops.logits import selected_logprobs
 from rlhf_kernels.ops.losses import policy_loss, value_loss
 from rlhf_kernels.ops.preference import dpo_loss, group_advantages, pairwise_loss

@@ -60,7 +60,7 @@ class ModelHead:
         self, model: nn.Module, layer: nn.Module, config: Any, softcap: float | None, logit_scale: float | None
     ) -> None:
         self.model, self.layer = model, layer
-        self._holder: Any = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
+        self._bias_owner: Any = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
         self.softcap = softcap or getattr(config, "final_logit_softcapping", None)
         factors = [getattr(config, name, None) for name in _FACTORS]
         known = [float(x) for x in factors if isinstance(x, int | float) and x > 0]
@@ -96,12 +96,13 @@ class ModelHead:
         if process_group is None and any(hasattr(x, "full_tensor") for x in (weight, bias, *sum(lora, ()))):
             averaged = any(type(module).__name__.startswith("FSDP") for module in self.model.modules())
 
-            def whole(x: Any) -> Any:
-                return _whole(x, self._dtype, averaged)
+            def gathered(x: Any) -> Any:
+                return _full_tensor(x, self._dtype, averaged)
 
-            weight, bias, lora = whole(weight), whole(bias), [(whole(a), whole(b), scale) for a, b, scale in lora]
-        if self._holder is not None:
-            final = self._holder._buffers[_FINAL_BIAS].reshape(-1).to(weight.dtype)
+            weight, bias = gathered(weight), gathered(bias)
+            lora = [(gathered(a), gathered(b), scale) for a, b, scale in lora]
+        if self._bias_owner is not None:
+            final = self._bias_owner._buffers[_FINAL_BIAS].reshape(-1).to(weight.dtype)
             final = final if process_group is None else _sharded_as(weight, final)
             bias = final if bias is None else bias + final
         found: dict[str, Any] = {"weight": weight, "bias": bias, "lora": lora or None}
@@ -124,7 +125,7 @@ class ModelHead:
             seen.append(hidden)
             return _Probes.apply(hidden, *(p for p in self.layer.parameters() if p.requires_grad))
 
-        with _Replaced(self.layer, instead), _no_final_bias(self._holder):
+        with _Replaced(self.layer, instead), _no_final_bias(self._bias_owner):
             output = self.model(*args, **{"use_cache": False, **inputs})
         if len(seen) != 1:
             raise RuntimeError(
@@ -136,7 +137,7 @@ class ModelHead:
             _FOUND[self.model] = self._key, self.logit_scale
         self._dtype = seen[0].dtype
         if seen[0].requires_grad and output.logits.requires_grad:
-            return _Through.apply(seen[0], output.logits)
+            return _PassGradient.apply(seen[0], output.logits)
         return seen[0]
 
     def _check(self, found: list[float]) -> None:
@@ -169,7 +170,7 @@ class _Probes(torch.autograd.Function):
         return (None,) * len(ctx.needs_input_grad)
 
 
-class _Through(torch.autograd.Function):
+class _PassGradient(torch.autograd.Function):
     """hidden, whose backward begins at the model's output: wrappers have their hooks there (FSDP2)."""
 
     @staticmethod
@@ -200,17 +201,17 @@ class _Replaced:
 
 
 @contextmanager
-def _no_final_bias(holder: Any) -> Iterator[None]:
+def _no_final_bias(owner: Any) -> Iterator[None]:
     """The model's own bias, which has a number for each token, out of the way of the probes."""
-    if holder is None:
+    if owner is None:
         yield
         return
-    bias = holder._buffers[_FINAL_BIAS]
-    holder._buffers[_FINAL_BIAS] = bias.new_zeros(1)
+    bias = owner._buffers[_FINAL_BIAS]
+    owner._buffers[_FINAL_BIAS] = bias.new_zeros(1)
     try:
         yield
     finally:
-        holder._buffers[_FINAL_BIAS] = bias
+        owner._buffers[_FINAL_BIAS] = bias
 
 
 def _unwrapped(model: nn.Module) -> Any:
@@ -273,7 +274,7 @@ def _sharded_as(weight: Any, bias: Tensor) -> Any:
     )
 
 
-def _whole(x: Any, dtype: torch.dtype | None, averaged: bool) -> Any:
+def _full_tensor(x: Any, dtype: torch.dtype | None, averaged: bool) -> Any:
     """A DTensor's full tensor, in dtype; others as they are.
 
     averaged: ranks have different data, and the gradient of the shards is the mean over them.

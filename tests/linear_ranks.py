@@ -66,18 +66,18 @@ def _labelled(case: dict[str, Tensor], part: slice, group: dist.ProcessGroup | N
     head = {"bias": bias, "softcap": 9.0, "logit_scale": 0.8, "workspace": workspace, "process_group": group}
     low = {**head, "lora": (lora_a, lora_b, 0.5)}
     outputs = list(
-        rk.linear_logprobs(
-            *(hidden, weight, case["labels"]), mask=case["mask"], temperature=0.7, with_entropy=True, **low
-        )
+        rk.linear_logprobs(hidden, weight, case["labels"], mask=case["mask"], temperature=0.7, with_entropy=True, **low)
     )
     policy, _ = rk.linear_policy_loss(
-        *(hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"]), entropy_coef=0.1, **low
+        hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"], entropy_coef=0.1, **low
     )
     plain, _ = rk.linear_policy_loss(
-        *(hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"]), entropy_coef=0.1, **head
+        hidden, weight, case["labels"], case["old"], case["advantages"], case["mask"], entropy_coef=0.1, **head
     )
     frozen = rk.linear_logprobs(
-        *(hidden, weight.detach(), case["labels"]),
+        hidden,
+        weight.detach(),
+        case["labels"],
         mask=case["mask"],
         temperature=torch.linspace(0.5, 2, N),
         **{**head, "bias": bias.detach()},

@@ -189,7 +189,10 @@ def _policy_loss(drawn: tuple[strategies.BatchCall, dict], cast: Callable) -> li
     )
     terms = clipped * adv_counted * (weight_counted if call.flag else 1)
     loss, stats = rk.policy_loss(
-        *(logprobs, old, advantages, mask),
+        logprobs,
+        old,
+        advantages,
+        mask,
         importance_weights=weights if call.flag else None,
         aggregate=call.aggregate,
         **options,

@@ -164,7 +164,7 @@ def _linear_policy_loss(call: LossCall, cast: Callable) -> list[Output]:
     if regularised:
         options |= {"entropy_coef": 0.1, "kl_coef": 0.2, "kl_estimator": call.estimator, "ref_logprobs": cast(ref)}
     loss, stats = rk.linear_policy_loss(
-        *(*head.leaves[:2], head.labels, cast(old), cast(advantages), head.mask), **options, **head.options
+        *head.leaves[:2], head.labels, cast(old), cast(advantages), head.mask, **options, **head.options
     )
     ratio = float(drawn[head.counted].clamp(-20, 20).exp().max()) if head.counted.any() else 1.0
     term = ratio * max(1.0, float(advantages.abs().max()))
@@ -197,7 +197,14 @@ def _linear_dpo_loss(call: LossCall, cast: Callable) -> list[Output]:
     refs = [cast(torch.randn(pairs, generator=generator)) for _ in range(2)]
     beta, smoothing = 0.3, 0.2 if smoothed and call.kind == "sigmoid" else 0.0
     loss, *rewards = rk.linear_dpo_loss(
-        *(head.leaves[0], rejected, head.leaves[1], head.labels, labels, *refs, head.mask, mask),
+        head.leaves[0],
+        rejected,
+        head.leaves[1],
+        head.labels,
+        labels,
+        *refs,
+        head.mask,
+        mask,
         beta=beta,
         label_smoothing=smoothing,
         kind=call.kind,
@@ -246,7 +253,8 @@ def _linear_kl(call: LossCall, cast: Callable) -> list[Output]:
     bias = call.head.bias
     ref = _Head(call.head._replace(hidden=other[0], weight=other[1]), cast)
     kl = rk.linear_kl(
-        *(*head.leaves[:2], *ref.leaves[:2]),
+        *head.leaves[:2],
+        *ref.leaves[:2],
         ref_bias=None if bias is None else cast(bias),
         direction=call.direction,
         mask=head.mask,

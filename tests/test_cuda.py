@@ -62,11 +62,19 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
             return ctypes.c_void_p(None if x is None else x.data_ptr())
 
         kernel(
-            *(address(rewards), address(values), DTYPES[rewards.dtype], address(mask), address(bootstrap)),
-            *(address(offsets), 0 if offsets is None else offsets.element_size()),
+            address(rewards),
+            address(values),
+            DTYPES[rewards.dtype],
+            address(mask),
+            address(bootstrap),
+            address(offsets),
+            0 if offsets is None else offsets.element_size(),
             *map(ctypes.c_int64, (rows, time, *strides)),
-            *(ctypes.c_double(gamma), ctypes.c_double(lam), MASKED.index(masked)),
-            *(*map(address, outputs), ctypes.c_uint(first_thread)),
+            ctypes.c_double(gamma),
+            ctypes.c_double(lam),
+            MASKED.index(masked),
+            *map(address, outputs),
+            ctypes.c_uint(first_thread),
         )
         return outputs[0], outputs[1]
 

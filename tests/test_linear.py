@@ -41,7 +41,9 @@ def run(backend: Backend, case: Case, mask: Tensor | None = None, **options) -> 
         options["mask"] = mask.to(backend.device)
     temperature = case.temperature
     logprobs, entropy = rk.linear_logprobs(
-        *(leaves[0], leaves[1], case.labels.to(backend.device)),
+        leaves[0],
+        leaves[1],
+        case.labels.to(backend.device),
         bias=leaves[2] if case.bias is not None else None,
         temperature=temperature.to(backend.device) if isinstance(temperature, Tensor) else temperature,
         softcap=case.softcap,
@@ -278,7 +280,9 @@ def test_logits_kept_in_the_memory_of_the_weight_gradient(
                 if not kept:
                     patch.setattr(ChunkedHead, "fits_weight_gradient", lambda _: False)
                 outputs = rk.linear_logprobs(
-                    *(leaves[0], leaves[1], case.labels.to(device)),
+                    leaves[0],
+                    leaves[1],
+                    case.labels.to(device),
                     bias=leaves[2],
                     mask=mask,
                     softcap=5.0,

@@ -65,7 +65,8 @@ def check(
     leaves = [x.to(backend.device).detach().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     constants = [x.to(backend.device).detach().requires_grad_() for x in (other.hidden, other.weight, other.bias)]
     kl = rk.linear_kl(
-        *(*leaves[:2], *constants[:2]),
+        *leaves[:2],
+        *constants[:2],
         bias=leaves[2],
         ref_bias=constants[2],
         direction=direction,

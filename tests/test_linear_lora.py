@@ -146,7 +146,9 @@ def test_errors_beside_peft(kernel_backend: Backend, dtype: torch.dtype, of_adap
     for workspace in (1500, 64 << 20):
         leaves = [x.to(device).detach().requires_grad_() for x in (case.hidden, *low[0][:2])]
         values = rk.linear_logprobs(
-            *(leaves[0], case.weight.to(device), case.labels.to(device)),
+            leaves[0],
+            case.weight.to(device),
+            case.labels.to(device),
             lora=(leaves[1], leaves[2], low[0][2]),
             workspace=workspace,
         )

@@ -317,7 +317,12 @@ def test_dpo(backend: Backend, kind: str, length_normalised: bool, asked: dict[s
         refs = [x.to(device, torch.float32 if direct else dtype) for x in ref]
         if direct:
             out = rk.linear_dpo_loss(
-                *(c, r, w, *labels, *refs, *moved),
+                c,
+                r,
+                w,
+                *labels,
+                *refs,
+                *moved,
                 kind=kind,
                 length_normalised=length_normalised,
                 bias=b,

@@ -20,7 +20,9 @@ def frozen(backend: Backend, case: Case, mask: Tensor | None = None, **options) 
     hidden = case.hidden.to(backend.device).detach().requires_grad_()
     temperature = case.temperature
     logprobs = rk.linear_logprobs(
-        *(hidden, case.weight.to(backend.device), case.labels.to(backend.device)),
+        hidden,
+        case.weight.to(backend.device),
+        case.labels.to(backend.device),
         bias=None if case.bias is None else case.bias.to(backend.device),
         temperature=temperature.to(backend.device) if isinstance(temperature, Tensor) else temperature,
         softcap=case.softcap,

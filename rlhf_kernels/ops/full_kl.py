@@ -56,7 +56,7 @@ def full_kl(
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     shape, _ = rows.check_logits(OP, "logits", logits)
-    validate.like(OP, "ref_logits", ref_logits, "logits", logits)
+    validate.float_like(OP, "ref_logits", ref_logits, "logits", logits)
     validate.choice(OP, "direction", direction, DIRECTIONS)
     mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
     dtype = torch.promote_types(logits.dtype, ref_logits.dtype)

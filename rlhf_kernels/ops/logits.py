@@ -104,7 +104,7 @@ def _check(logits: Tensor, labels: Tensor) -> tuple[torch.Size, int]:
     if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{OP}: labels is {got}; it takes an int64 or int32 tensor")
-    validate.same_place(OP, "labels", labels, "logits", shape, logits.device)
+    validate.same_device_and_shape(OP, "labels", labels, "logits", shape, logits.device)
     return shape, vocab
 
 
@@ -150,8 +150,16 @@ def _backward(
 ) -> Tensor:
     backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     return backend.selected_logprobs_bwd(
-        *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
-        *(row_temperature, stats, entropy, False),
+        grad_logprobs,
+        grad_entropy,
+        logits,
+        labels,
+        mask,
+        temperature.item(),
+        row_temperature,
+        stats,
+        entropy,
+        False,
     )
 
 
@@ -174,8 +182,16 @@ def _backward_inplace(
 ) -> None:
     backend = dispatch.backend_module(dispatch.require_backend(OP, logits))
     backend.selected_logprobs_bwd(
-        *(grad_logprobs, grad_entropy, logits, labels, mask, temperature.item()),
-        *(row_temperature, stats, entropy, True),
+        grad_logprobs,
+        grad_entropy,
+        logits,
+        labels,
+        mask,
+        temperature.item(),
+        row_temperature,
+        stats,
+        entropy,
+        True,
     )
 
 

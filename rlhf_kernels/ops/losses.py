@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.registration import numbers, register, unseen
+from rlhf_kernels.ops.registration import as_floats, can_skip_dispatcher, register
 from rlhf_kernels.reference import losses as reference
 from rlhf_kernels.reference.common import saturating_cast
 
@@ -64,10 +64,10 @@ def policy_loss(
     """
     op = "policy_loss"
     validate.float_tensor(op, "logprobs", logprobs)
-    validate.like(op, "old_logprobs", old_logprobs, "logprobs", logprobs)
-    validate.like(op, "advantages", advantages, "logprobs", logprobs)
+    validate.float_like(op, "old_logprobs", old_logprobs, "logprobs", logprobs)
+    validate.float_like(op, "advantages", advantages, "logprobs", logprobs)
     if importance_weights is not None:
-        validate.like(op, "importance_weights", importance_weights, "logprobs", logprobs)
+        validate.float_like(op, "importance_weights", importance_weights, "logprobs", logprobs)
     mask = validate.bool_mask(op, mask, "logprobs", logprobs.shape, logprobs.device)
     validate.number(op, "clip_low", clip_low, low=0)
     validate.number(op, "clip_high", clip_high, low=0)
@@ -76,10 +76,19 @@ def policy_loss(
     validate.choice(op, "ratio", ratio, ("token", "sequence"))
     check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
     inputs = logprobs, old_logprobs, advantages, importance_weights
-    if dispatch.select_backend(op, _widest(inputs)) is None:
+    if dispatch.select_backend(op, validate.deciding(*inputs)) is None:
         return reference.policy_loss(
-            *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
-            *(dual_clip, ratio, importance_weights, aggregate, denominator),
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low,
+            clip_high,
+            dual_clip,
+            ratio,
+            importance_weights,
+            aggregate,
+            denominator,
         )
     scalars = 1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip
     loss, stats, _ = _policy_loss_op(
@@ -129,11 +138,11 @@ def value_loss(
         if old_values is None:
             raise ValueError(f"{op}: old_values is None; with clip={clip} it takes a tensor of values' shape")
     if old_values is not None:
-        validate.like(op, "old_values", old_values, "values", values)
-    validate.like(op, "returns", returns, "values", values)
+        validate.float_like(op, "old_values", old_values, "values", values)
+    validate.float_like(op, "returns", returns, "values", values)
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
     check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
-    if dispatch.select_backend(op, _widest((values, old_values, returns))) is None:
+    if dispatch.select_backend(op, validate.deciding(values, old_values, returns)) is None:
         return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
     loss, stats, _ = _value_loss_op(
         *map(_rows, (values, old_values, returns, mask)),
@@ -153,17 +162,9 @@ def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, 
     if aggregate == "token-sum" and denominator is not None:
         raise ValueError(f"{op}: denominator is given, but aggregate='token-sum' divides by nothing; use 'constant'")
     if isinstance(denominator, Tensor):
-        validate.same_place(op, "denominator", denominator, "aggregate", (), x.device)
+        validate.same_device_and_shape(op, "denominator", denominator, "aggregate", (), x.device)
     elif denominator is not None:
         validate.number(op, "denominator", denominator, above=0)
-
-
-def _widest(tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """The one whose dtype decides: a float64 tensor if there is any, which kernels do not take, else the first."""
-    for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            return x
-    return tensors[0]  # type: ignore[return-value]
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -202,10 +203,20 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors [R, T], scalars: bounds of the ratio, dual_clip, denominator -> loss [], stats [7] (the last is the
     denominator), gradient times the denominator [R, T] or [0]; float32."""
-    low, high, dual_clip, known = numbers(scalars)
+    low, high, dual_clip, known = as_floats(scalars)
     return dispatch.backend_module(dispatch.require_backend("policy_loss", logprobs)).policy_loss(
-        *(logprobs, old_logprobs, advantages, mask, weights, low, high, dual_clip),
-        *(known if denominator is None else denominator, sequence, row_means, with_grad),
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        weights,
+        low,
+        high,
+        dual_clip,
+        known if denominator is None else denominator,
+        sequence,
+        row_means,
+        with_grad,
     )
 
 
@@ -220,10 +231,16 @@ def _value_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As _policy_loss; scalars: clip, denominator; stats [3]."""
-    clip, known = numbers(scalars)
+    clip, known = as_floats(scalars)
     return dispatch.backend_module(dispatch.require_backend("value_loss", values)).value_loss(
-        *(values, old_values, returns, mask, clip),
-        *(known if denominator is None else denominator, row_means, with_grad),
+        values,
+        old_values,
+        returns,
+        mask,
+        clip,
+        known if denominator is None else denominator,
+        row_means,
+        with_grad,
     )
 
 
@@ -266,7 +283,7 @@ def _differentiable(op: str) -> type[torch.autograd.Function]:
 
 
 def _scaled(ctx: Any, grad: Tensor, stats: Tensor, upstream: Tensor) -> Tensor:
-    if ctx.native and unseen((grad, stats, upstream)):
+    if ctx.native and can_skip_dispatcher((grad, stats, upstream)):
         return dispatch.backend_module("cpu").loss_bwd(grad, stats, upstream, ctx.input.dtype)
     return saturating_cast(grad * (upstream / stats[-1]), ctx.input.dtype)
 

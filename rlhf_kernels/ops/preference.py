@@ -40,7 +40,7 @@ def pairwise_loss(
     """
     op = "pairwise_loss"
     validate.float_tensor(op, "chosen", chosen)
-    validate.like(op, "rejected", rejected, "chosen", chosen)
+    validate.float_like(op, "rejected", rejected, "chosen", chosen)
     validate.choice(op, "reduction", reduction, ("mean", "none"))
     validate.number_or_like(op, "margin", margin, "chosen", chosen)
     validate.number_or_like(op, "label", label, "chosen", chosen, low=0.0, high=1.0)
@@ -120,7 +120,7 @@ def checked_dpo_loss(
     """dpo_loss with errors that name `op`."""
     validate.float_tensor(op, "policy_chosen", policy_chosen)
     for name, x in (("policy_rejected", policy_rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
-        validate.like(op, name, x, "policy_chosen", policy_chosen)
+        validate.float_like(op, name, x, "policy_chosen", policy_chosen)
     if policy_chosen.dim() != 1:
         raise ValueError(
             f"{op}: policy_chosen has shape {list(policy_chosen.shape)}; it takes [M], a logprob per answer"
@@ -182,7 +182,7 @@ def group_advantages(
     if isinstance(groups, Tensor):
         if groups.dtype not in validate.INTS:
             raise TypeError(f"{op}: groups is {groups.dtype}; it takes an int64 or int32 tensor, or one int")
-        validate.same_place(op, "groups", groups, "scores", scores.shape, scores.device)
+        validate.same_device_and_shape(op, "groups", groups, "scores", scores.shape, scores.device)
     else:
         _check_group_size(op, groups, scores.shape[0])
     dispatch.select_backend(op, scores)

@@ -3,7 +3,8 @@
 Worth it for ops of a few microseconds that are differentiable in their first argument. With the dispatcher policy_loss
 takes 28.0 us instead of 21.6 at [4, 16] and value_loss 24.4 instead of 18.2; at [64, 1024] it takes 1.13 and 1.15 times
 as long (forward, one core of an AMD EPYC with AVX-512, torch 2.13). Every other op is a torch.library.custom_op.
-The fall-back: a call that is not plain (see `unseen`), or a torch with other dispatch keys, takes the dispatcher's way.
+The fall-back: a call that is not plain (see `can_skip_dispatcher`), or a torch with other dispatch keys, takes the
+way of the dispatcher.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def register(
     first argument. Returns what calls it, and takes a tuple of floats where the op takes a tensor of them.
 
     implementation: typed, so that its signature is the op's schema; mutates nothing, returns fresh tensors; reads
-        tensors of floats by `numbers`.
+        tensors of floats by `as_floats`.
     fake: the same signature, the outputs' shapes and dtypes alone.
     function: `forward(ctx, op, first, rest)` returns `op(first, *rest)` and saves what backward needs;
         `backward` returns None, the gradient of `first`, None.
@@ -65,11 +66,11 @@ def register(
 
     _library.impl(name, autograd, "Autograd")
 
-    # Without what Function.apply looks for first, transforms and the wrappers that they leave: `unseen` has.
+    # Without Function.apply's search for transforms and their wrappers: `can_skip_dispatcher` has looked for them.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*arguments: Any) -> Any:
-        if not unseen(arguments):
+        if not can_skip_dispatcher(arguments):
             return op(*(_packed(x) if type(x) is tuple else x for x in arguments))
         first, *rest = arguments
         if first.requires_grad and torch.is_grad_enabled():
@@ -79,7 +80,7 @@ def register(
     return call
 
 
-def unseen(arguments: tuple[Any, ...]) -> bool:
+def can_skip_dispatcher(arguments: tuple[Any, ...]) -> bool:
     """Whether all tensors are plain ones on the CPU, and no tracer, mode, transform or profiler would see the op."""
     if (
         torch.compiler.is_compiling()
@@ -101,6 +102,6 @@ def _packed(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
-def numbers(values: Tensor | tuple[float, ...]) -> Sequence[float]:
+def as_floats(values: Tensor | tuple[float, ...]) -> Sequence[float]:
     """What a registered op got for a tuple of floats."""
     return values if isinstance(values, tuple) else values.tolist()

@@ -105,7 +105,7 @@ def _given(uniform: Tensor, shape: torch.Size, logits: Tensor, mask: Tensor | No
     if not isinstance(uniform, Tensor) or uniform.dtype != torch.float64:
         found = uniform.dtype if isinstance(uniform, Tensor) else type(uniform).__name__
         raise TypeError(f"{OP}: uniform is {found}; it takes a float64 tensor or None")
-    validate.same_place(OP, "uniform", uniform, "logits", shape, logits.device)
+    validate.same_device_and_shape(OP, "uniform", uniform, "logits", shape, logits.device)
     if rows.reading_is_free(logits):
         counted = uniform if mask is None else uniform[mask]
         if not bool(((counted >= 0) & (counted < 1)).all()):

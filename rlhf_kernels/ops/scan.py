@@ -59,7 +59,7 @@ def gae(
     rewards = validate.float_tensor(OP, "rewards", rewards).detach()
     if rewards.dim() == 0:
         raise ValueError(f"{OP}: rewards is a scalar; it takes [..., T]")
-    values = validate.like(OP, "values", values, "rewards", rewards).detach()
+    values = validate.float_like(OP, "values", values, "rewards", rewards).detach()
     mask = validate.bool_mask(OP, mask, "rewards", rewards.shape, rewards.device)
     validate.number(OP, "gamma", gamma, low=0, high=1)
     validate.number(OP, "lam", lam, low=0, high=1)
@@ -73,7 +73,7 @@ def gae(
     if bootstrap is not None:
         validate.float_tensor(OP, "bootstrap", bootstrap)
         like_name = "rewards" if cu_seqlens is None else "cu_seqlens"
-        validate.same_place(OP, "bootstrap", bootstrap, like_name, sequences, rewards.device)
+        validate.same_device_and_shape(OP, "bootstrap", bootstrap, like_name, sequences, rewards.device)
         bootstrap = bootstrap.detach().reshape(-1)
     if rewards.dtype != values.dtype:
         wide = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
@@ -188,10 +188,10 @@ def ppo_advantages(
     validate.float_tensor(PPO, "logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"{PPO}: logprobs has shape {list(logprobs.shape)}; it takes [B, T]")
-    validate.like(PPO, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
-    validate.like(PPO, "values", values, "logprobs", logprobs)
+    validate.float_like(PPO, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    validate.float_like(PPO, "values", values, "logprobs", logprobs)
     validate.float_tensor(PPO, "scores", scores)
-    validate.same_place(PPO, "scores", scores, "logprobs", logprobs.shape[:1], logprobs.device)
+    validate.same_device_and_shape(PPO, "scores", scores, "logprobs", logprobs.shape[:1], logprobs.device)
     mask = validate.required_mask(PPO, mask, "logprobs", logprobs.shape, logprobs.device)
     validate.number(PPO, "kl_coef", kl_coef, low=0)
     validate.number(PPO, "gamma", gamma, low=0, high=1)

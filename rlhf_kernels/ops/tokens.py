@@ -39,17 +39,12 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     validate.float_tensor(KL, "logprobs", logprobs)
-    validate.like(KL, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    validate.float_like(KL, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
     validate.choice(KL, "estimator", estimator, ESTIMATORS)
-    if dispatch.select_backend(KL, _widest(logprobs, ref_logprobs)) is None:
+    if dispatch.select_backend(KL, validate.deciding(logprobs, ref_logprobs)) is None:
         return reference.per_token_kl(logprobs, ref_logprobs, estimator)
     with_slope = torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)
     return _per_token_kl(logprobs, ref_logprobs, ESTIMATORS.index(estimator), with_slope)[0]
-
-
-def _widest(a: Tensor, b: Tensor) -> Tensor:
-    """The one that decides whether there is a kernel: float64 has none."""
-    return b if b.dtype == torch.float64 else a
 
 
 @torch.library.custom_op("rlhf_kernels::per_token_kl", mutates_args=())
@@ -127,13 +122,13 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
     if kl.dim() != 2:
         raise ValueError(f"{REWARDS}: kl has shape {list(kl.shape)}; it takes [B, T]")
     validate.float_tensor(REWARDS, "scores", scores)
-    validate.same_place(REWARDS, "scores", scores, "kl", kl.shape[:1], kl.device)
+    validate.same_device_and_shape(REWARDS, "scores", scores, "kl", kl.shape[:1], kl.device)
     mask = validate.required_mask(REWARDS, mask, "kl", kl.shape, kl.device)
     validate.number(REWARDS, "kl_coef", kl_coef, low=0)
     if clip is not None:
         validate.number(REWARDS, "clip", clip, above=0)
     scores, kl = scores.detach(), kl.detach()
-    if dispatch.select_backend(REWARDS, _widest(kl, scores)) is None:
+    if dispatch.select_backend(REWARDS, validate.deciding(kl, scores)) is None:
         return reference.shaped_rewards(scores, kl, mask, kl_coef, clip)
     bound = validate.runtime_scalar(math.inf if clip is None else clip)
     return _shaped_rewards(scores, kl, mask, validate.runtime_scalar(kl_coef), bound)

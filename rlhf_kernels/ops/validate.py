@@ -42,18 +42,28 @@ def float_tensor(op: str, name: str, x: object) -> Tensor:
     return x
 
 
-def same_place(op: str, name: str, x: Tensor, like_name: str, shape: Sequence[int], device: torch.device) -> None:
+def same_device_and_shape(
+    op: str, name: str, x: Tensor, like_name: str, shape: Sequence[int], device: torch.device
+) -> None:
     if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}; with this {like_name} it takes {list(shape)}")
     if x.device != device:
         raise ValueError(f"{op}: {name} is on {x.device}, {like_name} on {device}; both must be on one device")
 
 
-def like(op: str, name: str, x: object, like_name: str, reference: Tensor) -> Tensor:
+def float_like(op: str, name: str, x: object, like_name: str, reference: Tensor) -> Tensor:
     """A float tensor of `reference`'s shape and device."""
     tensor = float_tensor(op, name, x)
-    same_place(op, name, tensor, like_name, reference.shape, reference.device)
+    same_device_and_shape(op, name, tensor, like_name, reference.shape, reference.device)
     return tensor
+
+
+def deciding(first: Tensor, *others: Tensor | None) -> Tensor:
+    """The tensor whose dtype decides which backend serves a call: one of float64, which no kernel takes, else first."""
+    for x in others:
+        if x is not None and x.dtype == torch.float64:
+            return x
+    return first
 
 
 def bool_mask(op: str, mask: object, like_name: str, shape: Sequence[int], device: torch.device) -> Tensor | None:
@@ -64,7 +74,7 @@ def bool_mask(op: str, mask: object, like_name: str, shape: Sequence[int], devic
         raise TypeError(f"{op}: mask is a {type(mask).__name__}; it takes a bool or 0/1 tensor, or None")
     if mask.is_complex():
         raise TypeError(f"{op}: mask is {mask.dtype}; it takes a bool or 0/1 tensor")
-    same_place(op, "mask", mask, like_name, shape, device)
+    same_device_and_shape(op, "mask", mask, like_name, shape, device)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -108,7 +118,7 @@ def number_or_like(
         return
     float_tensor(op, name, value)
     if value.dim():
-        same_place(op, name, value, like_name, reference.shape, reference.device)
+        same_device_and_shape(op, name, value, like_name, reference.shape, reference.device)
     bounded = low > -math.inf or high < math.inf
     if bounded and value.device.type == "cpu" and readable() and not bool(((value >= low) & (value <= high)).all()):
         raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
@@ -131,7 +141,7 @@ def offsets(op: str, name: str, x: object, like_name: str, device: torch.device)
         raise TypeError(f"{op}: {name} is {x.dtype}; it takes int32 or int64")
     if x.dim() != 1 or x.shape[0] == 0:
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}; it takes [S + 1]")
-    same_place(op, name, x, like_name, x.shape, device)
+    same_device_and_shape(op, name, x, like_name, x.shape, device)
     return x
 
 

@@ -27,7 +27,9 @@ OPS = {
     ),
     "linear_logprobs": Op(
         lambda mask, labels, s, hidden, weight, bias: rk.linear_logprobs(
-            *(hidden, weight, labels),
+            hidden,
+            weight,
+            labels,
             bias=bias,
             mask=mask,
             temperature=0.7 + s,
@@ -39,14 +41,19 @@ OPS = {
     ),
     "linear_logprobs_frozen": Op(
         lambda mask, labels, s, hidden, weight, bias: rk.linear_logprobs(
-            *(hidden, weight, labels), bias=bias, mask=mask, temperature=0.7 + s, softcap=3 + s, with_entropy="detached"
+            hidden, weight, labels, bias=bias, mask=mask, temperature=0.7 + s, softcap=3 + s, with_entropy="detached"
         ),
         ("ntd",),
         ("vd", "v"),
     ),
     "linear_policy_loss": Op(
         lambda mask, labels, s, hidden, weight, bias, old, a: rk.linear_policy_loss(
-            *(hidden, weight, labels, old, a, mask),
+            hidden,
+            weight,
+            labels,
+            old,
+            a,
+            mask,
             clip_low=0.1 + s,
             dual_clip=2 + s,
             entropy_coef=0.1 + s,
@@ -67,7 +74,10 @@ OPS = {
     ),
     "linear_kl": Op(
         lambda mask, labels, s, hidden, weight, bias, other, other_weight: rk.linear_kl(
-            *(hidden, weight, other, other_weight),
+            hidden,
+            weight,
+            other,
+            other_weight,
             bias=bias,
             mask=mask,
             temperature=0.7 + s,
@@ -79,7 +89,7 @@ OPS = {
     ),
     "linear_dpo_loss": Op(
         lambda mask, labels, s, chosen, rejected, weight, a, b: rk.linear_dpo_loss(
-            *(chosen, rejected, weight, labels, labels, a, b, mask, None), beta=0.1 + s, temperature=0.7 + s
+            chosen, rejected, weight, labels, labels, a, b, mask, None, beta=0.1 + s, temperature=0.7 + s
         )[0],
         ("ntd", "ntd", "vd"),
         ("n", "n"),
@@ -111,7 +121,7 @@ OPS = {
     ),
     "ppo_advantages": Op(
         lambda mask, labels, s, lp, ref, r, v: rk.ppo_advantages(
-            *(lp, ref, r, v, mask), kl_coef=s, gamma=1 - s, lam=0.5 + s
+            lp, ref, r, v, mask, kl_coef=s, gamma=1 - s, lam=0.5 + s
         ),
         (),
         ("nt", "nt", "n", "nt"),

@@ -73,10 +73,22 @@ def _launch(
     returns = torch.empty_like(advantages)
     with torch.cuda.device_of(rewards):
         _cuda.gae(
-            *(rewards.data_ptr(), values.data_ptr(), _DTYPES[rewards.dtype]),
-            *(_address(mask), _address(bootstrap), _address(offsets)),
-            *(0 if offsets is None else offsets.element_size(), rows, time, *strides, gamma, lam, masked),
-            *(advantages.data_ptr(), returns.data_ptr(), torch.cuda.current_stream().cuda_stream),
+            rewards.data_ptr(),
+            values.data_ptr(),
+            _DTYPES[rewards.dtype],
+            _address(mask),
+            _address(bootstrap),
+            _address(offsets),
+            0 if offsets is None else offsets.element_size(),
+            rows,
+            time,
+            *strides,
+            gamma,
+            lam,
+            masked,
+            advantages.data_ptr(),
+            returns.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
         )
     return advantages, returns
 

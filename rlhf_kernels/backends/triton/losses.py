@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.backends.triton.common import launch
-
-# 1024 positions over 4 warps; a tile is several blocks, so that partial results stay few. Both fixed: the order of the
-# sums depends on them.
-BLOCK_T = 1024
-TILE = 4096
-NUM_WARPS = 4
-_FIELDS = 8  # partial results of a program, each a row of the workspace
+from rlhf_kernels.backends.triton.loss_tiles import (
+    BLOCK_T,
+    NUM_WARPS,
+    TILE,
+    as_rows,
+    counted,
+    counted_length,
+    divisor_of,
+    finish,
+    largest_of,
+    outputs,
+    row_stride,
+    tile_of_program,
+    total_of,
+)
 
 
 @triton.jit
@@ -41,23 +48,6 @@ def _clamp(x, low, high):
     """NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
-
-
-@triton.jit
-def _counted(mask_ptr, t, end):
-    counted = t < end
-    if mask_ptr is not None:
-        counted = tl.load(mask_ptr + t, mask=counted, other=0) != 0
-    return counted
-
-
-@triton.jit
-def _length(mask_ptr, begin, end, BLOCK_T: tl.constexpr):
-    """Counted positions of a tile, at least 1."""
-    kept = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        kept += _counted(mask_ptr, start + tl.arange(0, BLOCK_T), end).to(tl.float32)
-    return tl.maximum(tl.sum(kept, 0), 1.0)
 
 
 @triton.jit
@@ -102,11 +92,7 @@ def _policy_loss_kernel(
     ROW_MEANS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tiles = tl.cdiv(T, tile)
-    row = (program // tiles).to(tl.int64)
-    begin = (program % tiles) * tile
-    end = tl.minimum(begin + tile, T)
+    row, begin, end = tile_of_program(T, tile)
     new_ptr += row * stride_new
     old_ptr += row * stride_old
     advantages_ptr += row * stride_a
@@ -121,12 +107,12 @@ def _policy_loss_kernel(
     length = 1.0
     mean = 0.0
     if SEQUENCE or ROW_MEANS:
-        length = _length(mask_ptr, begin, end, BLOCK_T)
+        length = counted_length(mask_ptr, begin, end, BLOCK_T)
     if SEQUENCE:
         total = tl.zeros([BLOCK_T], tl.float32)
         for start in range(begin, end, BLOCK_T):
             t = start + lanes
-            keep = _counted(mask_ptr, t, end)
+            keep = counted(mask_ptr, t, end)
             new = tl.load(new_ptr + t, mask=keep, other=0.0).to(tl.float32)
             total += new - tl.load(old_ptr + t, mask=keep, other=0.0).to(tl.float32)
         mean = tl.sum(total, 0) / length
@@ -142,7 +128,7 @@ def _policy_loss_kernel(
     dual_count = tl.zeros([BLOCK_T], tl.int32)
     for start in range(begin, end, BLOCK_T):
         t = start + lanes
-        keep = _counted(mask_ptr, t, end)
+        keep = counted(mask_ptr, t, end)
         advantage = tl.load(advantages_ptr + t, mask=keep, other=0.0).to(tl.float32)
         weight = 1.0
         if weights_ptr is not None:
@@ -173,9 +159,9 @@ def _policy_loss_kernel(
             slope = slope / length
         for start in range(begin, end, BLOCK_T):
             t = start + lanes
-            tl.store(grad_ptr + t, tl.where(_counted(mask_ptr, t, end), slope, 0.0), mask=t < end)
+            tl.store(grad_ptr + t, tl.where(counted(mask_ptr, t, end), slope, 0.0), mask=t < end)
 
-    partials_ptr += program
+    partials_ptr += tl.program_id(0)
     loss = tl.sum(loss_sum, 0)
     ratio = tl.sum(rho_sum, 0)
     largest = tl.where(ratio == ratio, tl.max(rho_max, 0), ratio)  # the maximum may drop NaN
@@ -189,48 +175,18 @@ def _policy_loss_kernel(
     tl.store(partials_ptr + 7 * programs, largest)
 
 
-@triton.jit
-def _total(partials_ptr, programs, BLOCK: tl.constexpr):
-    """Sum of one field over the programs, in float64 and in a fixed order."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, programs, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + i, mask=i < programs, other=0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _largest(partials_ptr, programs, BLOCK: tl.constexpr):
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, programs, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(partials_ptr + i, mask=i < programs, other=0.0))
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def _divisor(denominator_ptr, denominator, tokens):
-    """What the sum of losses is divided by: a tensor's number, a number, or where that is NaN the count."""
-    if denominator_ptr is not None:
-        divisor = tl.load(denominator_ptr).to(tl.float64)
-    else:
-        number = denominator + 0.0 * tokens  # as float64
-        divisor = tl.where(number == number, number, tokens)
-    return divisor
-
-
 @triton.jit(do_not_specialize=["denominator", "programs"])
 def _finish_policy_kernel(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, denominator, programs, BLOCK: tl.constexpr
 ):
-    tokens = tl.maximum(_total(partials_ptr + programs, programs, BLOCK), 1.0)
-    divisor = _divisor(denominator_ptr, denominator, tokens)
-    tl.store(loss_ptr, (_total(partials_ptr, programs, BLOCK) / divisor).to(tl.float32))
+    tokens = tl.maximum(total_of(partials_ptr + programs, programs, BLOCK), 1.0)
+    divisor = divisor_of(denominator_ptr, denominator, tokens)
+    tl.store(loss_ptr, (total_of(partials_ptr, programs, BLOCK) / divisor).to(tl.float32))
     for field in tl.static_range(5):  # approx_kl, the three clip fractions, ratio_mean
-        mean = _total(partials_ptr + (2 + field) * programs, programs, BLOCK) / tokens
+        mean = total_of(partials_ptr + (2 + field) * programs, programs, BLOCK) / tokens
         tl.store(stats_ptr + field, mean.to(tl.float32))
-    ratio = _total(partials_ptr + 6 * programs, programs, BLOCK).to(tl.float32)
-    largest = tl.where(ratio == ratio, _largest(partials_ptr + 7 * programs, programs, BLOCK), ratio)
+    ratio = total_of(partials_ptr + 6 * programs, programs, BLOCK).to(tl.float32)
+    largest = tl.where(ratio == ratio, largest_of(partials_ptr + 7 * programs, programs, BLOCK), ratio)
     tl.store(stats_ptr + 5, largest)
     tl.store(stats_ptr + 6, divisor.to(tl.float32))
 
@@ -256,11 +212,7 @@ def _value_loss_kernel(
     ROW_MEANS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tiles = tl.cdiv(T, tile)
-    row = (program // tiles).to(tl.int64)
-    begin = (program % tiles) * tile
-    end = tl.minimum(begin + tile, T)
+    row, begin, end = tile_of_program(T, tile)
     values_ptr += row * stride_v
     returns_ptr += row * stride_returns
     if old_ptr is not None:
@@ -272,7 +224,7 @@ def _value_loss_kernel(
     lanes = tl.arange(0, BLOCK_T)
     length = 1.0
     if ROW_MEANS:
-        length = _length(mask_ptr, begin, end, BLOCK_T)
+        length = counted_length(mask_ptr, begin, end, BLOCK_T)
 
     loss_sum = tl.zeros([BLOCK_T], tl.float32)
     clipped_count = tl.zeros([BLOCK_T], tl.int32)
@@ -284,7 +236,7 @@ def _value_loss_kernel(
     m2_d = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         t = start + lanes
-        keep = _counted(mask_ptr, t, end)
+        keep = counted(mask_ptr, t, end)
         value = tl.load(values_ptr + t, mask=keep, other=0.0).to(tl.float32)
         target = tl.load(returns_ptr + t, mask=keep, other=0.0).to(tl.float32)
         d = value - target
@@ -311,7 +263,7 @@ def _value_loss_kernel(
         if grad_ptr is not None:
             tl.store(grad_ptr + t, tl.where(keep, slope / length, 0.0), mask=t < end)
 
-    partials_ptr += program
+    partials_ptr += tl.program_id(0)
     loss = 0.5 * tl.sum(loss_sum, 0)
     n = tl.sum(count, 0)
     tl.store(partials_ptr, loss / length if ROW_MEANS else loss)
@@ -354,10 +306,10 @@ def _finish_value_kernel(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, denominator, programs, BLOCK: tl.constexpr
 ):
     count_ptr = partials_ptr + programs
-    tokens = tl.maximum(_total(count_ptr, programs, BLOCK), 1.0)
-    divisor = _divisor(denominator_ptr, denominator, tokens)
-    tl.store(loss_ptr, (_total(partials_ptr, programs, BLOCK) / divisor).to(tl.float32))
-    tl.store(stats_ptr, (_total(partials_ptr + 2 * programs, programs, BLOCK) / tokens).to(tl.float32))
+    tokens = tl.maximum(total_of(count_ptr, programs, BLOCK), 1.0)
+    divisor = divisor_of(denominator_ptr, denominator, tokens)
+    tl.store(loss_ptr, (total_of(partials_ptr, programs, BLOCK) / divisor).to(tl.float32))
+    tl.store(stats_ptr, (total_of(partials_ptr + 2 * programs, programs, BLOCK) / tokens).to(tl.float32))
     spread = _variance_sum(count_ptr, partials_ptr + 3 * programs, programs, tokens, BLOCK)
     left = _variance_sum(count_ptr, partials_ptr + 5 * programs, programs, tokens, BLOCK)
     explained = 1.0 - left / tl.where(spread > 0.0, spread, 1.0)
@@ -382,20 +334,31 @@ def policy_loss(
     """As the CPU backend's; a denominator that is a tensor is read by the kernel, without a sync."""
     T = logprobs.shape[1]
     tile = max(1, T if sequence or row_means else min(T, TILE))
-    new, old, a, w, m = map(_rows, (logprobs, old_logprobs, advantages, weights, mask))
-    loss, stats, grad, partials, programs = _outputs(logprobs, tile, 7, with_grad)
+    new, old, a, w, m = map(as_rows, (logprobs, old_logprobs, advantages, weights, mask))
+    loss, stats, grad, partials, programs = outputs(logprobs, tile, 7, with_grad)
     launch(
         _policy_loss_kernel,
         programs,
-        *(new, old, a, w, m, grad if with_grad else None, partials, low, high, dual_clip),
-        *(_stride(x) for x in (new, old, a, w, m)),
-        *(T, tile, programs),
+        new,
+        old,
+        a,
+        w,
+        m,
+        grad if with_grad else None,
+        partials,
+        low,
+        high,
+        dual_clip,
+        *(row_stride(x) for x in (new, old, a, w, m)),
+        T,
+        tile,
+        programs,
         SEQUENCE=sequence,
         ROW_MEANS=row_means,
         BLOCK_T=BLOCK_T,
         num_warps=NUM_WARPS,
     )
-    _finish(_finish_policy_kernel, partials, denominator, loss, stats, programs)
+    finish(_finish_policy_kernel, partials, denominator, loss, stats, programs)
     return loss, stats, grad
 
 
@@ -412,44 +375,25 @@ def value_loss(
     """As the CPU backend's."""
     T = values.shape[1]
     tile = max(1, T if row_means else min(T, TILE))
-    v, old, target, m = map(_rows, (values, None if math.isinf(clip) else old_values, returns, mask))
-    loss, stats, grad, partials, programs = _outputs(values, tile, 3, with_grad)
+    v, old, target, m = map(as_rows, (values, None if math.isinf(clip) else old_values, returns, mask))
+    loss, stats, grad, partials, programs = outputs(values, tile, 3, with_grad)
     launch(
         _value_loss_kernel,
         programs,
-        *(v, old, target, m, grad if with_grad else None, partials, clip),
-        *(_stride(x) for x in (v, old, target, m)),
-        *(T, tile, programs),
+        v,
+        old,
+        target,
+        m,
+        grad if with_grad else None,
+        partials,
+        clip,
+        *(row_stride(x) for x in (v, old, target, m)),
+        T,
+        tile,
+        programs,
         ROW_MEANS=row_means,
         BLOCK_T=BLOCK_T,
         num_warps=NUM_WARPS,
     )
-    _finish(_finish_value_kernel, partials, denominator, loss, stats, programs)
+    finish(_finish_value_kernel, partials, denominator, loss, stats, programs)
     return loss, stats, grad
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
-def _outputs(x: Tensor, tile: int, stats: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """loss, stats, gradient, workspace of partial results, number of programs."""
-    rows, T = x.shape
-    programs = rows * triton.cdiv(T, tile)
-
-    def new(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    return new(()), new((stats,)), new((rows, T) if with_grad else (0,)), new((_FIELDS, programs)), programs
-
-
-def _finish(
-    kernel: object, partials: Tensor, denominator: float | Tensor, loss: Tensor, stats: Tensor, programs: int
-) -> None:
-    given = denominator if isinstance(denominator, Tensor) else None
-    number = math.nan if isinstance(denominator, Tensor) else denominator
-    launch(kernel, 1, partials, given, loss, stats, number, programs, BLOCK=BLOCK_T, num_warps=NUM_WARPS)

@@ -193,7 +193,10 @@ def whiten_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     launch(
         _whiten_moments_kernel,
         programs,
-        *(x, contiguous(mask), partials, *layout),
+        x,
+        contiguous(mask),
+        partials,
+        *layout,
         STRIDED=strided,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
@@ -217,7 +220,12 @@ def whiten_fwd(
     launch(
         _whiten_apply_kernel,
         triton.cdiv(x.numel(), BLOCK),
-        *(x, contiguous(mask), moments, y, eps, *layout),
+        x,
+        contiguous(mask),
+        moments,
+        y,
+        eps,
+        *layout,
         SHIFT_MEAN=shift_mean,
         STRIDED=strided,
         BLOCK=BLOCK,
@@ -235,12 +243,19 @@ def whiten_bwd(grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, ep
     partials = moments.new_empty(programs, 2)
     means = moments.new_empty(2, dtype=torch.float32)
     options = {"STRIDED": strided, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    launch(_whiten_sums_kernel, programs, *(grad, x, mask, moments, partials, eps, *layout), **options)
-    launch(_merge_sums_kernel, 1, *(partials, moments, means, programs), BLOCK=MERGE_BLOCK, num_warps=NUM_WARPS)
+    launch(_whiten_sums_kernel, programs, grad, x, mask, moments, partials, eps, *layout, **options)
+    launch(_merge_sums_kernel, 1, partials, moments, means, programs, BLOCK=MERGE_BLOCK, num_warps=NUM_WARPS)
     launch(
         _whiten_bwd_kernel,
         programs,
-        *(grad, x, mask, moments, means, grad_x, eps, *layout),
+        grad,
+        x,
+        mask,
+        moments,
+        means,
+        grad_x,
+        eps,
+        *layout,
         SHIFT_MEAN=shift_mean,
         **options,
     )

@@ -203,7 +203,7 @@ def _check_labels(op: str, labels: object, shape: torch.Size, device: torch.devi
     if not isinstance(labels, Tensor) or labels.dtype not in validate.INTS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{op}: labels is {got}; it takes an int64 or int32 tensor")
-    validate.same_place(op, "labels", labels, "hidden", shape, device)
+    validate.same_device_and_shape(op, "labels", labels, "hidden", shape, device)
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
@@ -216,10 +216,10 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
             f"{op}: weight has shape {list(weight.shape)}; with hidden {list(hidden.shape)} it takes "
             f"[V, {hidden.shape[-1]}] with V >= 1"
         )
-    validate.same_place(op, "weight", weight, "hidden", weight.shape, hidden.device)
+    validate.same_device_and_shape(op, "weight", weight, "hidden", weight.shape, hidden.device)
     if bias is not None:
         validate.float_tensor(op, "bias", bias)
-        validate.same_place(op, "bias", bias, "weight", weight.shape[:1], hidden.device)
+        validate.same_device_and_shape(op, "bias", bias, "weight", weight.shape[:1], hidden.device)
     if not torch.is_autocast_enabled(hidden.device.type):
         for name, x in (("weight", weight), ("bias", bias)):
             if x is not None and x.dtype != hidden.dtype:
@@ -247,8 +247,8 @@ def _low_rank(
         if a.dim() != 2 or a.shape[0] == 0:
             raise ValueError(f"{op}: lora A has shape {list(a.shape)}; it takes [r, D] with r >= 1")
         validate.float_tensor(op, "lora B", b)
-        validate.same_place(op, "lora A", a, "weight", (a.shape[0], width), weight.device)
-        validate.same_place(op, "lora B", b, "lora A and weight", (vocab, a.shape[0]), weight.device)
+        validate.same_device_and_shape(op, "lora A", a, "weight", (a.shape[0], width), weight.device)
+        validate.same_device_and_shape(op, "lora B", b, "lora A and weight", (vocab, a.shape[0]), weight.device)
         validate.number(op, "lora scale", scale)
     scaled = [a if scale == 1 else a * scale for a, _, scale in triples]
     if len(triples) == 1:

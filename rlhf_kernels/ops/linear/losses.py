@@ -1,4 +1,4 @@
-"""Losses straight from hidden states: linear_policy_loss, linear_cross_entropy, linear_dpo_loss.
+"""Losses straight from hidden states: linear_policy_loss, linear_cross_entropy.
 
 What a token's loss adds to the gradient is known as soon as its row's softmax is, so a chunk forms its gradients while
 its logits are at hand: three GEMMs in all, and a row whose gradient is zero takes columns in the first alone.
@@ -19,12 +19,11 @@ from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wa
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.logprobs import graph_is_kept, logprobs_of
+from rlhf_kernels.ops.linear.token_terms import token_terms, token_weights
 from rlhf_kernels.ops.losses import Aggregate, check_aggregate
-from rlhf_kernels.ops.preference import checked_dpo_loss
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
 from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference import losses as reference_losses
-from rlhf_kernels.reference.common import EXPONENT_LIMIT, exp_minus_one_minus
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,12 +112,30 @@ def linear_policy_loss(
 
     def from_logprobs(logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = reference_losses.policy_loss(
-            *(logprobs, old_logprobs, advantages, mask, clip_low, clip_high),
-            *(dual_clip, ratio, importance_weights, aggregate, denominator),
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low,
+            clip_high,
+            dual_clip,
+            ratio,
+            importance_weights,
+            aggregate,
+            denominator,
         )
         return reference.regularised(
-            *(loss, stats, logprobs, entropy, ref_logprobs, mask),
-            *(entropy_coef, kl_coef, kl_estimator, aggregate, denominator),
+            loss,
+            stats,
+            logprobs,
+            entropy,
+            ref_logprobs,
+            mask,
+            entropy_coef,
+            kl_coef,
+            kl_estimator,
+            aggregate,
+            denominator,
         )
 
     if ratio == "sequence" or dispatch.select_backend(OP, call.hidden) is None:
@@ -197,111 +214,11 @@ def linear_cross_entropy(
     return _swept(call, per_row=factor, scalars=none, kind="nll", with_entropy=False)[0]
 
 
-def linear_dpo_loss(
-    chosen_hidden: Tensor,
-    rejected_hidden: Tensor,
-    weight: Tensor,
-    chosen_labels: Tensor,
-    rejected_labels: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_mask: Tensor | None = None,
-    rejected_mask: Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    kind: Literal["sigmoid", "ipo"] = "sigmoid",
-    label: float | Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
-    length_normalised: bool = False,
-    bias: Tensor | None = None,
-    lora: Lora | Sequence[Lora] | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    workspace: int = DEFAULT_WORKSPACE,
-    process_group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct preference optimisation from hidden states: `dpo_loss` of the answers' summed `linear_logprobs`.
-
-    The two sides may differ in length. A token's gradient needs the sums of its pair, so the logits are made twice.
-
-    Args:
-        chosen_hidden, rejected_hidden: [M, T, D] and [M, T', D], the policy's hidden states.
-        weight, bias, lora, temperature, softcap, logit_scale, workspace, process_group: the head, as in
-            `linear_logprobs`.
-        chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
-        ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
-        chosen_mask, rejected_mask: true at the answer's tokens; others (the prompt) cost nothing.
-        beta, label_smoothing, kind, label, reduction: as in `dpo_loss`.
-        length_normalised: take means instead of sums over an answer's tokens (IPO as TRL has it, SimPO's reward).
-
-    Returns:
-        (loss, chosen_rewards, rejected_rewards), as `dpo_loss`.
-
-    Raises:
-        TypeError, ValueError, IndexError: as `linear_logprobs` and `dpo_loss`.
-    """
-    sums = []
-    for side, hidden, labels, mask in (
-        ("chosen", chosen_hidden, chosen_labels, chosen_mask),
-        ("rejected", rejected_hidden, rejected_labels, rejected_mask),
-    ):
-        op = f"linear_dpo_loss ({side})"
-        call = prepare(
-            op,
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            lora=lora,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            mask=mask,
-            workspace=workspace,
-            process_group=process_group,
-        )
-        if labels.dim() != 2:
-            raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
-        logprobs, _ = logprobs_of(call, False)
-        total = logprobs.sum(-1)
-        if length_normalised:
-            total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))
-        sums.append(total)
-    return checked_dpo_loss(
-        "linear_dpo_loss",
-        policy_chosen=sums[0],
-        policy_rejected=sums[1],
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        kind=kind,
-        label=label,
-        reduction=reduction,
-    )
-
-
 def _per_token(op: str, labels: Tensor, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None or name in ("old_logprobs", "advantages"):
             tensor = validate.float_tensor(op, name, x)
-            validate.same_place(op, name, tensor, "labels", labels.shape, labels.device)
-
-
-def token_weights(mask: Tensor | None, labels: Tensor, mode: str, denominator: float | Tensor | None) -> Tensor:
-    """Of labels' shape, fp32: what a counted token's loss is multiplied by in the aggregate."""
-    ones = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
-    if mode == "token-sum":
-        return ones
-    if mode == "seq-mean-token-mean":
-        ones = ones / (labels.shape[1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1))
-    if denominator is None:
-        tokens = labels.numel() if mask is None else mask.sum()
-        count = tokens if mode == "token-mean" else labels.shape[0]
-        denominator = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-    return ones / denominator
+            validate.same_device_and_shape(op, name, tensor, "labels", labels.shape, labels.device)
 
 
 def _swept(
@@ -409,48 +326,3 @@ def _add_gradient(
             if g_entropy is not None:
                 g_entropy, entropy = g_entropy[kept], entropy[kept]
     gradients.add(chunk, sweep.gradient_tiles(chunk, sweep.coefficients(chunk, g, g_entropy, stats, entropy)))
-
-
-def token_terms(
-    logprobs: Tensor, entropy: Tensor, per_row: Tensor, scalars: list[float], kind: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each row's part of the loss and its gradient by the row's logprob and entropy, [R] each.
-
-    kind "nll": per_row holds the row's weight. "policy": old logprob, advantage, weight of the clipped loss, weight of
-    the other terms, and a reference logprob if an estimator of the KL follows the word.
-    """
-    if kind == "nll":
-        return -per_row[0] * logprobs, -per_row[0], None
-    old, advantage, weight, weight_rest, ref = per_row
-    clip_low, clip_high, dual_clip, entropy_coef, kl_coef = scalars
-    log_ratio = logprobs - old
-    rho = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
-    unclipped, clipped = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
-    flat = clipped < unclipped
-    loss = -torch.where(flat, clipped, unclipped)
-    if dual_clip != float("inf"):
-        dual = (advantage < 0) & (loss > -dual_clip * advantage)
-        loss, flat = torch.where(dual, -dual_clip * advantage, loss), flat | dual
-    g = torch.where(flat | (log_ratio.abs() > EXPONENT_LIMIT), 0.0, -unclipped) * weight
-    loss = loss * weight
-    g_entropy = None
-    if entropy.numel() or entropy_coef != 0:
-        loss = loss - entropy_coef * weight_rest * entropy
-        g_entropy = -entropy_coef * weight_rest
-    if kind != "policy":
-        kl, slope = kl_and_slope(logprobs - ref, kind.removeprefix("policy "))
-        loss = loss + kl_coef * weight_rest * kl
-        g = g + kl_coef * weight_rest * slope
-    return loss, g, g_entropy
-
-
-def kl_and_slope(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """per_token_kl's estimator at d = logprobs - ref_logprobs, and its derivative."""
-    if estimator == "k1":
-        return d, torch.ones_like(d)
-    if estimator == "abs":
-        return d.abs(), d.sign()
-    if estimator == "k2":
-        return d * (d / 2), d
-    inside = d.abs() <= EXPONENT_LIMIT
-    return exp_minus_one_minus(-d), torch.where(inside, -torch.expm1(-d), 1.0)
