@@ -142,10 +142,10 @@ class ModelHead:
 
     def _check(self, found: list[float]) -> None:
         for scale in self._candidates:
-            expected = torch.tensor(_PROBES, dtype=torch.float64) * scale
+            expected = torch.tensor(_PROBES, dtype=torch.float64, device="cpu") * scale
             if self.softcap is not None:
                 expected = self.softcap * torch.tanh(expected / self.softcap)
-            if torch.allclose(expected, torch.tensor(found, dtype=torch.float64), rtol=0.02):
+            if torch.allclose(expected, torch.tensor(found, dtype=torch.float64, device="cpu"), rtol=0.02):
                 self.logit_scale = scale
                 return
         raise ValueError(
@@ -253,10 +253,10 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, T
                 bias = shift if bias is None else bias + shift
             lora.append((a.weight, b.weight, scale))
         return weight, bias, lora
-    weight = getattr(layer, "weight", torch.empty(0))
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    found: Any = getattr(layer, "weight", None)
+    if not isinstance(found, Tensor) or found.dim() != 2:
         raise TypeError(f"head_of: the output layer is a {type(layer).__name__}; it takes one with a weight [V, D]")
-    return weight, getattr(layer, "bias", None), []
+    return found, getattr(layer, "bias", None), []
 
 
 def _sharded_as(weight: Any, bias: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def sample_tokens(
     if top_p is not None:
         validate.number(OP, "top_p", top_p, above=0, high=1)
     if uniform is None:
-        numbers = _uniform(generator, seed, shape.numel(), logits.device)
+        numbers = _uniform(generator, seed, math.prod(shape), logits.device)
     elif generator is None and seed is None:
         numbers = _given(uniform, shape, logits, mask)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -79,12 +80,12 @@ def gae(
         wide = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
         rewards, values = rewards.to(wide), values.to(wide)
     if cu_seqlens is None:
-        batch = sequences.numel()
+        batch = math.prod(sequences)
         rewards, values = rewards.reshape(batch, time), values.reshape(batch, time)
         mask = None if mask is None else mask.reshape(batch, time)
 
     kernel = dispatch.select_backend(OP if cu_seqlens is None else PACKED, rewards)
-    if kernel is None and not torch.compiler.is_compiling():
+    if kernel is None and not _is_traced(rewards):
         advantages, returns = _plain(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, masked)
     else:
         if kernel is not None and bootstrap is not None:
@@ -94,6 +95,11 @@ def gae(
             rewards, values, mask, bootstrap, cu_seqlens, *scalars, MASKED.index(masked), kernel is None
         )
     return advantages.view(shape), returns.view(shape)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether only shapes are wanted: the reference, which loops over T, then stands behind a registered op."""
+    return torch.compiler.is_compiling() or not (validate.readable(x) or dispatch.transformed())
 
 
 @torch.library.custom_op("rlhf_kernels::gae", mutates_args=())
@@ -204,7 +210,7 @@ def ppo_advantages(
     scores = scores.detach().to(dtype if dtype == torch.float64 else torch.float32)
     tensors = logprobs, ref_logprobs, scores, values
     kernel = dispatch.select_backend(PPO, logprobs)
-    if kernel is None and not torch.compiler.is_compiling():
+    if kernel is None and not _is_traced(logprobs):
         return reference.ppo_advantages(*tensors, mask, kl_coef, gamma, lam, eps)
     scalars = (validate.runtime_scalar(x) for x in (kl_coef, gamma, lam))
     return _ppo_advantages(*tensors, mask, *scalars, eps, kernel is None)

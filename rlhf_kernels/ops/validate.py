@@ -22,16 +22,18 @@ def checks_forced() -> bool:
     return os.environ.get("RLHF_KERNELS_CHECK", "0") not in ("", "0")
 
 
-def readable() -> bool:
-    """Whether a tensor has values here: not in a trace, and not in torch.func's transforms."""
-    return not torch.compiler.is_compiling() and not dispatch.transformed()
+def readable(x: Tensor) -> bool:
+    """Whether x has values to look at: not on meta, and not in a trace, a fake tensor or torch.func's transforms."""
+    if torch.compiler.is_compiling() or dispatch.transformed() or x.device.type == "meta":
+        return False
+    return type(x) is Tensor or type(x) is Parameter or not hasattr(x, "fake_mode")
 
 
 def is_eager(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether every tensor is a plain one, and no tracer or mode looks at the ops that are called."""
+    """Whether every tensor is a plain one with memory, and no tracer or mode looks at the ops that are called."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+    return all(x is None or (type(x) in (Tensor, Parameter) and x.device.type != "meta") for x in tensors)
 
 
 def float_tensor(op: str, name: str, x: object) -> Tensor:
@@ -120,7 +122,12 @@ def number_or_like(
     if value.dim():
         same_device_and_shape(op, name, value, like_name, reference.shape, reference.device)
     bounded = low > -math.inf or high < math.inf
-    if bounded and value.device.type == "cpu" and readable() and not bool(((value >= low) & (value <= high)).all()):
+    if (
+        bounded
+        and value.device.type == "cpu"
+        and readable(value)
+        and not bool(((value >= low) & (value <= high)).all())
+    ):
         raise ValueError(f"{op}: {name} holds a value outside [{low}, {high}]")
 
 

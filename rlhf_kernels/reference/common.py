@@ -16,6 +16,11 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Under autocast there; a device that knows none (meta) never is."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def saturating_cast(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """`grad` rounded to `dtype`; a finite one beyond its range becomes its largest number.
 

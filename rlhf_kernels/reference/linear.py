@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from rlhf_kernels.reference import logits as logits_family
 from rlhf_kernels.reference import losses
-from rlhf_kernels.reference.common import masked_mean, select, upcast
+from rlhf_kernels.reference.common import autocast_enabled, masked_mean, select, upcast
 from rlhf_kernels.reference.tokens import per_token_kl
 
 
@@ -28,7 +30,9 @@ def head_logits(
     hidden = upcast(hidden)
     if mask is not None:
         hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-    with torch.autocast(hidden.device.type, enabled=False):  # the caller has cast what is to be cast
+    # The caller has cast what is to be cast.
+    device = hidden.device
+    with torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext():
         logits = hidden @ upcast(weight).T
         if lora_a is not None and lora_b is not None:
             logits = logits + hidden @ lora_a.to(hidden.dtype).T @ lora_b.to(hidden.dtype).T

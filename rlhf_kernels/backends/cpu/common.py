@@ -39,7 +39,7 @@ def address(x: Tensor | None) -> int:
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """A contiguous tensor for a kernel to fill; a large one in huge pages, which fault in four times as fast."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     if out.nbytes >= _HUGE_BYTES:
         _native.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out

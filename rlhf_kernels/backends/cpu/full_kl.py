@@ -26,8 +26,8 @@ def full_kl_fwd(
     jsd KL(pi || m).
     """
     rows = logits.shape[0] * logits.shape[1]
-    kl = torch.empty(rows, dtype=torch.float32)
-    stats = torch.empty((rows, 5), dtype=torch.float32)
+    kl = torch.empty(rows, dtype=torch.float32, device="cpu")
+    stats = torch.empty((rows, 5), dtype=torch.float32, device="cpu")
     logits, ref_logits = last_contiguous(logits), last_contiguous(ref_logits)
     mask, row_temperature = contiguous(mask), contiguous(row_temperature)
     _native.full_kl_fwd(

@@ -24,9 +24,9 @@ def selected_logprobs_fwd(
     Raises IndexError at an unmasked label outside [0, V). Logits whose last dimension is strided are copied once.
     """
     rows = labels.shape[0]
-    logprobs = torch.empty(rows, dtype=torch.float32)
-    entropy = torch.empty(rows if with_entropy else 0, dtype=torch.float32)
-    stats = torch.empty((rows, 2), dtype=torch.float32)
+    logprobs = torch.empty(rows, dtype=torch.float32, device="cpu")
+    entropy = torch.empty(rows if with_entropy else 0, dtype=torch.float32, device="cpu")
+    stats = torch.empty((rows, 2), dtype=torch.float32, device="cpu")
     logits, labels = last_contiguous(logits), labels.contiguous()
     mask, row_temperature = contiguous(mask), contiguous(row_temperature)
     bad = _native.selected_logprobs_fwd(

@@ -128,5 +128,7 @@ def _matrix(x: Tensor | None) -> tuple[int, int, int]:
 def _outputs(rows: int, time: int, stats: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """loss, stats and gradient, to be filled."""
     dtype = torch.float32
-    grad = torch.empty(rows, time, dtype=dtype) if with_grad else torch.empty(0, dtype=dtype)
-    return torch.empty((), dtype=dtype), torch.empty(stats, dtype=dtype), grad
+    grad = (
+        torch.empty(rows, time, dtype=dtype, device="cpu") if with_grad else torch.empty(0, dtype=dtype, device="cpu")
+    )
+    return torch.empty((), dtype=dtype, device="cpu"), torch.empty(stats, dtype=dtype, device="cpu"), grad

@@ -24,8 +24,8 @@ def sample_tokens(
     once.
     """
     outer, inner, vocab = logits.shape
-    tokens = torch.empty(outer * inner, dtype=torch.int64)
-    logprobs = torch.empty(outer * inner, dtype=torch.float32)
+    tokens = torch.empty(outer * inner, dtype=torch.int64, device="cpu")
+    logprobs = torch.empty(outer * inner, dtype=torch.float32, device="cpu")
     logits, uniform = last_contiguous(logits), uniform.contiguous()
     mask, row_temperature = contiguous(mask), contiguous(row_temperature)
     _native.sample_tokens(

@@ -24,8 +24,8 @@ def gae(
     masked: 0 skip, 1 stop, 2 zero.
     """
     batch, time = rewards.shape
-    advantages = torch.empty((batch, time), dtype=torch.float32)
-    returns = torch.empty((batch, time), dtype=torch.float32)
+    advantages = torch.empty((batch, time), dtype=torch.float32, device="cpu")
+    returns = torch.empty((batch, time), dtype=torch.float32, device="cpu")
     rewards, values, bootstrap = last_contiguous(rewards), last_contiguous(values), contiguous(bootstrap)
     mask = None if mask is None else last_contiguous(mask)
     _native.gae(
@@ -63,8 +63,8 @@ def gae_packed(
 
     Raises ValueError where cu_seqlens does not run from 0 to total or falls. masked: 0 skip, 1 stop, 2 zero.
     """
-    advantages = torch.empty(rewards.shape, dtype=torch.float32)
-    returns = torch.empty(rewards.shape, dtype=torch.float32)
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device="cpu")
+    returns = torch.empty(rewards.shape, dtype=torch.float32, device="cpu")
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous()
     mask, bootstrap = contiguous(mask), contiguous(bootstrap)
     total, sequences = rewards.numel(), cu_seqlens.numel() - 1
@@ -109,8 +109,8 @@ def ppo_advantages(
     eps: added to the variance of whitened advantages, None: not whitened.
     """
     batch, time = logprobs.shape
-    advantages, returns, kl = (torch.empty((batch, time), dtype=torch.float32) for _ in range(3))
-    moments = None if eps is None else torch.empty((batch, 3), dtype=torch.float64)
+    advantages, returns, kl = (torch.empty((batch, time), dtype=torch.float32, device="cpu") for _ in range(3))
+    moments = None if eps is None else torch.empty((batch, 3), dtype=torch.float64, device="cpu")
     logprobs, ref_logprobs, scores = last_contiguous(logprobs), last_contiguous(ref_logprobs), scores.contiguous()
     values, mask = last_contiguous(values), last_contiguous(mask)
     _native.ppo_advantages(
@@ -136,6 +136,6 @@ def ppo_advantages(
         torch.get_num_threads(),
     )
     if moments is not None and eps is not None:
-        merged = torch.empty(3, dtype=torch.float64)
+        merged = torch.empty(3, dtype=torch.float64, device="cpu")
         whiten_into(advantages, mask=mask, parts=moments, moments=merged, eps=eps, keep_mean=False, y=advantages)
     return advantages, returns, kl

@@ -13,9 +13,9 @@ _CHUNK = 1024  # elements of a partial result: kElements in csrc/bind/tokens.cpp
 
 def whiten_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """x, mask [...] -> [3] float64: count, mean and sum of squared distances to it, of what counts."""
-    moments = torch.zeros(3, dtype=torch.float64)
+    moments = torch.zeros(3, dtype=torch.float64, device="cpu")
     if x.numel():
-        partials = torch.empty((-(-x.numel() // _CHUNK), 3), dtype=torch.float64)
+        partials = torch.empty((-(-x.numel() // _CHUNK), 3), dtype=torch.float64, device="cpu")
         x, x_columns, x_stride = flat_rows(x)
         mask, mask_columns, mask_stride = _flat_mask(mask, x.numel())
         _native.whiten_moments(
@@ -38,7 +38,7 @@ def whiten_fwd(
     x: Tensor, mask: Tensor | None, parts: Tensor | None, eps: float, shift_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """x, mask [...] -> x whitened [...] float32, and moments [3] float64; those of `parts` [R, 3] merged, if given."""
-    moments = whiten_moments(x, mask) if parts is None else torch.empty(3, dtype=torch.float64)
+    moments = whiten_moments(x, mask) if parts is None else torch.empty(3, dtype=torch.float64, device="cpu")
     y = empty(x.shape)
     whiten_into(x, mask=mask, parts=contiguous(parts), moments=moments, eps=eps, keep_mean=not shift_mean, y=y)
     return y, moments
@@ -85,7 +85,7 @@ def whiten_bwd(grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, ep
     grad_x = empty_like(x)
     if x.numel():
         grad, keep_mean = grad.contiguous(), not shift_mean
-        partials = torch.empty((-(-x.numel() // _CHUNK), 2), dtype=torch.float64)
+        partials = torch.empty((-(-x.numel() // _CHUNK), 2), dtype=torch.float64, device="cpu")
         x, x_columns, x_stride = flat_rows(x)
         mask, mask_columns, mask_stride = _flat_mask(mask, x.numel())
         _native.whiten_bwd(

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_kernels.ops import rows, validate
 from rlhf_kernels.ops.linear.chunks import ChunkedHead
 from rlhf_kernels.ops.linear.shards import local, shard
+from rlhf_kernels.reference.common import autocast_enabled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -220,7 +221,7 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     if bias is not None:
         validate.float_tensor(op, "bias", bias)
         validate.same_device_and_shape(op, "bias", bias, "weight", weight.shape[:1], hidden.device)
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast_enabled(hidden.device):
         for name, x in (("weight", weight), ("bias", bias)):
             if x is not None and x.dtype != hidden.dtype:
                 raise TypeError(
@@ -258,8 +259,7 @@ def _low_rank(
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As torch.nn.functional.linear: all in autocast's dtype; float64 stays."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not autocast_enabled(hidden.device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

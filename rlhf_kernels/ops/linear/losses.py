@@ -259,7 +259,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
     A second tensor of the weight's size would be more than the forward's whole workspace.
     """
-    if torch.compiler.is_compiling() or graph_is_kept():
+    if not validate.is_eager([grad, factor]) or graph_is_kept():
         return grad * factor.to(grad.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return grad
