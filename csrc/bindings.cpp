@@ -50,6 +50,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", &rk::isa);
   m.def("available_isas", &rk::available_isas);
   m.def("set_isa", &rk::set_isa, py::arg("name"));
+  m.def("has_bfloat_pairs", &rk::has_bfloat_pairs);
   m.def("advise_huge_pages", &advise_huge_pages, rk::NoGil(), py::arg("address"), py::arg("bytes"));
   for (const auto add : registered()) add(m);
 }

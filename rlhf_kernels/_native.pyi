@@ -79,6 +79,7 @@ def gae_packed(
     threads: int,
     /,
 ) -> int: ...
+def has_bfloat_pairs() -> bool: ...
 def isa() -> str: ...
 def linear_gradient(
     *,
@@ -107,6 +108,25 @@ def loss_bwd(
     dtype: int,
     threads: int,
     /,
+) -> None: ...
+def matmul(
+    *,
+    a: int,
+    a_dtype: int,
+    a_row: int,
+    a_column: int,
+    b: int,
+    b_dtype: int,
+    b_row: int,
+    b_column: int,
+    c: int,
+    c_row: int,
+    m: int,
+    n: int,
+    k: int,
+    accumulate: bool,
+    pairs: bool,
+    threads: int,
 ) -> None: ...
 def online_softmax_update(
     *,

@@ -140,7 +140,7 @@ def test_long_calls_take_keywords_alone(function: str) -> None:
 
 
 def test_which_functions_take_keywords() -> None:
-    families = ("full_kl", "linear", "online_softmax", "selected_logprobs", "sample_tokens")
+    families = ("full_kl", "linear", "matmul", "online_softmax", "selected_logprobs", "sample_tokens")
     for name in FUNCTIONS:
         assert (name in KEYWORDS) == name.startswith(families), name
 

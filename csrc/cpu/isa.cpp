@@ -53,6 +53,14 @@ const std::string& isa() { return chosen->name; }
 
 int isa_index() { return chosen->index; }
 
+bool has_bfloat_pairs() {
+#ifdef RK_AVX512BF16
+  return chosen->name == "x86-64-v4" && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void set_isa(const std::string& name) {
   std::string takes;
   for (const Isa& isa : isas()) {

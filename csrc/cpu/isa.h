@@ -17,4 +17,7 @@ void set_isa(const std::string& name);
 // Its place among those that this build has, narrowest first: x86_64_v2, v3, v4, or baseline alone.
 int isa_index();
 
+// Whether the chosen instruction set's CPU multiplies pairs of bfloat16 (AVX512_BF16).
+bool has_bfloat_pairs();
+
 }  // namespace rk
