@@ -30,7 +30,11 @@ class Kernels(NamedTuple):
 
 _BOTH = ("triton", "cpu")
 _ALL = ("triton", "cuda", "cpu")
-_LINEAR = Kernels("linear", _BOTH, ("allocate", "online_softmax_update", "linear_gradient", "product_dtype"))
+_LINEAR = Kernels(
+    "linear",
+    _BOTH,
+    ("allocate", "logits_dtype", "products_are_invariant", "fp32_product", "online_softmax_update", "linear_gradient"),
+)
 # Every op with kernels is one line here; what is not here, the reference serves.
 OPS = {
     "full_kl": Kernels("full_kl", _BOTH, ("full_kl_fwd", "full_kl_bwd")),

@@ -109,7 +109,7 @@ def layout(x: Tensor) -> tuple[list[int], bool]:
 def measured(op: str, dtype: str, products: str, *sizes: str) -> list[Any]:
     """[bytes, the layouts and dtype of every product that was made]."""
     N, V, D, workspace = map(int, sizes)
-    dispatch.backend_module("cpu").product_dtype = lambda _: getattr(torch, products)
+    dispatch.backend_module("cpu").logits_dtype = lambda *_: getattr(torch, products)
     prepare()
 
     def matrix(rows: int) -> Tensor:

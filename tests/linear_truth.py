@@ -19,6 +19,7 @@ class Case(NamedTuple):
     temperature: float | Tensor = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    logits_dtype: torch.dtype | None = torch.float32
 
 
 def upstream(shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -51,13 +52,15 @@ def logprobs(case: Case, g: Tensor, g_entropy: Tensor) -> list[Tensor]:
 
 
 def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
-    """As models write it: the head in the tensors' own dtype."""
+    """As careful people write it: the head in float32; as models do with logits_dtype None: in its own dtype."""
+    if case.logits_dtype is not None:
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     z = torch.nn.functional.linear(hidden, weight, bias) * case.logit_scale
     return z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
 
 
 def plain_logprobs_errors(case: Case, g: Tensor, g_entropy: Tensor) -> list[float]:
-    """Largest errors of logprobs, entropy, dH, dW, db as people write them, the head in its own dtype, then fp32.
+    """Largest errors of logprobs, entropy, dH, dW, db as people write them: the head as `plain_logits`, then fp32.
 
     Over several slightly scaled hidden states, because one draw of rounding errors in a few rows may be lucky.
     """

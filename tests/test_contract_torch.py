@@ -65,7 +65,7 @@ def _head_inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[objec
     lora_a, lora_b = (x.to(device).requires_grad_() for x in (normal(2, weight.shape[1]), normal(weight.shape[0], 2)))
     row_temperature, one = torch.linspace(0.5, 2, 6, device=device), torch.ones((), dtype=torch.float64)
     head = (hidden, weight, bias, lora_a, lora_b, labels.flatten(), mask.flatten())
-    return *head, one, row_temperature, 3 * one, one, 0, weight.shape[0], "", False, 500
+    return *head, one, row_temperature, 3 * one, one, True, 0, weight.shape[0], "", False, 500
 
 
 @pytest.mark.parametrize("kind", ["policy k3", "nll"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import edge_cases
 import linear_truth
 import pytest
@@ -12,6 +15,7 @@ from linear_truth import Case
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_kernels import dispatch
 from rlhf_kernels.ops.linear.chunks import ChunkedHead
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,6 +52,7 @@ def run(backend: Backend, case: Case, mask: Tensor | None = None, **options) -> 
         temperature=temperature.to(backend.device) if isinstance(temperature, Tensor) else temperature,
         softcap=case.softcap,
         logit_scale=case.logit_scale,
+        logits_dtype=case.logits_dtype,
         with_entropy=True,
         **options,
     )
@@ -234,10 +239,18 @@ def _seven_rows(backend: Backend, wanted: str, rows: int = 7) -> tuple[dict[str,
 
 def noted_products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     products: list[object] = []
-    for name in ("mm", "addmm"):
-        function = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, f=function, **kwargs: products.append(f) or f(*args, **kwargs))
+    for module, name in product_functions():
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=function, **kwargs: products.append(f) or f(*args, **kwargs))
     return products
+
+
+def product_functions() -> list[tuple[Any, str]]:
+    """What multiplies matrices in the linear family: torch, and the native module."""
+    found: list[tuple[Any, str]] = [(torch, "mm"), (torch, "addmm")]
+    if dispatch.available()["cpu"] is None:
+        found.append((importlib.import_module("rlhf_kernels._native"), "matmul"))
+    return found
 
 
 def test_rows_that_count_decide_whether_logits_are_kept(

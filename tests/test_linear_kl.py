@@ -39,7 +39,7 @@ def truth_of(case: Case, other: Case, direction: str, g: Tensor) -> list[Tensor]
 
 
 def plain_errors(case: Case, other: Case, direction: str, g: Tensor) -> list[float]:
-    """Largest errors of KL, dH, dW, db as people write them: heads in their own dtype, fp32 log_softmax, autograd."""
+    """Largest errors of KL, dH, dW, db as people write them: heads as `plain_logits`, fp32 log_softmax, autograd."""
     worst = torch.zeros(4, dtype=torch.float64)
     for step in range(16):
         a, b = (x._replace(hidden=(x.hidden * (1 - step / 64)).to(x.hidden.dtype)) for x in (case, other))
@@ -73,6 +73,7 @@ def check(
         temperature=case.temperature,
         softcap=case.softcap,
         logit_scale=case.logit_scale,
+        logits_dtype=case.logits_dtype,
         mask=None if mask is None else mask.to(backend.device),
         **options,
     )

@@ -12,6 +12,7 @@ from test_linear import head
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_kernels import dispatch
 
 B, T, D, V = 3, 6, 16, 70
 
@@ -52,6 +53,7 @@ def call(backend: Backend, data: Rollout, leaves: list[Tensor], **options) -> tu
 
     arguments = map(moved, (data.labels, data.old, data.advantages, data.mask))
     head_options = {"bias": leaves[2], "softcap": data.case.softcap, "logit_scale": data.case.logit_scale}
+    head_options["logits_dtype"] = data.case.logits_dtype
     options = {name: moved(x) for name, x in {**head_options, **options}.items()}
     return rk.linear_policy_loss(*leaves[:2], *arguments, **options)
 
@@ -202,8 +204,11 @@ def test_rows_without_gradient_skip_the_backward_products(monkeypatch: pytest.Mo
     data.advantages = torch.zeros(B, T)
     data.advantages[0, 1], data.advantages[2, 3] = 1.0, -1.0
     shapes = []
-    plain = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **out: shapes.append((a.shape, b.shape)) or plain(a, b, **out))
+    module = dispatch.backend_module("cpu")
+    plain = module.fp32_product
+    monkeypatch.setattr(
+        module, "fp32_product", lambda a, b, **options: shapes.append((a.shape, b.shape)) or plain(a, b, **options)
+    )
     backend = Backend("cpu", "cpu")
     leaves = leaves_of(backend, data)
     with rk.use_backend("cpu"):

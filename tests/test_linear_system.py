@@ -60,7 +60,7 @@ CASES = {
     "jsd of a shard": Peak("sharded_jsd", "float32", 400, 32001, 8, 64 << 10),  # 89 MiB: its terms in float64
     "kl, 16-bit": Peak("kl", "bfloat16", 800, 16032, 128, 4 << 10, True),
 }
-# 16-bit matrices are multiplied as such or widened, whatever this CPU would do.
+# Products of 16-bit matrices are rounded or stay float32, whatever this CPU would do.
 PEAKS = {(name, products): case for name, case in CASES.items() for products in sorted({case.dtype, "float32"})}
 
 

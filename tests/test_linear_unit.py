@@ -27,6 +27,7 @@ def frozen(backend: Backend, case: Case, mask: Tensor | None = None, **options) 
         temperature=temperature.to(backend.device) if isinstance(temperature, Tensor) else temperature,
         softcap=case.softcap,
         logit_scale=case.logit_scale,
+        logits_dtype=case.logits_dtype,
         mask=None if mask is None else mask.to(backend.device),
         **options,
     )

@@ -45,7 +45,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool, seed:
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
 def test_against_float64(isa: str, m: int, n: int, k: int) -> None:
     from rlhf_kernels import _native
-    from rlhf_kernels.backends.cpu.matmul import matmul
+    from rlhf_kernels.backends.cpu.linear import fp32_product
 
     for a_dtype, b_dtype, a_turned, b_turned in itertools.product(DTYPES, DTYPES, (False, True), (False, True)):
         a, b = _matrix(m, k, a_dtype, a_turned, 0), _matrix(k, n, b_dtype, b_turned, 1)
@@ -53,7 +53,7 @@ def test_against_float64(isa: str, m: int, n: int, k: int) -> None:
             memory = torch.full((m + 1, n + 3), 7.0)
             out, before = memory[:m, :n], torch.randn(m, n)
             out.copy_(before if accumulate else torch.full((m, n), float("nan")))
-            matmul(a, b, out=out, accumulate=accumulate, round_a=round_a)
+            fp32_product(a, b, out=out, accumulate=accumulate, round_a=round_a)
             rounds = round_a and b_dtype == torch.bfloat16 and _native.has_bfloat_pairs()
             left = (a.bfloat16() if rounds else a).double()
             expected = left @ b.double() + (before.double() if accumulate else 0)
@@ -66,40 +66,40 @@ def test_against_float64(isa: str, m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rows_bits_depend_on_nothing_else(isa: str, dtype: torch.dtype) -> None:
-    from rlhf_kernels.backends.cpu.matmul import matmul
+    from rlhf_kernels.backends.cpu.linear import fp32_product
 
     m, n, k = 290, 1100, 1030  # several tasks and blocks of K
     a, b = _matrix(m, k, dtype, False, 0), _matrix(k, n, dtype, True, 1)
     whole = torch.empty(m, n)
-    matmul(a, b, out=whole)
+    fp32_product(a, b, out=whole)
     threads = torch.get_num_threads()
     try:
         for rows in (slice(0, 1), slice(7, 10), slice(11, 24), slice(17, 290)):
             torch.set_num_threads(1 if rows.start else 3)
             part = torch.empty(rows.stop - rows.start, n)
-            matmul(a[rows], b, out=part)
+            fp32_product(a[rows], b, out=part)
             assert torch.equal(part, whole[rows])
             some = torch.empty(m, 45)
-            matmul(a, b[:, 1000:1045], out=some)
+            fp32_product(a, b[:, 1000:1045], out=some)
             assert torch.equal(some, whole[:, 1000:1045])
     finally:
         torch.set_num_threads(threads)
 
 
 def test_infinities_and_nan_stay_in_their_row_and_column(isa: str) -> None:
-    from rlhf_kernels.backends.cpu.matmul import matmul
+    from rlhf_kernels.backends.cpu.linear import fp32_product
 
     for dtype in DTYPES:
         a, b = torch.ones(15, 20, dtype=dtype), torch.ones(20, 40, dtype=dtype)
         a[3, 4], a[5, 6], b[7, 9] = float("inf"), float("nan"), float("-inf")
         out = torch.empty(15, 40)
-        matmul(a, b, out=out)
+        fp32_product(a, b, out=out)
         expected = a.double() @ b.double()
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_torchs_precision_of_float32_products_does_not_matter(isa: str) -> None:
-    from rlhf_kernels.backends.cpu.matmul import matmul
+    from rlhf_kernels.backends.cpu.linear import fp32_product
 
     a, b = _matrix(64, 200, torch.float32, False, 0), _matrix(200, 90, torch.float32, False, 1)
     found = []
@@ -108,7 +108,7 @@ def test_torchs_precision_of_float32_products_does_not_matter(isa: str) -> None:
         for precision in ("highest", "medium"):
             torch.set_float32_matmul_precision(precision)
             out = torch.empty(64, 90)
-            matmul(a, b, out=out)
+            fp32_product(a, b, out=out)
             found.append(out)
     finally:
         torch.set_float32_matmul_precision(before)

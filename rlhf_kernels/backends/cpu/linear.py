@@ -1,4 +1,4 @@
-"""The linear family's epilogues on the native module (csrc/cpu/linear.cpp), and memory for the sweep to fill."""
+"""The linear family's products and epilogues on the native module (csrc/cpu/matmul.cpp, linear.cpp), and its memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,53 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 @cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which torch.mm should multiply matrices of `dtype`: float32 where this CPU has no arithmetic for 16 bits.
+def logits_dtype(dtype: torch.dtype, fp32_logits: bool) -> torch.dtype:
+    """Of a tile of products of matrices of `dtype`: float32 where it is asked for, or torch cannot do otherwise.
 
-    oneDNN refuses such a product there, and torch's own loops are 6 to 100 times slower than a float32 GEMM.
+    Where this CPU has no arithmetic for 16 bits, oneDNN refuses a 16-bit product, and torch's own loops are 6 to 100
+    times slower than a float32 GEMM.
     """
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    if asked is None:
-        return dtype
+    if asked is None or fp32_logits:
+        return torch.float32
     try:
         return dtype if getattr(torch.ops.mkldnn, asked)() else torch.float32
     except AttributeError:  # a torch without oneDNN
         return torch.float32
+
+
+def products_are_invariant() -> bool:
+    """Whether the bits of a row of fp32_product depend on no other row."""
+    return True
+
+
+def fp32_product(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, round_a: bool = False) -> None:
+    """out [M, N] float32 = a [M, K] @ b [K, N], or added to it.
+
+    Sums are float32, in the order of K: an element's bits depend on its row of a and its column of b alone, not on the
+    other rows, on the number of threads, nor on torch's settings for products of float32.
+
+    round_a: a may be rounded to b's dtype first, where the CPU multiplies pairs of bfloat16.
+    """
+    bfloat = torch.bfloat16
+    _native.matmul(
+        a=a.data_ptr(),
+        a_dtype=DTYPES[a.dtype],
+        a_row=a.stride(0),
+        a_column=a.stride(1),
+        b=b.data_ptr(),
+        b_dtype=DTYPES[b.dtype],
+        b_row=b.stride(0),
+        b_column=b.stride(1),
+        c=out.data_ptr(),
+        c_row=out.stride(0),
+        m=a.shape[0],
+        n=b.shape[1],
+        k=a.shape[1],
+        accumulate=accumulate,
+        pairs=b.dtype == bfloat and (round_a or a.dtype == bfloat) and _native.has_bfloat_pairs(),
+        threads=torch.get_num_threads(),
+    )
 
 
 def online_softmax_update(

@@ -153,9 +153,28 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which torch.mm should multiply matrices of `dtype`: every GPU here has 16-bit matrix instructions."""
-    return dtype
+def logits_dtype(dtype: torch.dtype, fp32_logits: bool) -> torch.dtype:
+    """Of a tile of products of matrices of `dtype`: every GPU here multiplies 16 bits into either."""
+    return torch.float32 if fp32_logits else dtype
+
+
+def products_are_invariant() -> bool:
+    """No: cuBLAS chooses by the shape."""
+    return False
+
+
+def fp32_product(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False, round_a: bool = False) -> None:
+    """out [M, N] float32 = a [M, K] @ b [K, N], or added to it; round_a: a may be rounded to b's dtype first."""
+    if a.dtype != b.dtype:
+        a, b = (a.to(b.dtype), b) if round_a else (a.float(), b.float())
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif not a.is_cuda:  # the interpreter's tensors: torch has no such product there
+        fp32_product(a.float(), b.float(), out=out, accumulate=accumulate)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def online_softmax_update(

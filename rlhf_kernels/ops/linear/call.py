@@ -46,6 +46,7 @@ class LinearCall(NamedTuple):
     row_temperature: Tensor | None  # [...], replaces temperature
     softcap: Tensor | None
     logit_scale: Tensor
+    fp32_logits: bool  # products stay float32 until the softmax
     vocab_offset: int  # token of weight's first row: not 0 for a shard of the vocabulary
     largest_shard_rows: int  # rows of the largest shard: all ranks must cut the same chunks
     group: str  # name of the process group whose ranks hold the other shards, or ""
@@ -147,6 +148,7 @@ def prepare(
     softcap: float | None,
     logit_scale: float,
     mask: Tensor | None,
+    logits_dtype: torch.dtype | None,
     workspace: int,
     process_group: ProcessGroup | None,
     batch_invariant: bool = False,
@@ -165,6 +167,7 @@ def prepare(
     if softcap is not None:
         validate.number(op, "softcap", softcap, above=0)
     validate.number(op, "logit_scale", logit_scale, above=0)
+    validate.choice(op, "logits_dtype", logits_dtype, (torch.float32, None))
     validate.number(op, "workspace", workspace, low=0)
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
@@ -192,6 +195,7 @@ def prepare(
         row_temperature=row_temperature,
         softcap=None if softcap is None else validate.runtime_scalar(softcap),
         logit_scale=validate.runtime_scalar(logit_scale),
+        fp32_logits=logits_dtype is not None,
         vocab_offset=vocab_offset,
         largest_shard_rows=largest_shard_rows,
         group="" if process_group is None else process_group.group_name,

@@ -6,7 +6,7 @@ Two plans share the code:
 - recomputed: one tile of memory; the backward makes the logits again. Chunks are tall, so that dW is mostly one GEMM.
 - kept: a chunk's logits stay until its gradient is formed, when that is known in the forward: one GEMM less.
 
-Where a device has no arithmetic for the inputs' 16 bits, products are float32: the weight is widened tile by tile.
+A tile is float32, or of the inputs' 16 bits where the caller wants it so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ DEFAULT_WORKSPACE = 64 << 20  # bytes
 # A tile beyond this gains nothing in the GEMM and leaves the cache: 1024 x 4096 to 1024 x 16384 are the fastest of
 # 1024 x 1024 .. 1024 x 50257 on two AVX-512 cores, fp32 and bf16.
 TILE_BYTES = 16 << 20
-WIDE_BYTES = 4 << 20  # a tile of the weight in float32, where 16 bits are widened
 BLOCK = 1024  # columns: tiles are whole blocks of the epilogue
 TALLEST = 4096  # rows of a recomputed chunk
 # One shape of GEMM for every batch: libraries choose their blocking, and with it the order of the sums, by the shape.
@@ -39,8 +38,8 @@ class RowChunk(NamedTuple):
     """One chunk: its rows of the call, their hidden states, labels and temperatures, and their kept products."""
 
     row_indices: Tensor | slice  # into [N]
-    hidden: Tensor  # [R, D], dtype of the products
-    lora_hidden: Tensor | None  # [R, r] hidden @ lora_a.T
+    hidden: Tensor  # [R, D]
+    lora_hidden: Tensor | None  # [R, r] hidden @ lora_a.T, dtype of the tile
     labels: Tensor  # [R]
     temperature: Tensor | None  # [R], None: the head's
     logits_before_bias: Tensor | None  # [R, V] hidden @ weight.T, None: made again tile by tile
@@ -70,7 +69,7 @@ class ChunkedHead:
         self.call, self._labels, hidden = call, call.labels.contiguous(), call.hidden
         self.softcap = None if call.softcap is None else call.softcap.item()
         self.logit_scale, self.head_temperature = call.logit_scale.item(), call.temperature.item()
-        self.dtype = self.backend.product_dtype(hidden.dtype)
+        self.dtype: torch.dtype = self.backend.logits_dtype(hidden.dtype, call.fp32_logits)
         self.widens = self.dtype != hidden.dtype
         self._bias = None if call.bias is None else call.bias.float().contiguous()
         self.lora_a = None if call.lora_a is None else call.lora_a.to(self.dtype)
@@ -84,9 +83,6 @@ class ChunkedHead:
         self._plan(call.workspace, wants_weight, rows)
         columns = call.weight.shape[0] if keep else self._tile_columns
         self._tile = self.backend.allocate((min(self._rows, self.count) * columns,), self.dtype, hidden.device)
-        self._widened_columns: slice | None = None  # of the weight in _weight_tile_fp32
-        wide = (self._tile_columns if self.widens and self.count else 0, call.weight.shape[1])
-        self._weight_tile_fp32 = self.backend.allocate(wide, self.dtype, hidden.device)
 
     def _plan(self, workspace: int, wants_weight: bool, rows: int | None) -> None:
         """Sets the rows of a chunk and the columns of a tile."""
@@ -95,7 +91,7 @@ class ChunkedHead:
         low = 0 if self.lora_a is None else (size + 4) * self.lora_a.shape[0]  # lora_hidden and its gradient
         if self._keep:
             dh_sum = 4 * hidden_size if self.widens else 0  # over tiles
-            per_row = (vocab + hidden_size) * size + low + dh_sum
+            per_row = vocab * size + hidden_size * self.call.hidden.element_size() + low + dh_sum
             limit = max(1, workspace // per_row)
             accumulator = 4 * vocab * hidden_size if wants_weight and self.call.weight.element_size() == 2 else 0
             if self.count * per_row <= workspace + accumulator:
@@ -105,7 +101,9 @@ class ChunkedHead:
             if chunks > 1 and -(-self.count // (chunks - 1)) * per_row <= workspace + workspace // 4:
                 chunks -= 1
         else:
-            per_row = (size + 4) * hidden_size + low  # gathered hidden states, and dH before it is rounded
+            per_row = (
+                self.call.hidden.element_size() + 4
+            ) * hidden_size + low  # gathered hidden states, and dH before it is rounded
             limit = min(TALLEST, max(1, workspace // (2 * per_row)))
             chunks = -(-self.count // limit)
         self.chunks = chunks
@@ -115,8 +113,6 @@ class ChunkedHead:
             self._rows, self.chunks = rows, -(-self.count // rows)
         room = TILE_BYTES if self._keep else min(TILE_BYTES, workspace - self._rows * per_row)
         columns = INVARIANT_COLUMNS if self.call.batch_invariant else room // (size * self._rows)
-        if self.widens:
-            columns = min(columns, WIDE_BYTES // (size * hidden_size))
         columns = max(64, columns // 2 * 2)
         self._tile_columns = min(self.call.weight.shape[0], columns // BLOCK * BLOCK if columns >= BLOCK else columns)
 
@@ -129,7 +125,7 @@ class ChunkedHead:
         for start in range(0, self.count, self._rows):
             stop = min(start + self._rows, self.count)
             row_indices = slice(start, stop) if self._counted is None else self._counted[start:stop]
-            hidden = self._gather(row_indices, start, stop).to(self.dtype)
+            hidden = self._gather(row_indices, start, stop)
             temperature = self.call.row_temperature
             vocab = self.call.weight.shape[0]
             yield RowChunk(
@@ -163,7 +159,7 @@ class ChunkedHead:
         else:
             buffer = chunk.logits_buffer
             tile = self._place(self._tile, count, columns) if buffer is None else self._stored(buffer, count, columns)
-        weight, low = self.weight(columns), self.lora_b(columns)
+        weight, low = self.call.weight[columns], self.lora_b(columns)
         if low is None or chunk.lora_hidden is None:
             return self._product(chunk.hidden, weight, out=tile)
         # The small product first: in 16 bits it is the one to be rounded twice.
@@ -181,32 +177,35 @@ class ChunkedHead:
             memory = memory[: memory.numel() // 2 * 2].view(self.dtype)
         return self._place(memory, count, columns)
 
-    def weight(self, columns: slice) -> Tensor:
-        """Its rows of a tile, in the dtype of the products; until the next call."""
-        if not self.widens:
-            return self.call.weight[columns]
-        tile = self._weight_tile_fp32[: columns.stop - columns.start]
-        if self._widened_columns != columns:
-            tile.copy_(self.call.weight[columns])
-            self._widened_columns = columns
-        return tile
-
     def lora_b(self, columns: slice) -> Tensor | None:
         """Its rows of a tile, in the dtype of the products."""
         return None if self.call.lora_b is None else self.call.lora_b[columns].to(self.dtype)
 
     def _product(self, x: Tensor, y: Tensor, *, out: Tensor | None = None, beta: int = 0) -> Tensor:
-        """x [R, K] @ y [W, K].T over out, or added to it; in pieces of one shape for bits that do not depend on R."""
-        out = x.new_empty(x.shape[0], y.shape[0]) if out is None else out
-        if not self.call.batch_invariant:
-            return torch.addmm(out, x, y.T, out=out) if beta else torch.mm(x, y.T, out=out)
+        """x [R, K] @ y [W, K].T over out, or added to it, in the tile's dtype."""
+        out = x.new_empty(x.shape[0], y.shape[0], dtype=self.dtype) if out is None else out
+        if self.call.batch_invariant and not (self.dtype == torch.float32 and self.backend.products_are_invariant()):
+            self._product_in_pieces(x, y, out=out, beta=beta)
+        elif self.dtype == torch.float32:
+            self.backend.fp32_product(x, y.T, out=out, accumulate=beta != 0)
+        elif beta:
+            torch.addmm(out, x, y.T, out=out)
+        else:
+            torch.mm(x, y.T, out=out)
+        return out
+
+    def _product_in_pieces(self, x: Tensor, y: Tensor, *, out: Tensor, beta: int) -> None:
+        """The same in pieces of one shape, for bits that do not depend on R."""
         for start in range(0, x.shape[0], INVARIANT_ROWS):
             some, to = x[start : start + INVARIANT_ROWS], out[start : start + INVARIANT_ROWS]
             padded = some.new_zeros(INVARIANT_ROWS, some.shape[1])
             padded[: len(some)] = some
-            product = torch.mm(padded, y.T)[: len(some)]
-            to.add_(product) if beta else to.copy_(product)
-        return out
+            product = x.new_empty(INVARIANT_ROWS, y.shape[0], dtype=self.dtype)
+            if self.dtype == torch.float32:
+                self.backend.fp32_product(padded, y.T, out=product)
+            else:
+                torch.mm(padded, y.T, out=product)
+            to.add_(product[: len(some)]) if beta else to.copy_(product[: len(some)])
 
     def logits(self, chunk: RowChunk) -> Tensor:
         """The kept chunk's logits [R, V], over its products."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.linear.call import Lora, prepare
@@ -38,6 +39,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = torch.float32,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +49,7 @@ def linear_dpo_loss(
 
     Args:
         chosen_hidden, rejected_hidden: [M, T, D] and [M, T', D], the policy's hidden states.
-        weight, bias, lora, temperature, softcap, logit_scale, workspace, process_group: the head, as in
+        weight, bias, lora, temperature, softcap, logit_scale, logits_dtype, workspace, process_group: the head, as in
             `linear_logprobs`.
         chosen_labels, rejected_labels: [M, T] and [M, T'], the tokens that follow.
         ref_chosen, ref_rejected: [M] float, logprob of each answer under the frozen reference, nats.
@@ -78,6 +80,7 @@ def linear_dpo_loss(
             softcap=softcap,
             logit_scale=logit_scale,
             mask=mask,
+            logits_dtype=logits_dtype,
             workspace=workspace,
             process_group=process_group,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class GradAccumulator:
 
     def __init__(self, sweep: ChunkedHead, like: Tensor, wanted: bool, result: Tensor | None = None) -> None:
         """result: memory for it."""
+        self._backend = sweep.backend
         allocate, shape = sweep.backend.allocate, tuple(like.shape)
         self._result = allocate(shape if wanted else (0,), like.dtype, like.device) if result is None else result
         one_product = sweep.chunks <= 1 and like.dtype == sweep.call.weight.dtype
@@ -31,10 +33,7 @@ class GradAccumulator:
         total = self._sum[columns]
         step = _rows_of_product(a, b, total)
         for some in (slice(start, start + step) for start in range(0, a.shape[0], step)):
-            if self.is_first_add and total.dtype == a.dtype:
-                torch.mm(a[some], b, out=total[some])
-            else:
-                accumulate(total[some], a[some], b, is_first_add=self.is_first_add)
+            accumulate(self._backend, total[some], a[some], b, is_first_add=self.is_first_add)
 
     def finish(self) -> Tensor:
         if self.is_first_add:
@@ -69,9 +68,9 @@ class Gradients:
         for columns, grad in tiles:
             low = sweep.lora_b(columns)
             if by_hidden is not None:
-                accumulate(by_hidden, grad, sweep.weight(columns))
+                accumulate(sweep.backend, by_hidden, grad, weight[columns])
             if by_low is not None and low is not None:
-                accumulate(by_low, grad, low)
+                accumulate(sweep.backend, by_low, grad, low)
             if wanted.weight:
                 self._weight.add(columns, grad.T, chunk.hidden)
             if wanted.lora_b and chunk.lora_hidden is not None:
@@ -81,7 +80,7 @@ class Gradients:
         self._weight.is_first_add = self._lora_b.is_first_add = False
         narrow = None if by_low is None else by_low.to(sweep.dtype)
         if wanted.lora_a and narrow is not None:
-            accumulate(self._lora_a, narrow.T, chunk.hidden)
+            accumulate(sweep.backend, self._lora_a, narrow.T, chunk.hidden)
         if by_hidden is not None:
             self._add_hidden(chunk, by_hidden, narrow)
         elif wanted.hidden:
@@ -90,7 +89,7 @@ class Gradients:
     def _add_hidden(self, chunk: RowChunk, by_hidden: Tensor, by_low: Tensor | None) -> None:
         """A chunk's dH from its sum over tiles."""
         if by_low is not None and self._sweep.lora_a is not None:
-            accumulate(by_hidden, by_low, self._sweep.lora_a)
+            accumulate(self._sweep.backend, by_hidden, by_low, self._sweep.lora_a)
         if self._sweep.call.group:  # each rank has the share of its tokens
             summed(by_hidden, self._sweep.call.group)
         self.hidden.flatten(0, 1)[chunk.row_indices] = by_hidden.to(self.hidden.dtype)
@@ -100,10 +99,10 @@ class Gradients:
         assert chunk.logits_before_bias is not None
         flat, weight = self.hidden.flatten(0, 1), self._sweep.call.weight
         to = flat[chunk.row_indices] if isinstance(chunk.row_indices, slice) else torch.empty_like(chunk.hidden)
+        backend, low = self._sweep.backend, by_low is not None and self._sweep.lora_a is not None
         if by_low is not None and self._sweep.lora_a is not None:
-            torch.addmm(torch.mm(by_low, self._sweep.lora_a, out=to), chunk.logits_before_bias, weight, out=to)
-        else:
-            torch.mm(chunk.logits_before_bias, weight, out=to)
+            accumulate(backend, to, by_low, self._sweep.lora_a, is_first_add=True)
+        accumulate(backend, to, chunk.logits_before_bias, weight, is_first_add=not low)
         if not isinstance(chunk.row_indices, slice):
             flat[chunk.row_indices] = to
 
@@ -120,7 +119,7 @@ class Gradients:
 
 
 def _rows_of_product(a: Tensor, b: Tensor, total: Tensor) -> int:
-    """Of a @ b at a time, so that what it takes beside the sum, in 16 bits, stays within a tile's memory."""
+    """Of a @ b at a time, so that what it takes beside the sum stays within a tile's memory."""
     if a.dtype == total.dtype == torch.float32:
         return max(1, a.shape[0])
     # The product itself; of 16 bits torch's GEMM may hold it in fp32 too on a CPU.
@@ -128,11 +127,19 @@ def _rows_of_product(a: Tensor, b: Tensor, total: Tensor) -> int:
     return max(64, TILE_BYTES // (each * b.shape[1]))
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first_add: bool = False) -> None:
-    """total += a @ b, or = where it is fresh, in any dtype; else total is float32. a and b are of one dtype."""
+def accumulate(backend: ModuleType, total: Tensor, a: Tensor, b: Tensor, *, is_first_add: bool = False) -> None:
+    """total += a @ b, or = where it is fresh. a: a tile's gradient, which may be rounded to b's 16 bits."""
     if a.dtype == total.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=0 if is_first_add else 1, out=total)
+        backend.fp32_product(a, b, out=total, accumulate=not is_first_add, round_a=True)
+    elif a.dtype == torch.float32:
+        product = a.new_empty(a.shape[0], b.shape[1])
+        backend.fp32_product(a, b, out=product, round_a=True)
+        total.copy_(product) if is_first_add else total.add_(product)
+    elif is_first_add and total.dtype == a.dtype:
+        torch.mm(a, b, out=total)
     elif is_first_add:
         total.copy_(torch.mm(a, b))
+    elif total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
     else:
         total.add_(torch.mm(a, b))

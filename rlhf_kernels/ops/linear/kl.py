@@ -40,6 +40,7 @@ def linear_kl(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
+    logits_dtype: torch.dtype | None = torch.float32,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -56,6 +57,7 @@ def linear_kl(
         direction: as in `full_kl`.
         temperature, softcap, logit_scale: of both policies, as in `linear_logprobs`.
         mask: [...] bool or 0/1, true where the row counts; other rows cost nothing and are exactly 0.
+        logits_dtype: as in `linear_logprobs`.
         workspace: bytes of extra memory, at least three rows of logits; see `linear_logprobs`.
         process_group: both heads are this rank's rows of a vocabulary sharded alike over the group's ranks; see
             `linear_logprobs`. One all-gather of five numbers a row of a chunk, for jsd also an all-reduce of two.
@@ -68,7 +70,8 @@ def linear_kl(
     """
     validate.choice(OP, "direction", direction, DIRECTIONS)
     shared: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    shared |= {"mask": mask, "workspace": workspace, "process_group": process_group}
+    shared |= {"mask": mask, "logits_dtype": logits_dtype, "workspace": workspace}
+    shared["process_group"] = process_group
     call = prepare(OP, hidden, weight, None, bias=bias, lora=lora, **shared)
     reference_op = f"{OP} (reference)"
     ref = prepare(reference_op, ref_hidden, ref_weight, None, bias=ref_bias, lora=ref_lora, **shared, sharded_like=call)
@@ -97,9 +100,8 @@ class _Pair:
     def __init__(self, call: LinearCall, ref: LinearCall, direction: int) -> None:
         # Logits of both, and the gradient beside them.
         per_row = 3 * call.largest_shard_rows + call.hidden.shape[-1] + ref.hidden.shape[-1]
-        size = (
-            dispatch.backend_module(dispatch.require_backend(OP, call.hidden)).product_dtype(call.hidden.dtype).itemsize
-        )
+        backend = dispatch.backend_module(dispatch.require_backend(OP, call.hidden))
+        size = backend.logits_dtype(call.hidden.dtype, call.fp32_logits).itemsize
         rows = max(1, call.workspace // (per_row * size))
         self.own, self.other = (x.sweep(OP, keep=True, rows=rows) for x in (call, ref))
         self._group, self._direction = call.group, direction

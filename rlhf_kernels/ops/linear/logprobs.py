@@ -36,6 +36,7 @@ def linear_logprobs(
     logit_scale: float = ...,
     mask: Tensor | None = ...,
     with_entropy: Literal[False] = ...,
+    logits_dtype: torch.dtype | None = ...,
     workspace: int = ...,
     process_group: ProcessGroup | None = ...,
     batch_invariant: bool = ...,
@@ -53,6 +54,7 @@ def linear_logprobs(
     logit_scale: float = ...,
     mask: Tensor | None = ...,
     with_entropy: Literal[True, "detached"],
+    logits_dtype: torch.dtype | None = ...,
     workspace: int = ...,
     process_group: ProcessGroup | None = ...,
     batch_invariant: bool = ...,
@@ -69,6 +71,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     with_entropy: bool | Literal["detached"] = False,
+    logits_dtype: torch.dtype | None = torch.float32,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
     batch_invariant: bool = False,
@@ -83,8 +86,7 @@ def linear_logprobs(
     logits, which are then not made again, and becomes the gradient. Each such call holds [V, D] until its backward.
     Where hidden alone wants one (a frozen head) and no entropy's, d logprob / d hidden is formed in the forward, two
     GEMMs in all, and kept in hidden's dtype in the memory of dH; the backward multiplies it by the upstream gradient.
-    Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear. On a CPU without arithmetic for
-    16 bits products are float32, of the weight widened tile by tile.
+    Under autocast hidden, weight and bias are cast as for torch.nn.functional.linear.
 
     Args:
         hidden: [..., D] float32, float16, bfloat16 (kernels) or float64 (reference). Not read at masked rows.
@@ -100,13 +102,17 @@ def linear_logprobs(
         mask: [...] bool or 0/1, true where the row counts. On a GPU a mask costs one host sync: how many rows count.
         with_entropy: also return the entropy, differentiable as logprobs are; "detached": as a statistic, without a
             gradient, which saves a frozen head a GEMM.
+        logits_dtype: float32: products of 16-bit hidden states and weights are summed and stay in float32 until the
+            softmax, and so do the sums of dH and dW. None: they are rounded to 16 bits first, as by torch's own head,
+            where the device multiplies so.
         workspace: bytes of extra memory. One row's logits are taken even where they are more. A 16-bit weight that
             needs a gradient adds one fp32 accumulator of its size where the rows do not fit one chunk.
         process_group: weight, bias and B are this rank's rows of a vocabulary sharded over the group's ranks, in their
             order; hidden, A, labels and mask are the same on all. One all-gather of a few numbers a row in the forward,
             one all-reduce of dH in the backward; kernels only (not float64).
-        batch_invariant: a row's logprob has the same bits alone and in any batch, at a given number of threads: the
-            GEMM is cut into pieces of one shape, 64 rows by 4096 tokens. Gradients are not included.
+        batch_invariant: a row's logprob has the same bits alone and in any batch, at a given number of threads. Where
+            the GEMM is the library's it is cut into pieces of one shape, 64 rows by 4096 tokens; the native backend's
+            float32 products are so anyway. Gradients are not included.
 
     Returns:
         logprobs [...] float32 (float64 for float64), nats; with `with_entropy`, (logprobs, entropy). Exactly 0, and
@@ -128,6 +134,7 @@ def linear_logprobs(
         softcap=softcap,
         logit_scale=logit_scale,
         mask=mask,
+        logits_dtype=logits_dtype,
         workspace=workspace,
         process_group=process_group,
         batch_invariant=batch_invariant,

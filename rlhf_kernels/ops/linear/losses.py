@@ -55,6 +55,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = torch.float32,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,7 +68,7 @@ def linear_policy_loss(
     logprob of a sequence first and takes a second sweep (four GEMMs).
 
     Args:
-        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, workspace, process_group:
+        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, logits_dtype, workspace, process_group:
             linear_logprobs's.
         old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, ratio, importance_weights, aggregate,
             denominator: as in `policy_loss`, of labels' shape.
@@ -94,6 +95,7 @@ def linear_policy_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         mask=mask,
+        logits_dtype=logits_dtype,
         workspace=workspace,
         process_group=process_group,
     )
@@ -171,6 +173,7 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = torch.float32,
     workspace: int = DEFAULT_WORKSPACE,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -180,7 +183,7 @@ def linear_cross_entropy(
     in all.
 
     Args:
-        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, workspace, process_group:
+        hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, logits_dtype, workspace, process_group:
             linear_logprobs's.
         mask, aggregate, denominator: as in `policy_loss`.
 
@@ -202,6 +205,7 @@ def linear_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
         mask=mask,
+        logits_dtype=logits_dtype,
         workspace=workspace,
         process_group=process_group,
     )
