@@ -38,8 +38,8 @@ struct Words {
 constexpr int kVectors = 2;  // of a register tile's columns
 constexpr int kSliver = kVectors * kLanes;
 constexpr int kTileRows = kBytes == 64 ? 12 : 6;
-constexpr int64_t kDepth = 512;  // words of K in a block
-constexpr int64_t kPanel = 256;  // columns of B in a block: with kDepth, half a megabyte
+constexpr int64_t kDepth = 512;           // words of K in a block
+constexpr int64_t kPanel = kMatmulPanel;  // with kDepth, half a megabyte
 
 template <class T>
 inline float widened(T x);
@@ -312,8 +312,8 @@ void block(const Matmul& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
 void matmul(const Matmul& args, int64_t begin, int64_t end) {
   const int64_t tall = (args.m + kMatmulRows - 1) / kMatmulRows;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t i = task % tall * kMatmulRows, j = task / tall * kMatmulColumns;
-    const int64_t i1 = smaller(i + kMatmulRows, args.m), j1 = smaller(j + kMatmulColumns, args.n);
+    const int64_t i = task % tall * kMatmulRows, j = task / tall * args.task_columns;
+    const int64_t i1 = smaller(i + kMatmulRows, args.m), j1 = smaller(j + args.task_columns, args.n);
 #ifdef __AVX512BF16__
     if (args.pairs) {
       block<Pairs>(args, i, i1, j, j1);

@@ -18,12 +18,13 @@ struct Matmul {
   float* c;  // columns are contiguous
   int64_t c_row;
   int64_t m, n, k;
-  bool accumulate;  // C += instead of =
-  bool pairs;       // A and B as bfloat16, multiplied two by two by the CPU's own instruction; B is bfloat16
+  bool accumulate;       // C += instead of =
+  int64_t task_columns;  // of C in a task, a multiple of kMatmulPanel
+  bool pairs;  // A and B as bfloat16, multiplied two by two by the CPU's own instruction; B is bfloat16
 };
 
-constexpr int64_t kMatmulRows = 256;      // of C in a task
-constexpr int64_t kMatmulColumns = 1024;  // likewise
+constexpr int64_t kMatmulRows = 256;   // of C in a task
+constexpr int64_t kMatmulPanel = 256;  // columns of B that are packed together
 
 }  // namespace rk
 

@@ -12,6 +12,8 @@ from rlhf_kernels.ops.linear.call import Wanted
 from rlhf_kernels.ops.linear.chunks import TILE_BYTES, ChunkedHead, RowChunk
 from rlhf_kernels.ops.linear.shards import summed
 
+PIECE_BYTES = 1 << 20  # of a float32 product that is rounded at once, for each thread
+
 
 class GradAccumulator:
     """The gradient of a matrix [V, K]: a sum over chunks, tile by tile of its rows.
@@ -122,6 +124,8 @@ def _rows_of_product(a: Tensor, b: Tensor, total: Tensor) -> int:
     """Of a @ b at a time, so that what it takes beside the sum stays within a tile's memory."""
     if a.dtype == total.dtype == torch.float32:
         return max(1, a.shape[0])
+    if a.dtype == torch.float32 and a.device.type == "cpu":  # the product, still in the cache when it is rounded
+        return max(256, PIECE_BYTES * torch.get_num_threads() // (4 * b.shape[1]))
     # The product itself; of 16 bits torch's GEMM may hold it in fp32 too on a CPU.
     each = a.element_size() + (4 if a.device.type == "cpu" and a.element_size() == 2 else 0)
     return max(64, TILE_BYTES // (each * b.shape[1]))
