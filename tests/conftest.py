@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Before anything imports triton: its kernels are jitted for the interpreter or not at all.
-    os.environ["TRITON_INTERPRET"] = "1"
+pytest.register_assert_rewrite("support")
+
+from support.backends import HAS_GPU, Backend, require_backend, shrink_blocks  # noqa: E402
 
 from rlhf_kernels import dispatch  # noqa: E402
 
-# `make test-all` sets it: random tests take all of their cases, not a quarter.
-ALL_CASES = os.environ.get("RLHF_KERNELS_ALL_CASES") == "1"
 # Parts of node ids that are long sweeps beside what stays in every run: the native backend's guard pages and compiled
 # graphs, one instruction set's far offsets, two shards.
 SWEEPS = re.compile(
@@ -34,9 +29,6 @@ SWEEPS = re.compile(
     r"|test_vocabulary_sharded_over_processes\[4"
 )
 
-# Backends that must be here; `make test` names them, so that a failed build is not a skipped test.
-REQUIRED = set(filter(None, os.environ.get("RLHF_KERNELS_REQUIRE", "").split(",")))
-
 
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of what IEEE arithmetic does silently on a GPU: inf - inf, log(0), 0 / 0.
@@ -49,34 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.sweep)
 
 
-def cases(most: int) -> int:
-    """How many cases a random test takes."""
-    return most if ALL_CASES else max(5, most // 4)
-
-
 def pytest_report_header() -> str:
     """Which build of the native module is tested: the installed one, or an instrumented one on PYTHONPATH."""
     found = importlib.util.find_spec("rlhf_kernels._native")
     return f"rlhf_kernels._native: {found.origin if found else 'not built'}"
-
-
-class Backend(NamedTuple):
-    name: str
-    device: str  # where its tensors live in these tests
-
-    @property
-    def interpreted(self) -> bool:
-        """Triton's interpreter: slow, and its bf16 stores truncate."""
-        return self.name == "triton" and not HAS_GPU
-
-
-def require_backend(name: str) -> None:
-    """Skip the test where the backend is not installed; fail where RLHF_KERNELS_REQUIRE names it."""
-    missing = dispatch.available().get(name)
-    if missing:
-        if name in REQUIRED:
-            pytest.fail(f"backend {name} is required here but absent: {missing}")
-        pytest.skip(f"backend {name}: {missing}")
 
 
 def _use(name: str) -> Iterator[Backend]:
@@ -100,33 +68,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def kernel_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """As `backend`, without the reference: for what only a registered kernel has."""
     yield from _use(request.param)
-
-
-def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton blocks so small that little inputs span several, which the interpreter can afford."""
-    if dispatch.available()["triton"] is None:
-        from rlhf_kernels.backends.triton import (
-            full_kl,
-            linear,
-            logits,
-            loss_tiles,
-            losses,
-            sampling,
-            scan,
-            tokens,
-            whiten,
-        )
-
-        for module in (full_kl, logits, sampling):
-            monkeypatch.setattr(module, "blocks", lambda V: (128, 1))
-        monkeypatch.setattr(linear, "_blocks", lambda W: (128, 1))
-        monkeypatch.setattr(scan, "BLOCK_T", 16)
-        monkeypatch.setattr(losses, "BLOCK_T", 16)
-        monkeypatch.setattr(loss_tiles, "BLOCK_T", 16)
-        monkeypatch.setattr(losses, "TILE", 32)
-        monkeypatch.setattr(tokens, "BLOCK", 16)
-        monkeypatch.setattr(whiten, "BLOCK", 16)
-        monkeypatch.setattr(whiten, "MERGE_BLOCK", 4)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import Backend
+from support.backends import Backend
 from torch import Tensor
 
 import rlhf_kernels as rk

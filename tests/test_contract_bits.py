@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import edge_cases
 import pytest
 import torch
-from conftest import Backend, require_backend
+from support import edge_cases
+from support.backends import Backend, require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk

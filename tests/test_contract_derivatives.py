@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Backend
+from support.backends import Backend
 from support.op_calls import OPS, WITH_KERNEL, inputs_of, outputs_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import require_backend
+from support import programs
+from support.backends import require_backend
 
 
 def _run(backend: str, where: str) -> int:
     require_backend(backend)
-    command = [sys.executable, str(Path(__file__).with_name("guarded_memory.py")), backend, where]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run("guarded_memory", backend, where)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
     return int(done.stdout)
 
@@ -34,9 +33,8 @@ def test_offsets_past_31_bits(backend: str) -> None:
 def test_a_guard_page_does_kill() -> None:
     """The instrument itself: reading one element too many is not survived."""
     program = (
-        "import guarded_memory as g, torch, ctypes; x = g.guarded(torch.zeros(3), 'behind');"
+        "import torch, ctypes; from support import guarded_memory as g; x = g.guarded(torch.zeros(3), 'behind');"
         "ctypes.string_at(x.data_ptr() + x.nbytes, 1)"
     )
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=programs.TESTS, capture_output=True, check=False)
     assert done.returncode == -11, done.stderr

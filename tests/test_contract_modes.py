@@ -11,7 +11,7 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
-from conftest import Backend
+from support.backends import Backend
 from support.op_calls import OPS, WITH_KERNEL, inputs_of, outputs_of, with_gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

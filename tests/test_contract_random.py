@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
-import soaked
-import soaked_sampling
-import strategies
-import test_full_kl as test_full_kl_
-import test_linear
-import test_logits
-import test_ppo_advantages as rollouts
-import test_scan
-import test_scan_packed
-import test_tokens
 import torch
-from conftest import Backend, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_truth import Case
+from support import soaked, soaked_sampling, strategies
+from support.backends import Backend
+from support.checks import full_kl, linear, logits, ppo_advantages, scan, scan_packed, tokens
+from support.linear_truth import Case
 
 import rlhf_kernels as rk
 
 pytestmark = pytest.mark.random
+# `make test-all` sets it: random tests take all of their cases, not a quarter.
+ALL_CASES = os.environ.get("RLHF_KERNELS_ALL_CASES") == "1"
+
+
+def cases(most: int) -> int:
+    """How many cases a random test takes."""
+    return most if ALL_CASES else max(5, most // 4)
+
 
 # Derandomised: CI runs the same cases each time, and a failure is a fact rather than weather.
 SLICE = settings(
@@ -37,38 +39,38 @@ SLICE = settings(
 @SLICE
 @given(call=strategies.logits_calls())
 def test_selected_logprobs(backend: Backend, small_blocks: None, call: strategies.LogitsCall) -> None:
-    test_logits.check(backend, call.logits, call.labels, call.mask, call.temperature)
+    logits.check(backend, call.logits, call.labels, call.mask, call.temperature)
 
 
 @settings(SLICE, max_examples=cases(60))
 @given(call=strategies.kl_calls())
 def test_full_kl(backend: Backend, small_blocks: None, call: strategies.KlCall) -> None:
-    test_full_kl_.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
+    full_kl.check(backend, call.logits, call.ref, call.mask, call.temperature, [call.direction])
 
 
 @settings(SLICE, max_examples=cases(40))
 @given(call=strategies.head_calls())
 def test_linear_logprobs(backend: Backend, small_blocks: None, call: strategies.HeadCall) -> None:
     case = Case(call.hidden, call.weight, call.labels, call.bias, **call.scalars)
-    test_linear.check(backend, case, call.mask, workspace=call.workspace)
+    linear.check(backend, case, call.mask, workspace=call.workspace)
 
 
 @SLICE
 @given(call=strategies.gae_calls())
 def test_gae(backend: Backend, small_blocks: None, call: strategies.GaeCall) -> None:
-    test_scan.check(backend, *call)
+    scan.check(backend, *call)
 
 
 @settings(SLICE, max_examples=cases(50))
 @given(call=strategies.packed_calls())
 def test_gae_packed(backend: Backend, small_blocks: None, call: strategies.PackedCall) -> None:
-    test_scan_packed.check(backend, *call)
+    scan_packed.check(backend, *call)
 
 
 @settings(SLICE, max_examples=cases(50))
 @given(call=strategies.rollout_calls())
 def test_ppo_advantages(backend: Backend, small_blocks: None, call: strategies.RolloutCall) -> None:
-    rollouts.check(backend, call.tensors, *call[1:])
+    ppo_advantages.check(backend, call.tensors, *call[1:])
 
 
 @settings(SLICE, max_examples=cases(15))
@@ -135,7 +137,7 @@ def test_token_ops(backend: Backend, small_blocks: None, call: strategies.TokenC
         # A mean that is kept comes from float32 sums per chunk: a few ulp of the largest number in it.
         mean_error = 0.0 if shift_mean or not x.numel() else 3e-7 * float(torch.where(counted, x, 0.0).abs().max())
         torch.testing.assert_close(white, expected, rtol=1e-6, atol=1e-6 + mean_error)
-    test_tokens.check_rewards(backend, torch.linspace(-2, 2, len(x)), call.tensors[1], counted.cpu(), 1.0)
+    tokens.check_rewards(backend, torch.linspace(-2, 2, len(x)), call.tensors[1], counted.cpu(), 1.0)
     for estimator in ("k1", "k2", "k3", "abs"):
         leaf = torch.where(counted, x, 0.0).requires_grad_()
         value = rk.per_token_kl(leaf, torch.where(counted, kl, 0.0), estimator=estimator)

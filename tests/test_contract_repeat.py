@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import edge_cases
 import pytest
 import torch
-from conftest import require_backend
+from support import edge_cases
+from support.backends import require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import edge_cases
 import pytest
 import torch
-from conftest import Backend
+from support import edge_cases
+from support.backends import Backend
 from support.op_calls import OPS, READS_LABELS, WITH_KERNEL, D, V, inputs_of, normal, outputs_of, with_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode

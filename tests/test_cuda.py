@@ -10,14 +10,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import edge_cases
-import guarded_memory
 import pytest
-import strategies
 import torch
-import truth
-from conftest import require_backend
 from hypothesis import HealthCheck, given, settings
+from support import edge_cases, guarded_memory, strategies, truth
+from support.backends import require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Backend
+from support.backends import Backend
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch

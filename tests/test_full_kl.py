@@ -4,58 +4,14 @@ from __future__ import annotations
 
 import math
 
-import edge_cases
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases
+from support.backends import Backend
+from support.checks.full_kl import DIRECTIONS, check, run, upstream
 from torch import Tensor
 
 import rlhf_kernels as rk
-
-DIRECTIONS = ["reverse", "forward", "jsd"]
-
-
-def _upstream(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
-def run(backend: Backend, logits: Tensor, ref: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """The divergence and the gradient of the logits for _upstream's, on the CPU."""
-    moved = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    x = logits.to(backend.device).requires_grad_()
-    kl = rk.full_kl(x, ref.to(backend.device), **moved)
-    (grad,) = torch.autograd.grad(kl, x, _upstream(kl.shape).to(backend.device))
-    assert kl.dtype == torch.float32
-    assert grad.dtype == logits.dtype
-    return kl.detach().cpu(), grad.cpu()
-
-
-def check(
-    backend: Backend,
-    logits: Tensor,
-    ref: Tensor,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    directions: list[str] = DIRECTIONS,
-) -> None:
-    """Values and gradients of one call a direction against truth, masked rows exactly 0, the inputs unchanged."""
-    before = logits.clone(), ref.clone()
-    shape = logits.shape[:-1]
-    counted = torch.ones(shape, dtype=torch.bool) if mask is None else mask
-    x, y, g = logits[counted].contiguous(), ref[counted].contiguous(), _upstream(shape)[counted]
-    per_row = temperature.expand(shape)[counted] if isinstance(temperature, Tensor) else temperature
-    for direction in directions:
-        kl, grad = run(backend, logits, ref, mask=mask, temperature=temperature, direction=direction)
-        assert (kl[~counted] == 0).all()
-        assert (grad[~counted] == 0).all()
-        expected = truth.full_kl(x, y, per_row, direction, g)
-        plain = truth.plain_kl_errors(x, y, per_row, direction, g)
-        truth.assert_accurate(kl[counted], expected[0], plain[0])
-        truncates = backend.interpreted and logits.dtype == torch.bfloat16
-        truth.assert_accurate(grad[counted], expected[1], plain[1], truncates=truncates)
-    for now, then in zip((logits, ref), before, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
 
 def _pair(value_class: str, shape: tuple[int, ...], dtype: torch.dtype, ref_class: str | None = None) -> list[Tensor]:
@@ -130,7 +86,7 @@ def test_what_only_one_side_allows(backend: Backend) -> None:
     kl, grad = run(backend, y, x, direction="forward")
     assert kl[1:].tolist() == [math.inf, math.inf]
     assert grad.isfinite().all()
-    assert grad[1, 0] < 0 < _upstream(kl.shape)[1] or grad[1, 0] > 0 > _upstream(kl.shape)[1]
+    assert grad[1, 0] < 0 < upstream(kl.shape)[1] or grad[1, 0] > 0 > upstream(kl.shape)[1]
     for direction in ("forward", "jsd"):
         kl, grad = run(backend, x, y, direction=direction)
         assert kl.isfinite().all()

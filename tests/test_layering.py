@@ -180,3 +180,47 @@ def test_a_breach_is_found(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text("import math\nimport torch.nn\ndef f():\n    from rlhf_kernels.ops import logits\n")
     assert _breaches(path, {"torch"}) == ["rlhf_kernels.ops.logits"]
+
+
+def _borrowed(tests: Path) -> list[str]:
+    """What files under `tests` import from test files or a conftest, as `file: name`."""
+    lenders = {path.stem for path in tests.rglob("*.py") if _collected(path)}
+    return [
+        f"{path.relative_to(tests)}: {name}"
+        for path in sorted(tests.rglob("*.py"))
+        for name in _imports(path)
+        if lenders & set(name.split("."))
+    ]
+
+
+def _collected(path: Path) -> bool:
+    return path.name.startswith("test_") or path.name == "conftest.py"
+
+
+def test_no_test_file_imports_another() -> None:
+    """Nor does a helper: what several files need is a module of tests/support, and no helper lies elsewhere."""
+    tests = ROOT / "tests"
+    assert not _borrowed(tests), "move what is shared into a module of tests/support"
+    helpers = [path.relative_to(tests) for path in tests.rglob("*.py") if not _collected(path)]
+    assert len(helpers) > 20
+    assert not [str(path) for path in helpers if path.parts[0] != "support"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import test_a", True),
+        ("def f():\n    import test_a as a", True),
+        ("from test_a import check", True),
+        ("from trainer import test_a", True),
+        ("from tests.trainer.test_a import check", True),
+        ("from conftest import Backend", True),
+        ("from support.checks.scan import check\nimport testing", False),
+    ],
+)
+def test_a_borrowed_name_is_found(text: str, found: bool, tmp_path: Path) -> None:
+    for name, content in {"conftest.py": "", "trainer/test_a.py": "", "support/b.py": text}.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    assert bool(_borrowed(tmp_path)) == found

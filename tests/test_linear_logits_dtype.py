@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import edge_cases
-import linear_truth
 import pytest
-import test_linear
-import test_linear_kl
-import test_linear_lora
-import test_linear_losses
-import test_linear_unit
 import torch
-from conftest import Backend, require_backend
-from test_linear import SCALARS, head
+from support import edge_cases, linear_truth
+from support.backends import Backend, require_backend
+from support.checks import linear, linear_kl, linear_lora, linear_losses, linear_unit
+from support.checks.linear import SCALARS, head
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -52,42 +47,42 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_logprobs(way: Way, D: int, dtype: torch.dtype) -> None:
     for V in (1, 1003):
         for workspace in (5_000, 64 << 20):
-            test_linear.check(way.backend, way.head(19, D, V, dtype), workspace=workspace)
-            test_linear_unit.check(way.backend, way.head(19, D, V, dtype), workspace=workspace)
+            linear.check(way.backend, way.head(19, D, V, dtype), workspace=workspace)
+            linear_unit.check(way.backend, way.head(19, D, V, dtype), workspace=workspace)
 
 
 @pytest.mark.parametrize("options", SCALARS, ids=str)
 def test_scalars_and_masks(way: Way, options: dict) -> None:
     case, mask = way.head(24, 16, 300, torch.bfloat16)._replace(**options), edge_cases.MASKS["holes"](torch.Size((24,)))
     hidden, labels = edge_cases.spoil(case.hidden, case.labels, mask)
-    for check in (test_linear.check, test_linear_unit.check):
+    for check in (linear.check, linear_unit.check):
         check(way.backend, case._replace(hidden=hidden, labels=labels), mask)
         check(way.backend, case._replace(hidden=hidden, labels=labels), mask, workspace=3000)
 
 
 def test_logits_in_the_memory_of_the_weight_gradient(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_linear.test_logits_kept_in_the_memory_of_the_weight_gradient(way.backend, torch.bfloat16, monkeypatch)
+    linear.check_logits_in_the_memory_of_the_weight_gradient(way.backend, torch.bfloat16, monkeypatch)
 
 
 def test_losses(way: Way) -> None:
     terms = {"entropy_coef": 0.05, "kl_coef": 0.1}
     for kind in ("none", "holes"):
-        data = test_linear_losses.rollout(torch.bfloat16, kind, logits_dtype=way.logits_dtype)
+        data = linear_losses.rollout(torch.bfloat16, kind, logits_dtype=way.logits_dtype)
         for workspace in (1500, 64 << 20):
-            test_linear_losses.check(way.backend, data, {**terms, "ref_logprobs": data.ref}, workspace=workspace)
-            test_linear_losses.check(way.backend, data, workspace=workspace, ratio="sequence")
+            linear_losses.check(way.backend, data, {**terms, "ref_logprobs": data.ref}, workspace=workspace)
+            linear_losses.check(way.backend, data, workspace=workspace, ratio="sequence")
 
 
-@pytest.mark.parametrize("direction", test_linear_kl.DIRECTIONS)
+@pytest.mark.parametrize("direction", linear_kl.DIRECTIONS)
 def test_kl(way: Way, direction: str) -> None:
     case, other = way.head(7, 16, 200, torch.bfloat16), way.head(7, 12, 200, torch.bfloat16, seed=1)
     for workspace in (0, 1500, 64 << 20):
-        test_linear_kl.check(way.backend, case, other, direction, workspace=workspace)
+        linear_kl.check(way.backend, case, other, direction, workspace=workspace)
 
 
 @pytest.mark.parametrize("of_adapter", [torch.float32, torch.bfloat16], ids=str)
 def test_adapter_on_the_head(way: Way, of_adapter: torch.dtype) -> None:
-    test_linear_lora.test_errors_beside_peft(way.backend, torch.bfloat16, of_adapter)
+    linear_lora.check_errors_beside_peft(way.backend, torch.bfloat16, of_adapter)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

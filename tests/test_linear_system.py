@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import linear_truth
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from conftest import Backend, require_backend
-from test_linear import head, run
+from support import linear_truth, programs
+from support.backends import Backend, require_backend
+from support.checks.linear import head, run
 
 import rlhf_kernels as rk
 
-FOLDER = Path(__file__).parent
-
 
 def _run(program: str, *arguments: str) -> str:
-    command = [sys.executable, str(FOLDER / program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = programs.run(program, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -30,7 +24,7 @@ def _run(program: str, *arguments: str) -> str:
 @pytest.mark.parametrize("world", [2, 4])
 def test_vocabulary_sharded_over_processes(world: int) -> None:
     require_backend("cpu")
-    _run("linear_ranks.py", str(world))
+    _run("linear_ranks", str(world))
 
 
 class Peak(NamedTuple):
@@ -80,7 +74,7 @@ def peaks(request: pytest.FixtureRequest) -> dict[tuple[str, str], list[int]]:
     wanted = {item.callspec.id for item in request.session.items if item.name.startswith("test_peak_memory[")}
     chosen = {key: peak for key, peak in PEAKS.items() if "-".join(key) in wanted}
     cases = (":".join(map(str, (*peak[:2], products, *peak[2:6]))) for (_, products), peak in chosen.items())
-    lines = _run("linear_memory.py", *cases).splitlines()
+    lines = _run("linear_memory", *cases).splitlines()
     return {name: list(map(int, line.split())) for name, line in zip(chosen, lines, strict=True)}
 
 

@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import edge_cases
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases, truth
+from support.backends import Backend
+from support.checks.logits import check, run, upstream
 from torch import Tensor
 
 import rlhf_kernels as rk
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def _upstream(shape: torch.Size) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-
-
-def _run(backend: Backend, logits: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy and the gradient of the logits for _upstream's gradients, all on the CPU."""
-    moved = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    x = logits.to(backend.device).requires_grad_()
-    logprobs, entropy = rk.selected_logprobs(x, labels.to(backend.device), with_entropy=True, **moved)
-    g, g_entropy = (grad.to(backend.device) for grad in _upstream(labels.shape))
-    (grad,) = torch.autograd.grad([logprobs, entropy], x, [g, g_entropy])
-    assert logprobs.dtype == entropy.dtype == torch.float32
-    assert grad.dtype == logits.dtype
-    return logprobs.detach().cpu(), entropy.detach().cpu(), grad.cpu()
-
-
-def check(
-    backend: Backend,
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-) -> None:
-    """Values and gradients of one call against truth, masked rows exactly 0, the caller's logits unchanged."""
-    before = logits.clone()
-    got = _run(backend, logits, labels, mask=mask, temperature=temperature)
-    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
-
-    counted = torch.ones(labels.shape, dtype=torch.bool) if mask is None else mask
-    for tensor in got:
-        assert (tensor[~counted] == 0).all()
-    x, chosen = logits[counted].contiguous(), labels[counted]
-    per_row = temperature.expand(labels.shape)[counted] if isinstance(temperature, Tensor) else temperature
-    g, g_entropy = (grad[counted] for grad in _upstream(labels.shape))
-    expected = truth.selected_logprobs(x, chosen, per_row, g, g_entropy)
-    plain = truth.plain_logprobs_errors(x, chosen, per_row, g, g_entropy)
-    for i in range(3):
-        truncates = backend.interpreted and i == 2 and logits.dtype == torch.bfloat16
-        truth.assert_accurate(got[i][counted], expected[i], plain[i], truncates=truncates)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,18 +46,16 @@ def test_minus_inf_prefix_longer_than_any_block(backend: Backend) -> None:
 def test_entropy_of_wide_bf16_logits(backend: Backend) -> None:
     """Peers keep the sum in bf16 and are off by 0.015 to 0.11 nats here."""
     logits = edge_cases.logits_of("wide", (2, 50257), torch.bfloat16)
-    _, entropy, _ = _run(backend, logits, torch.tensor([1, 2]))
-    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
-    assert (entropy.double() - expected).abs().max() < 2e-6
+    check(backend, logits, torch.tensor([1, 2]))
 
 
 def test_label_at_minus_inf(backend: Backend) -> None:
     logits = torch.tensor([[1.0, float("-inf"), 2.0]])
-    logprobs, entropy, grad = _run(backend, logits, torch.tensor([1]))
+    logprobs, entropy, grad = run(backend, logits, torch.tensor([1]))
     assert logprobs.item() == float("-inf")
     assert entropy.isfinite().all()
     assert grad.isfinite().all()
-    assert grad[0, 1] == _upstream(torch.Size([1]))[0].item()  # onehot - p, and p = 0
+    assert grad[0, 1] == upstream(torch.Size([1]))[0].item()  # onehot - p, and p = 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,9 +100,9 @@ def test_every_mask_over_rows_that_nobody_may_read(backend: Backend, kind: str, 
 def test_mask_of_any_dtype_and_stride(backend: Backend) -> None:
     logits, labels = edge_cases.logits_of("normal", (6, 40), torch.float32), edge_cases.labels_for((6,), 40)
     mask = torch.tensor([1, 0, 1, 1, 0, 0])
-    expected = _run(backend, logits, labels, mask=mask.bool())
+    expected = run(backend, logits, labels, mask=mask.bool())
     for variant in (mask, mask.float(), mask.repeat_interleave(2)[::2].bool()):
-        for a, b in zip(_run(backend, logits, labels, mask=variant), expected, strict=True):
+        for a, b in zip(run(backend, logits, labels, mask=variant), expected, strict=True):
             assert torch.equal(a, b)
 
 
@@ -170,7 +126,7 @@ def test_temperature_per_row(backend: Backend) -> None:
 def test_no_rows(backend: Backend, with_mask: bool) -> None:
     for shape in ((0,), (0, 4), (3, 0)):
         mask = torch.ones(shape, dtype=torch.bool) if with_mask else None
-        got = _run(backend, torch.empty(*shape, 17), torch.empty(shape, dtype=torch.int64), mask=mask)
+        got = run(backend, torch.empty(*shape, 17), torch.empty(shape, dtype=torch.int64), mask=mask)
         assert [tuple(t.shape) for t in got] == [shape, shape, (*shape, 17)]
 
 
@@ -188,7 +144,7 @@ def test_only_one_output_differentiated(backend: Backend) -> None:
 
 def test_without_entropy_the_same_logprobs(backend: Backend) -> None:
     logits, labels = edge_cases.logits_of("normal", (4, 5000), torch.bfloat16), edge_cases.labels_for((4,), 5000)
-    expected, _, _ = _run(backend, logits, labels)
+    expected, _, _ = run(backend, logits, labels)
     got = rk.selected_logprobs(logits.to(backend.device), labels.to(backend.device))
     assert isinstance(got, Tensor)
     truth.assert_accurate(got, expected, 0.0)

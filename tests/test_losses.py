@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import edge_cases
 import pytest
 import torch
+from support import edge_cases
 from torch import Tensor
 
 import rlhf_kernels as rk

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 
-import edge_cases
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases, truth
+from support.backends import Backend
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -237,7 +236,7 @@ def test_guard_pages(kernel_backend: Backend, small_blocks: None, side: str) -> 
     """An access outside an input ends the process: with it, this test."""
     if kernel_backend.device != "cpu":
         pytest.skip("guard pages are CPU memory")
-    import guarded_memory  # sets Triton to interpret
+    from support import guarded_memory  # sets Triton to interpret
 
     module = dispatch.backend_module(kernel_backend.name)
     for T, dtype in itertools.product((1, 15, 16, 33, 257), DTYPES):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import require_backend
+from support.backends import require_backend
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,22 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import edge_cases
 import pytest
-import test_full_kl
-import test_logits
-import test_ppo_advantages
-import test_scan
-import test_scan_packed
 import torch
-from conftest import Backend, require_backend
+from support import edge_cases, programs
+from support.backends import Backend, require_backend
+from support.checks import full_kl, ppo_advantages, scan, scan_packed
+from support.checks.logits import check as check_logprobs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
+from rlhf_kernels.reference import scan as reference
 
 CPU = Backend("cpu", "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -79,7 +76,7 @@ def _everything(logits: Tensor, labels: Tensor) -> list[Tensor]:
 def test_accuracy_of_logprobs(isa: str, value_class: str, dtype: torch.dtype) -> None:
     V = 2500  # two full blocks of 1024 and a short one
     logits = edge_cases.logits_of(value_class, (4, V), dtype)
-    test_logits.check(CPU, logits, torch.tensor([0, V // 2, V - 1, 1]))
+    check_logprobs(CPU, logits, torch.tensor([0, V // 2, V - 1, 1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,38 +84,38 @@ def test_accuracy_of_logprobs(isa: str, value_class: str, dtype: torch.dtype) ->
 def test_accuracy_of_full_kl(isa: str, value_class: str, dtype: torch.dtype) -> None:
     V = 2500
     logits, ref = (edge_cases.logits_of(value_class, (2, V), dtype, seed) for seed in range(2))
-    test_full_kl.check(CPU, logits, ref)
-    test_full_kl.check(CPU, logits, edge_cases.logits_of("normal", (2, V), dtype), directions=["reverse", "jsd"])
-    test_full_kl.check(CPU, edge_cases.logits_of("normal", (2, V), dtype), ref, directions=["forward"])
+    full_kl.check(CPU, logits, ref)
+    full_kl.check(CPU, logits, edge_cases.logits_of("normal", (2, V), dtype), directions=["reverse", "jsd"])
+    full_kl.check(CPU, edge_cases.logits_of("normal", (2, V), dtype), ref, directions=["forward"])
 
 
 @pytest.mark.parametrize("V", [1, 17, 63, 65, 1023, 1024, 1025, 2049])
 def test_full_kl_around_block_sizes(isa: str, V: int) -> None:
     pair = (edge_cases.logits_of("normal", (4, V), torch.float16, seed) for seed in range(2))
-    test_full_kl.check(CPU, *pair)
+    full_kl.check(CPU, *pair)
 
 
 @pytest.mark.parametrize("V", [1, 17, 63, 64, 65, 1023, 1024, 1025, 2049])
 def test_accuracy_around_block_sizes(isa: str, V: int) -> None:
     logits, labels = _case(40, V, torch.bfloat16)
-    test_logits.check(CPU, logits, labels)
+    check_logprobs(CPU, logits, labels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masked", test_scan.MASKED)
+@pytest.mark.parametrize("masked", scan.MASKED)
 def test_accuracy_of_gae(isa: str, masked: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     for batch, time in ((1, 1), (7, 3), (9, 8), (17, 41)):  # around the eight positions of a vector
         rewards, values = (torch.randn(batch, time, generator=generator).to(dtype) for _ in range(2))
         mask = torch.rand(batch, time, generator=generator) > 0.3
         bootstrap = torch.randn(batch, generator=generator)
-        test_scan.check(CPU, *edge_cases.hide(mask, rewards, values), mask, bootstrap, masked)
+        scan.check(CPU, *edge_cases.hide(mask, rewards, values), mask, bootstrap, masked)
     lengths = torch.randint(0, 40, (50,), generator=generator).tolist()
-    rewards, values, bootstrap = (x.to(dtype) for x in test_scan_packed.packed_case(lengths))
-    test_scan_packed.check(CPU, lengths, rewards, values, None, bootstrap, masked)
+    rewards, values, bootstrap = (x.to(dtype) for x in scan_packed.packed_case(lengths))
+    scan_packed.check(CPU, lengths, rewards, values, None, bootstrap, masked)
 
 
-@pytest.mark.parametrize("masked", test_scan.MASKED)
+@pytest.mark.parametrize("masked", scan.MASKED)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1e-3, 1e-3), (1.0, 0.0)])
 def test_an_infinity_is_what_the_recurrence_makes_of_it(isa: str, gamma: float, lam: float, masked: str) -> None:
     """Though powers of the decay underflow, and sums of a few terms overflow that the whole sum does not."""
@@ -131,7 +128,7 @@ def test_an_infinity_is_what_the_recurrence_makes_of_it(isa: str, gamma: float, 
         rewards[3, 30:33] = torch.tensor([3e38, 3e38, -3e38])
     for kept in (None, mask.expand(4, 50)):
         got = rk.gae(rewards, values, kept, gamma=gamma, lam=lam, masked=masked)
-        expected = test_scan.reference.gae(rewards, values, kept, None, gamma, lam, masked)
+        expected = reference.gae(rewards, values, kept, None, gamma, lam, masked)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
 
@@ -139,9 +136,9 @@ def test_an_infinity_is_what_the_recurrence_makes_of_it(isa: str, gamma: float, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_of_ppo_advantages(isa: str, dtype: torch.dtype) -> None:
     for batch, time in ((7, 3), (9, 8), (17, 41)):
-        mask = test_ppo_advantages.mask_of("holes", batch, time)
+        mask = ppo_advantages.mask_of("holes", batch, time)
         for whiten in (False, True):
-            test_ppo_advantages.check(CPU, test_ppo_advantages.rollout(batch, time, dtype=dtype), mask, whiten=whiten)
+            ppo_advantages.check(CPU, ppo_advantages.rollout(batch, time, dtype=dtype), mask, whiten=whiten)
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, threads: int) -> None:
@@ -232,14 +229,7 @@ def test_strided_and_expanded_rows(isa: str) -> None:
 @pytest.mark.parametrize("side", ["behind", "before", "far"])
 def test_memory(isa: str, side: str) -> None:
     """Guard pages and offsets past 2**31 for each instruction set."""
-    script = Path(__file__).with_name("guarded_memory.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "cpu", side],
-        env={**os.environ, "RLHF_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs.run("guarded_memory", "cpu", side, environment={**os.environ, "RLHF_KERNELS_ISA": isa})
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 0
 

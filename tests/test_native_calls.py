@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_backend
+from support.backends import require_backend
 
 from rlhf_kernels import dispatch
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import require_backend
+from support.backends import require_backend
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import truth
+from support import truth
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 

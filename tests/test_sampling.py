@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import edge_cases
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases, truth
+from support.backends import Backend
 from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 

@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import edge_cases
 import numpy as np
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases, truth
+from support.backends import Backend
+from support.checks.scan import MASKED, check, run
 from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels.reference import scan as reference
 
-MASKED = ["skip", "stop", "zero"]
-
 
 def _case(batch: int, time: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator) for shape in ((batch, time), (batch, time), (batch,)))
-
-
-def _run(backend: Backend, rewards: Tensor, values: Tensor, mask: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    def move(x):
-        return x.to(backend.device) if isinstance(x, Tensor) else x
-
-    moved = {name: move(value) for name, value in options.items()}
-    advantages, returns = rk.gae(move(rewards), move(values), move(mask), **moved)
-    return advantages.cpu(), returns.cpu()
-
-
-def check(
-    backend: Backend,
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    masked: str = "skip",
-    gamma: float = 0.97,
-    lam: float = 0.95,
-) -> None:
-    """One call against truth; masked places exactly 0."""
-    options = {"gamma": gamma, "lam": lam, "bootstrap": bootstrap, "masked": masked}
-    got = _run(backend, rewards, values, mask, **options)
-    if mask is not None:
-        hidden = torch.zeros_like(rewards)  # neither truth nor the plain loop shall meet a NaN that the mask hides
-        rewards, values = torch.where(mask, rewards, hidden), torch.where(mask, values, hidden)
-    expected = truth.gae(rewards, values, mask, bootstrap, gamma, lam, masked)
-    errors = truth.gae_loop_error(rewards, values, mask, bootstrap, gamma, lam, masked)
-    for actual, exact, error in zip(got, expected, errors, strict=True):
-        assert actual.dtype == torch.float32
-        truth.assert_accurate(actual, exact, error)
-        if mask is not None:
-            assert (actual[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("with_bootstrap", [False, True])
@@ -80,14 +44,12 @@ def test_holes_of_a_dialogue(backend: Backend, masked: str) -> None:
 def test_the_semantics_differ(backend: Backend) -> None:
     mask = torch.tensor([[1, 1, 0, 1, 0]]).bool()
     rewards, values, bootstrap = _case(1, 5)
-    skip, stop, zero = (
-        _run(backend, rewards, values, mask, bootstrap=bootstrap, masked=masked)[0] for masked in MASKED
-    )
+    skip, stop, zero = (run(backend, rewards, values, mask, bootstrap=bootstrap, masked=masked)[0] for masked in MASKED)
     assert not torch.equal(skip, stop)
     assert not torch.equal(skip, zero)
     assert not torch.equal(stop, zero)
     # "stop": the last position is a hole, so nothing of the bootstrap arrives.
-    assert torch.equal(stop, _run(backend, rewards, values, mask, masked="stop")[0])
+    assert torch.equal(stop, run(backend, rewards, values, mask, masked="stop")[0])
 
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 31, 32, 33, 100])
@@ -121,7 +83,7 @@ def test_long_sequences(backend: Backend) -> None:
     """131,072 steps; 8,192 for the interpreter, which needs 0.1 ms for each, and for the specification's loop."""
     time = 8_192 if backend.interpreted or backend.name == "reference" else 131_072
     rewards, values, bootstrap = _case(1, time)
-    got = _run(backend, rewards, values, None, gamma=0.999, lam=0.99, bootstrap=bootstrap)
+    got = run(backend, rewards, values, None, gamma=0.999, lam=0.99, bootstrap=bootstrap)
     expected, plain = (
         _loop(rewards[0], values[0], bootstrap.item(), 0.999, 0.99, number) for number in (float, np.float32)
     )
@@ -150,20 +112,20 @@ def test_every_dtype_and_layout(backend: Backend, small_blocks: None, dtype: tor
         lambda x: x.repeat_interleave(2, 0)[::2],
         lambda x: x.T.contiguous().T,
     ):
-        got = _run(backend, place(rewards), place(values), place(mask), bootstrap=bootstrap, gamma=0.97)
+        got = run(backend, place(rewards), place(values), place(mask), bootstrap=bootstrap, gamma=0.97)
         for actual, exact in zip(got, expected, strict=True):
             assert actual.dtype == result
             torch.testing.assert_close(actual, exact, rtol=1e-5, atol=2e-6)
-    row = _run(backend, rewards[:1].expand(3, 40), values[:1].expand(3, 40), None)
+    row = run(backend, rewards[:1].expand(3, 40), values[:1].expand(3, 40), None)
     for tensor in row:
         assert torch.equal(tensor, tensor[:1].expand(3, 40))
 
 
 def test_mixed_dtypes_and_leading_shapes(backend: Backend) -> None:
     rewards, values, bootstrap = _case(6, 9)
-    flat = _run(backend, rewards, values.half(), None, bootstrap=bootstrap)
-    shaped = _run(backend, rewards.view(2, 3, 9), values.half().view(2, 3, 9), None, bootstrap=bootstrap.view(2, 3))
-    single = _run(backend, rewards[0], values[0].half(), None, bootstrap=bootstrap[0])
+    flat = run(backend, rewards, values.half(), None, bootstrap=bootstrap)
+    shaped = run(backend, rewards.view(2, 3, 9), values.half().view(2, 3, 9), None, bootstrap=bootstrap.view(2, 3))
+    single = run(backend, rewards[0], values[0].half(), None, bootstrap=bootstrap[0])
     for a, b, c in zip(flat, shaped, single, strict=True):
         assert torch.equal(a.view(2, 3, 9), b)
         assert torch.equal(a[0], c)
@@ -172,33 +134,31 @@ def test_mixed_dtypes_and_leading_shapes(backend: Backend) -> None:
 def test_nothing_to_scan(backend: Backend) -> None:
     for shape in ((0, 5), (3, 0), (0, 0), (0,)):
         empty = torch.empty(shape)
-        for tensor in _run(
-            backend, empty, empty, torch.ones(shape, dtype=torch.bool), bootstrap=torch.ones(shape[:-1])
-        ):
+        for tensor in run(backend, empty, empty, torch.ones(shape, dtype=torch.bool), bootstrap=torch.ones(shape[:-1])):
             assert tensor.shape == shape
 
 
 def test_a_nan_stays_in_its_sequence(backend: Backend, small_blocks: None) -> None:
     """A counted NaN spoils its row from there to the left, no other row, and does not cross a "stop"."""
     rewards, values, _ = _case(3, 40)
-    clean = _run(backend, rewards, values, None)[0]
+    clean = run(backend, rewards, values, None)[0]
     rewards[1, 20] = float("nan")
-    spoilt = _run(backend, rewards, values, None)[0]
+    spoilt = run(backend, rewards, values, None)[0]
     assert torch.equal(spoilt[[0, 2]], clean[[0, 2]])
     assert spoilt[1, :21].isnan().all()
     assert torch.equal(spoilt[1, 21:], clean[1, 21:])
     mask = torch.ones(3, 40, dtype=torch.bool)
     mask[:, 10] = False
-    assert _run(backend, rewards, values, mask, masked="stop")[0][1, :10].isfinite().all()
+    assert run(backend, rewards, values, mask, masked="stop")[0][1, :10].isfinite().all()
 
 
 def test_padding_on_the_right_changes_no_bit(backend: Backend, small_blocks: None) -> None:
     rewards, values, _ = _case(2, 37)
     mask = edge_cases.MASKS["holes"](rewards.shape)
     for masked in MASKED:
-        short = _run(backend, rewards, values, mask, masked=masked)
+        short = run(backend, rewards, values, mask, masked=masked)
         pad = (torch.nn.functional.pad(x, (0, 30)) for x in (rewards, values, mask))
-        for a, b in zip(short, _run(backend, *pad, masked=masked), strict=True):
+        for a, b in zip(short, run(backend, *pad, masked=masked), strict=True):
             assert torch.equal(a, b[:, :37])
 
 

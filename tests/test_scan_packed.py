@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-import edge_cases
 import pytest
-import test_scan
 import torch
-import truth
-from conftest import HAS_GPU, Backend, require_backend
-from torch import Tensor
+from support import edge_cases, truth
+from support.backends import HAS_GPU, Backend, require_backend
+from support.checks.scan import MASKED, run
+from support.checks.scan_packed import check, offsets_of, packed_case
 
 import rlhf_kernels as rk
 from rlhf_kernels.reference import scan as reference
 
-MASKED = ["skip", "stop", "zero"]
 LENGTHS = [5, 0, 1, 16, 17, 0, 33, 8, 7, 9, 31, 2, 0]
-
-
-def offsets_of(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
-
-
-def packed_case(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """rewards, values [total], bootstrap [S]."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    return tuple(torch.randn(size, generator=generator) for size in (total, total, len(lengths)))
-
-
-def check(
-    backend: Backend,
-    lengths: list[int],
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    masked: str = "skip",
-    gamma: float = 0.97,
-    lam: float = 0.95,
-    dtype: torch.dtype = torch.int64,
-) -> None:
-    """One packed call: the bits of a padded call on each sequence, which others compare with float64."""
-    options = {"gamma": gamma, "lam": lam, "masked": masked}
-    offsets = offsets_of(lengths, dtype)
-    got = test_scan._run(backend, rewards, values, mask, bootstrap=bootstrap, cu_seqlens=offsets, **options)
-    pieces = [None if x is None else x.split(lengths) for x in (rewards, values, mask)]
-    for s in range(len(lengths)):
-        r, v, m = (None if piece is None else piece[s] for piece in pieces)
-        end = None if bootstrap is None else bootstrap[s]
-        alone = test_scan._run(backend, r, v, m, bootstrap=end, **options)
-        for packed, one in zip(got, alone, strict=True):
-            assert torch.equal(packed[offsets[s] : offsets[s + 1]].nan_to_num(7.0), one.nan_to_num(7.0)), s
 
 
 @pytest.mark.parametrize("with_bootstrap", [False, True])
@@ -72,9 +34,7 @@ def test_truth(backend: Backend, small_blocks: None, masked: str) -> None:
     rewards, values, bootstrap = packed_case(lengths)
     mask = edge_cases.MASKS["holes"](rewards.shape)
     offsets = offsets_of(lengths)
-    got = test_scan._run(
-        backend, rewards, values, mask, bootstrap=bootstrap, masked=masked, gamma=0.97, cu_seqlens=offsets
-    )
+    got = run(backend, rewards, values, mask, bootstrap=bootstrap, masked=masked, gamma=0.97, cu_seqlens=offsets)
     plain = reference.gae_packed(rewards, values, mask, bootstrap, offsets, 0.97, 0.95, masked)
     pieces = zip(*(x.split(lengths) for x in (rewards, values, mask)), bootstrap, strict=True)
     exact = [truth.gae(r[None], v[None], m[None], end[None], 0.97, 0.95, masked) for r, v, m, end in pieces]
@@ -88,10 +48,8 @@ def test_either_integer(backend: Backend, small_blocks: None, dtype: torch.dtype
     rewards, values, bootstrap = packed_case(LENGTHS)
     check(backend, LENGTHS, rewards, values, None, bootstrap, dtype=dtype)
     every_second = torch.stack([offsets_of(LENGTHS, dtype)] * 2, 1)[:, 0]
-    strided = test_scan._run(backend, rewards, values, None, cu_seqlens=every_second)
-    for a, b in zip(
-        strided, test_scan._run(backend, rewards, values, None, cu_seqlens=every_second.clone()), strict=True
-    ):
+    strided = run(backend, rewards, values, None, cu_seqlens=every_second)
+    for a, b in zip(strided, run(backend, rewards, values, None, cu_seqlens=every_second.clone()), strict=True):
         assert torch.equal(a, b)
 
 
@@ -120,19 +78,19 @@ def test_many_lengths_fill_the_lanes(backend: Backend) -> None:
 def test_nothing_to_scan(backend: Backend) -> None:
     for lengths in ([], [0], [0, 0, 0]):
         rewards, values, bootstrap = packed_case(lengths)
-        for x in test_scan._run(backend, rewards, values, None, bootstrap=bootstrap, cu_seqlens=offsets_of(lengths)):
+        for x in run(backend, rewards, values, None, bootstrap=bootstrap, cu_seqlens=offsets_of(lengths)):
             assert x.shape == (0,)
 
 
 def test_a_nan_stays_in_its_sequence(backend: Backend, small_blocks: None) -> None:
     lengths = [20, 20, 20]
     rewards, values, bootstrap = packed_case(lengths)
-    clean = test_scan._run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths))[0]
+    clean = run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths))[0]
     rewards[30] = float("nan")
     bootstrap[2] = float("nan")
-    spoilt = test_scan._run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths), bootstrap=bootstrap)[0]
+    spoilt = run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths), bootstrap=bootstrap)[0]
     assert spoilt.isnan().tolist() == [False] * 20 + [True] * 11 + [False] * 9 + [True] * 20
-    only_reward = test_scan._run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths))[0]
+    only_reward = run(backend, rewards, values, None, cu_seqlens=offsets_of(lengths))[0]
     assert torch.equal(only_reward[:20], clean[:20])
     assert torch.equal(only_reward[31:], clean[31:])
 

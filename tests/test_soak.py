@@ -1,4 +1,4 @@
-"""tests/soak.py counts what it says: one call a case, parts that share a run, mismatches, records that resume."""
+"""support/soak.py counts what it says: one call a case, parts that share a run, mismatches, records that resume."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import argparse
 from pathlib import Path
 
 import pytest
-import soak
-import soaked
-import soaked_linear
 import torch
-from conftest import require_backend
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support import soak, soaked, soaked_linear
+from support.backends import require_backend
 from torch import Tensor
 
 import rlhf_kernels as rk

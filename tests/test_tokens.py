@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import edge_cases
 import pytest
 import torch
-import truth
-from conftest import Backend
+from support import edge_cases, truth
+from support.backends import Backend
+from support.checks.tokens import check_rewards
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -157,26 +157,6 @@ def test_kl_of_nothing(backend: Backend) -> None:
         kl = rk.per_token_kl(x, torch.zeros_like(x), estimator="k2")
         assert kl.shape == shape
         assert torch.autograd.grad(kl.sum(), x)[0].shape == shape
-
-
-def check_rewards(backend: Backend, scores: Tensor, kl: Tensor, mask: Tensor, clip: float | None) -> None:
-    """Against the definition, token by token; kl may hold anything where the mask is false."""
-    moved = (x.to(backend.device) for x in (scores, kl, mask))
-    rewards = rk.shaped_rewards(*moved, kl_coef=0.3, clip=clip)
-    assert rewards.dtype == torch.float32
-    assert not rewards.requires_grad
-    expected = torch.zeros(kl.shape, dtype=torch.float64)
-    plain = torch.zeros(kl.shape)
-    for b in range(len(kl)):
-        places = mask[b].nonzero().flatten()
-        expected[b, places] = -0.3 * kl[b, places].double()
-        plain[b, places] = -0.3 * kl[b, places].float()
-        if len(places):
-            score = scores[b] if clip is None else scores[b].clamp(-clip, clip)
-            expected[b, places[-1]] += score.double()
-            plain[b, places[-1]] += score.float()
-    truth.assert_accurate(rewards, expected, truth.max_error(plain, expected))
-    assert (rewards.cpu()[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.mark.structures import ParameterSet
-from conftest import require_backend
+from support import programs
+from support.backends import require_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,11 +23,10 @@ def targets() -> Iterator[ParameterSet]:
 
 
 def rows(*targets: str) -> list[dict]:
-    """What tests/triton_aot.py prints; a process of its own, because here Triton is set to interpret."""
+    """What tests/support/triton_aot.py prints; a process of its own, because here Triton is set to interpret."""
     require_backend("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("triton_aot.py")), *targets]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = programs.run("triton_aot", *targets, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import edge_cases
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
+from support import edge_cases
 
 V, D = 12, 6
 

@@ -6,12 +6,15 @@ import json
 import os
 import socket
 import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.processes import Forked
 
+from rlhf_trainer import ppo as ppo_stage
 from rlhf_trainer.base import distributed
 from rlhf_trainer.base.distributed import ProcessGroupInfo
 from rlhf_trainer.base.errors import UserError
@@ -21,7 +24,8 @@ from rlhf_trainer.onpolicy.checks import check_shares
 from rlhf_trainer.worlds.exact import PROMPTS, make_model, make_seq2seq, make_tokenizer
 
 TIMES = ("seconds/", "eps", "tokens_per_second")
-STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "sft": 5, "reward": 5, "dpo": 5, "t5-ppo": 2, "t5-sft": 5}  # steps
+STAGES = {"ppo": 20, "gae": 5, "grpo": 3, "clip": 1}  # steps
+STAGES |= {"sft": 5, "reward": 5, "dpo": 5, "t5-ppo": 2, "t5-sft": 5}
 SUPERVISED = ("sft", "reward", "dpo", "t5-sft")
 
 
@@ -44,10 +48,38 @@ def run_all(folder, script):
     for environment, arguments in script:
         os.environ.update(environment)
         try:
-            codes.append(main(arguments))
+            with far_ratios(folder) if os.environ["RATIOS"] == "far" else nullcontext():
+                codes.append(main(arguments))
         except SystemExit as error:
             codes.append(error.code)
     print(json.dumps([codes, written]))
+
+
+FAR = 1.5  # nats: ratios of 4.5 and 0.22, where a clip of 0.2 ends at 1.2 and 0.8
+
+
+@contextmanager
+def far_ratios(folder):
+    """As if the policy had moved since its rollout: every ratio of the update's first step is far past the clip.
+
+    In one process the batch is kept in the folder.
+    """
+    compute = ppo_stage.compute_advantages
+
+    def shifted(*arguments):
+        batch = compute(*arguments)
+        rows, columns = batch.logprobs.shape
+        up = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 0
+        shift = torch.where(up, FAR, -FAR)
+        if "RANK" not in os.environ:
+            kept = {"shift": shift, "advantages": batch.advantages, "mask": batch.rollout.response_mask}
+            save_file({name: x.contiguous() for name, x in kept.items()}, f"{folder}/far.safetensors")
+        return replace(batch, logprobs=batch.logprobs - shift)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_stage, "compute_advantages", shifted)
+        patch.setattr(ppo_stage, "check_first_ratio", lambda *_: None)
+        yield
 
 
 def two_ranks(folder, function, *arguments, **environment):
@@ -150,6 +182,7 @@ def commands(folder, prefix):
         "ppo": ppo(folder, f"{prefix}-ppo"),
         "gae": ppo(folder, f"{prefix}-gae", reward="stops", updates=5, save_every=0),
         "grpo": ppo(folder, f"{prefix}-grpo", updates=3, **lora),
+        "clip": ppo(folder, f"{prefix}-clip", updates=1, epochs=1, minibatches=1, clip=0.2),
         "sft": supervised(folder, "sft", f"{prefix}-sft"),
         "reward": supervised(folder, "reward", f"{prefix}-reward", lora_r=2),
         "dpo": supervised(folder, "dpo", f"{prefix}-dpo", micro_batch_size=1),
@@ -164,11 +197,14 @@ def runs(folder):
 
     SIGTERM on rank 1 stops the runs named gae, which are then resumed.
     """
-    assert [main(arguments) for arguments in commands(folder, "one").values()] == [0] * 8
+    for name, arguments in commands(folder, "one").items():
+        with far_ratios(folder) if name == "clip" else nullcontext():
+            assert main(arguments) == 0
     script = []
     for prefix, fsdp in (("two", "false"), ("fsdp", "true")):
-        environment = {"ACCELERATE_USE_FSDP": fsdp, "FSDP_VERSION": "2", "STOPS": ""}
         for name, arguments in commands(folder, prefix).items():
+            environment = {"ACCELERATE_USE_FSDP": fsdp, "FSDP_VERSION": "2", "STOPS": ""}
+            environment["RATIOS"] = "far" if name == "clip" else ""
             if name == "gae":
                 script.append((environment | {"STOPS": "1"}, arguments))
                 arguments = [*arguments, "--resume=true"]
@@ -182,7 +218,7 @@ def runs(folder):
     first, second = two_ranks(folder / "said", run_all, str(folder), script)
     assert (first.poll(), second.poll()) == (0, 0), first.stderr
     (codes, _), (other_codes, written) = (json.loads(rank.stdout) for rank in (first, second))
-    assert codes == other_codes == [0, 143, *[0] * 7, 143, *[0] * 9], first.stderr
+    assert codes == other_codes == [0, 143, *[0] * 8, 143, *[0] * 10], first.stderr
     return written
 
 
@@ -203,8 +239,8 @@ def metrics(folder):
 def test_two_ranks_give_the_run_of_one(folder, runs, ranks, stage):
     """What two ranks compute differs from one process's by the order of sums.
 
-    Nothing here may turn that into more: no ratio is near its clip. AdamW (eps 1e-8) divides a gradient that is nothing
-    but rounding by itself, so that its moments are compared, and the weights only within its steps.
+    Nothing here may turn that into more: no ratio is near the edge of its clip. AdamW (eps 1e-8) divides a gradient
+    that is nothing but rounding by itself, so that its moments are compared, and the weights only within its steps.
     """
     one, two = (metrics(folder / f"{prefix}-{stage}") for prefix in ("one", ranks))
     assert len(one) == len(two) >= STAGES[stage]
@@ -213,7 +249,8 @@ def test_two_ranks_give_the_run_of_one(folder, runs, ranks, stage):
             record.pop("val/var_explained", None)  # 1 minus a ratio of variances, which may both be tiny
             if record["step"] == 1:
                 record.pop("rewards/accuracies", None)  # DPO's policy is its reference still: the sign of a zero
-            assert record.get("policy/clipfrac_avg", 0) == record.get("val/clipfrac_avg", 0) == 0
+            assert (record.get("policy/clipfrac_avg", 0) > 0) == (stage == "clip")
+            assert record.get("val/clipfrac_avg", 0) == 0
         assert second == pytest.approx(first, abs=1e-5, rel=1e-5)
     names, others = ({path.name for path in (folder / f"{prefix}-{stage}").iterdir()} for prefix in ("one", ranks))
     assert names == others - ({"checkpoints"} if stage == "gae" else set())  # SIGTERM leaves one there
@@ -228,6 +265,19 @@ def test_two_ranks_give_the_run_of_one(folder, runs, ranks, stage):
         assert first.keys() == second.keys()
         for key, value in first.items():
             torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-4 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("ranks", ["one", "two", "fsdp"])
+def test_ratios_far_past_the_clip_are_clipped_on_every_rank(folder, runs, ranks):
+    far = load_file(folder / "far.safetensors")
+    advantages, ratios = far["advantages"][far["mask"]].double(), far["shift"][far["mask"]].double().exp()
+    free, clipped = ratios * advantages, ratios.clamp(0.8, 1.2) * advantages
+    (record,) = metrics(folder / f"{ranks}-clip")
+    assert record["val/ratio"] == pytest.approx(ratios.mean().item(), rel=1e-5)
+    assert record["loss/policy_avg"] == pytest.approx(-torch.minimum(free, clipped).mean().item(), rel=1e-4)
+    assert record["policy/clipfrac_avg"] == pytest.approx((clipped < free).double().mean().item())
+    assert 0.3 < record["policy/clipfrac_avg"] < 0.7
+    assert -free.mean() < record["loss/policy_avg"] - 0.1  # as it were without a clip
 
 
 def test_only_rank_0_writes(runs):

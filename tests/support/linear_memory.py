@@ -3,8 +3,8 @@
 The first is the call's. The second is the library's share: the most that torch takes beyond a product's operands and
 result for any one matrix product of that call, run by itself. oneDNN repacks matrices, by how much depends on the CPU.
 
-Run as a program: `linear_memory.py CASE...`, a CASE being OP:DTYPE:PRODUCTS:N:V:D:WORKSPACE with OP of CALLS, PRODUCTS
-the dtype that matrices are multiplied in, workspace in KiB.
+Run as a program: `python -m support.linear_memory CASE...`, a CASE being OP:DTYPE:PRODUCTS:N:V:D:WORKSPACE with OP of
+CALLS, PRODUCTS the dtype that matrices are multiplied in, workspace in KiB.
 Each number comes from a process of its own, forked with the libraries loaded and nothing allocated yet, which counts
 its own pages and no other process's.
 """

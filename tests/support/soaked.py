@@ -1,4 +1,4 @@
-"""What tests/soak.py runs of each op: outputs and gradients of one random call, and how large its numbers get.
+"""What soak.py runs of each op: outputs and gradients of one random call, and how large its numbers get.
 
 The unit of an error is an ulp (of fp32, or of a 16-bit product) at the largest number that the result comes from: what
 one rounding on the way makes of it, not the last place of the result itself, which cancellation may leave far smaller.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import strategies
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import rlhf_kernels as rk
+from support import strategies
 
 ULP = 2.0**-23
 LIMIT = 16.0

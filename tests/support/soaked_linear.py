@@ -1,4 +1,4 @@
-"""The linear family in tests/soak.py: heads of few columns around the tiles, with bias, softcap, scale and mask.
+"""The linear family in soak.py: heads of few columns around the tiles, with bias, softcap, scale and mask.
 
 A 16-bit head's products are 16-bit numbers (torch has no other GEMM of them on a CPU), so the unit of error is the ulp
 of the head's dtype: a logit's last place, and what a logprob, a probability and each product with it make of it. The
@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import strategies
 import torch
 from hypothesis import strategies as st
-from linear_truth import Case, logits_and_slope
-from soaked import Output, compared
 from torch import Tensor
 
 import rlhf_kernels as rk
+from support import strategies
+from support.linear_truth import Case, logits_and_slope
+from support.soaked import Output, compared
 
 # Log-ratios well inside, beyond either clip, beyond dual_clip=3 and beyond the clamp at 20: a logprob's rounding takes
 # none across an edge, where gradients jump.

@@ -1,7 +1,7 @@
 """Run every kernel on memory that ends, or begins, at a page nobody may touch, and across offsets past 2**31.
 
-Run as a program: `guarded_memory.py {cpu|triton} {behind|before|far}`. An access outside an input kills the process;
-a wrong result raises; otherwise it prints how many calls it made.
+Run as a program: `python -m support.guarded_memory {cpu|triton} {behind|before|far}`. An access outside an input kills
+the process; a wrong result raises; otherwise it prints how many calls it made.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # CPU memory, on every machine
 
-import edge_cases
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
+from support import edge_cases
 
 PAGE = mmap.PAGESIZE
 MAP_NORESERVE = 0x4000  # Linux; mmap names it from Python 3.12 on

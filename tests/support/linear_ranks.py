@@ -1,6 +1,6 @@
 """Run the linear family on a vocabulary sharded over gloo processes and compare with the whole one.
 
-Run as a program: `linear_ranks.py WORLD`; exits 0 when every rank found equality.
+Run as a program: `python -m support.linear_ranks WORLD`; exits 0 when every rank found equality.
 """
 
 from __future__ import annotations

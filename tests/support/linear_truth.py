@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import truth
 from torch import Tensor
+
+from support import truth
 
 
 class Case(NamedTuple):

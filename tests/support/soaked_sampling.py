@@ -1,15 +1,14 @@
-"""sample_tokens in tests/soak.py: each token is where its u falls in the exact distribution, with its logprob there."""
+"""sample_tokens in soak.py: each token is where its u falls in the exact distribution, with its logprob there."""
 
 from __future__ import annotations
 
-import strategies
 import torch
-import truth
-from soaked import LIMIT, ULP, Soaked
 from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels.reference.sampling import uniforms
+from support import strategies, truth
+from support.soaked import LIMIT, ULP, Soaked
 
 # What fp32 exponentials and their sums may be off by, relative to the total, where a token's cell ends.
 ROUNDING = 4e-6

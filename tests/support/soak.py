@@ -1,15 +1,17 @@
 """Very many random calls of every op on one backend against the reference in float64: counts, and the worst of each.
 
-python tests/soak.py {cpu|triton} --cases 1000000 --seed 0 --record FILE [--part 1/2] [--only|--skip OP ...]
-python tests/soak.py reference --cases 60000 ...     the ops that have no kernel: plain PyTorch in the call's dtypes
-python tests/soak.py sum FILE ...                    what the records of any number of processes hold together
+In tests/:
+
+python -m support.soak {cpu|triton} --cases 1000000 --seed 0 --record FILE [--part 1/2] [--only|--skip OP ...]
+python -m support.soak reference --cases 60000 ...     the ops that have no kernel: plain PyTorch in the call's dtypes
+python -m support.soak sum FILE ...                    what the records of any number of processes hold together
 
 A case is one random call of one op on the backend, forward and backward, its options drawn with it, and the same call
 of the reference in float64. (`sample_tokens` draws one time in four again, which is not counted.) A mismatch is NaN or
 infinity where truth has none (or another one), something other than 0 at a masked place, or an error above the op's
 limit: 16, where the unit is an ulp of fp32 at the largest number that the result comes from, or for `linear_*` 1, where
-it is the bound in tests/soaked_linear.py. The accuracy rule proper, which compares with plain PyTorch's error, is what
-the conformance tests check. The exit code is 1 if there is a mismatch, and the call is printed; 130 if stopped.
+it is the bound in soaked_linear.py. The accuracy rule proper, which compares with plain PyTorch's error, is what the
+conformance tests check. The exit code is 1 if there is a mismatch, and the call is printed; 130 if stopped.
 
 Cases come in batches of an op, seeded by --seed, the op and the batch's number. --part K/N runs every N-th batch, so N
 processes share a run. Each finished batch is a line of FILE, which several processes may write; one that FILE already
@@ -35,10 +37,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import soaked
-import soaked_linear
-import soaked_sampling
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from support import soaked, soaked_linear, soaked_sampling
 
 SOAKED = dict(sorted({**soaked.SOAKED, **soaked_sampling.SOAKED, **soaked_linear.SOAKED}.items()))
 BATCH = 250  # cases of one run of hypothesis: half a minute in Triton's interpreter
@@ -132,10 +133,11 @@ def report(batches: Iterable[Batch]) -> int:
 
 def small_triton_blocks() -> None:
     """The interpreter's time goes with the size of a block, and short inputs shall span several."""
-    import conftest
     import pytest
 
-    conftest.shrink_blocks(pytest.MonkeyPatch())
+    from support.backends import shrink_blocks
+
+    shrink_blocks(pytest.MonkeyPatch())
 
 
 def patch_triton_once() -> None:

@@ -1,7 +1,7 @@
 """head_of on models that two gloo processes share: DDP, accelerate, FSDP2, a DTensor head; beside one process.
 
-Run as a program: `head_ranks.py CASE...`; exits 0 when the loss and every gradient on both ranks are equal to those
-of the unwrapped model's own logits.
+Run as a program: `python -m support.head_ranks CASE...`; exits 0 when the loss and every gradient on both ranks
+are equal to those of the unwrapped model's own logits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_heads import V, made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
+from support.head_models import V, made
 
 WORLD = 2
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import edge_cases
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from support import edge_cases
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK_V, BLOCK_T = 128, 16  # what the small_blocks fixture sets
 
 
-# Strategies are built once, not at every draw: millions of calls are drawn (tests/soak.py).
+# Strategies are built once, not at every draw: millions of calls are drawn (soak.py).
 _DTYPE, _SEED, _FLAG = st.sampled_from(DTYPES), st.integers(0, 1000), st.booleans()
 _VOCAB = st.one_of(st.integers(1, 40), st.sampled_from([k * BLOCK_V + d for k in (1, 2) for d in (-1, 0, 1)]))
 _LOGITS_SHAPE = st.tuples(st.integers(1, 3), st.integers(1, 4))
