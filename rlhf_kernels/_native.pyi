@@ -195,7 +195,7 @@ def policy_loss(
     low: float,
     high: float,
     dual_clip: float,
-    sequence: bool,
+    ratio: int,
     row_means: bool,
     denominator: float,
     loss: int,

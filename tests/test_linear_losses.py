@@ -39,7 +39,7 @@ AGGREGATES = [
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES, ids=str)
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence-token"])
 def test_aggregates(backend: Backend, aggregate: dict, ratio: str) -> None:
     data = rollout()
     terms = {"entropy_coef": 0.05, "ref_logprobs": data.ref, "kl_coef": 0.1}

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support import edge_cases
+from support.backends import Backend
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -94,6 +95,48 @@ def test_policy_loss_sequence_ratio() -> None:
         terms.append([_policy_terms(mean, 0.0, advantage, {"clip_low": 0.05}) for advantage in a])
     assert loss.item() == pytest.approx(_aggregate(terms, "seq-mean-token-mean", None), rel=1e-5)
     assert stats["ratio_mean"].item() == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+
+
+def test_policy_loss_gspo_token(backend: Backend) -> None:
+    """Values of the sequence's ratio; a token's gradient is its own advantage's, not its sequence's mean."""
+    new, old, advantages = (x.to(backend.device) for x in _policy_case(None))
+    found = {}
+    for ratio in ("sequence", "sequence-token"):
+        leaf = new.clone().requires_grad_()
+        loss, stats = rk.policy_loss(leaf, old, advantages, ratio=ratio, aggregate="seq-mean-token-mean", clip_low=0.05)
+        found[ratio] = loss, stats, *torch.autograd.grad(loss, leaf)
+    assert torch.equal(found["sequence"][0], found["sequence-token"][0])
+    assert found["sequence"][1] == found["sequence-token"][1]
+    # The paper's objective, by autograd: s_i as a constant times pi / sg[pi].
+    leaf = new.double().requires_grad_()
+    s = (leaf - old.double()).mean(-1, keepdim=True).exp().detach() * (leaf - leaf.detach()).exp()
+    a = advantages.double()
+    loss = -torch.minimum(s * a, s.clamp(0.95, 1.2) * a).mean(-1).mean()
+    (expected,) = torch.autograd.grad(loss, leaf)
+    assert found["sequence-token"][0].item() == pytest.approx(loss.item(), rel=1e-5)
+    largest = expected.abs().max()
+    torch.testing.assert_close(found["sequence-token"][2].double() / largest, expected / largest)
+    assert (found["sequence"][2].double() - expected).abs().max() > 0.1 * largest
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_policy_loss_of_one_advantage_a_sequence(backend: Backend, shape: tuple[int, ...]) -> None:
+    new, old, _ = (x.to(backend.device) for x in _policy_case(None))
+    new.requires_grad_()
+    advantages, weights = (_normal(*shape, seed=seed).to(backend.device) for seed in (8, 9))
+    found, expected = (
+        rk.policy_loss(new, old, advantages.view(view), importance_weights=weights.view(view).expand(size))
+        for view, size in ((shape, shape), ((4, 1), new.shape))
+    )
+    whole = rk.policy_loss(
+        new, old, advantages.view(4, 1).expand(new.shape), importance_weights=weights.view(4, 1).expand(new.shape)
+    )
+    for loss, stats in (found, expected):
+        assert torch.equal(loss, whole[0])
+        assert stats == whole[1]
+        assert torch.equal(*(torch.autograd.grad(x, new, retain_graph=True)[0] for x in (loss, whole[0])))
+    with pytest.raises(ValueError, match="advantages has shape"):
+        rk.policy_loss(new, old, advantages.view(-1)[:3])
 
 
 def test_policy_loss_importance_weights_and_detached_inputs() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
+from rlhf_kernels.ops.losses import RATIOS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
@@ -36,7 +37,7 @@ def _policy_truth(new: Tensor, old: Tensor, advantages: Tensor, weights: Tensor,
     new, old, a, w = (torch.where(mask, x.double(), 0.0) for x in (new, old, advantages, weights))
     low, high, dual = 1 - options["clip_low"], 1 + options["clip_high"], options["dual_clip"] or math.inf
     difference, length = new - old, mask.sum(-1, keepdim=True).clamp(min=1)
-    if options["ratio"] == "sequence":
+    if options["ratio"] != "token":
         difference = (difference.sum(-1, keepdim=True) / length).expand_as(new)
     u = difference.clamp(-20, 20)
     rho = u.exp()
@@ -100,7 +101,7 @@ def _check(backend: Backend, op: str, tensors: list[Tensor], mask: Tensor | None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("mode", MODES)
 def test_policy_loss(backend: Backend, small_blocks: None, mode: str, ratio: str, dtype: torch.dtype) -> None:
     """DAPO's clip, GSPO's ratio, dual clip, weights; rows of several blocks, inputs of several dtypes."""
@@ -141,7 +142,9 @@ def test_what_moves_less_than_the_clip_is_not_clipped(backend: Backend, small_bl
 
 @pytest.mark.parametrize("log_ratio", [119.0, -119.0, 20.0, -20.0, 19.9])
 def test_extreme_ratios(backend: Backend, log_ratio: float) -> None:
-    for advantage, dual_clip, ratio in itertools.product((0.0, 1.0, -1.0), (None, 3.0), ("token", "sequence")):
+    for advantage, dual_clip, ratio in itertools.product(
+        (0.0, 1.0, -1.0), (None, 3.0), ("token", "sequence", "sequence-token")
+    ):
         new = torch.full((2, 3), log_ratio, device=backend.device, requires_grad=True)
         old, a = torch.zeros_like(new), torch.full_like(new, advantage)
         loss, stats = rk.policy_loss(new, old, a, dual_clip=dual_clip, ratio=ratio)

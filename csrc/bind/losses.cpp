@@ -75,7 +75,7 @@ RK_POSITIONS(void, policy_loss, uintptr_t logprobs, int logprobs_dtype, int64_t 
              uintptr_t old_logprobs, int old_logprobs_dtype, int64_t old_logprobs_stride,
              uintptr_t advantages, int advantages_dtype, int64_t advantages_stride, uintptr_t weights,
              int weights_dtype, int64_t weights_stride, uintptr_t mask, int64_t mask_stride, int64_t rows,
-             int64_t time, int64_t tile, double low, double high, double dual_clip, bool sequence,
+             int64_t time, int64_t tile, double low, double high, double dual_clip, int ratio,
              bool row_means, double denominator, uintptr_t loss, uintptr_t stats, uintptr_t grad,
              int threads) {
   PolicyLoss args = {matrix(logprobs, logprobs_dtype, logprobs_stride),
@@ -86,7 +86,7 @@ RK_POSITIONS(void, policy_loss, uintptr_t logprobs, int logprobs_dtype, int64_t 
                      static_cast<float>(low),
                      static_cast<float>(high),
                      static_cast<float>(dual_clip),
-                     sequence,
+                     static_cast<Ratio>(ratio),
                      row_means,
                      nullptr};
   const int64_t count = units(args.tiles, rows);

@@ -274,18 +274,28 @@ PolicyPartial sequence_ratio(const PolicyLoss& args, const Unit& unit) {
   vf rho, k3;
   exponential(clamped, rho, k3);
   const vi moves = same(clamped, mean);
+  const bool per_token = args.ratio == Ratio::kSequenceToken;
+  const float share = static_cast<float>(args.row_means ? 1 / length : 1);
   PolicySums sums;
-  float unused[kPiece];
   each_block(unit.begin, unit.end, [&](int64_t start, int size) {
     const Counted counted(args.tiles, unit.row, start, size);
     vf kl = {};
-    policy_block(args, unit, start, size, counted, 1.0f, unused, sums, [&](const auto& body) {
-      for (int i = 0; i < size; i += kLanes) {
-        const vi keep = counted.lanes(i);
-        kl += keep ? k3 : vf{};
-        body(i, keep, moves, rho);
-      }
-    });
+    const auto run = [&](float* slopes) {
+      policy_block(args, unit, start, size, counted, share, slopes, sums, [&](const auto& body) {
+        for (int i = 0; i < size; i += kLanes) {
+          const vi keep = counted.lanes(i);
+          kl += keep ? k3 : vf{};
+          body(i, keep, moves, rho);
+        }
+      });
+    };
+    if (per_token) {
+      GradBlock grad(args.tiles, unit.row, start, size);
+      run(grad.data());
+    } else {
+      float unused[kPiece];
+      run(unused);
+    }
     sums.kl.add(kl);
   });
   PolicyPartial partial = sums.partial();
@@ -294,7 +304,7 @@ PolicyPartial sequence_ratio(const PolicyLoss& args, const Unit& unit) {
     partial.loss /= length;
     slope /= length;
   }
-  if (args.tiles.grad)
+  if (args.tiles.grad && !per_token)
     each_block(unit.begin, unit.end, [&](int64_t start, int size) {
       const Counted counted(args.tiles, unit.row, start, size);
       GradBlock grad(args.tiles, unit.row, start, size);
@@ -380,7 +390,7 @@ ValuePartial value_unit(const ValueLoss& args, const Unit& unit) {
 void policy_loss(const PolicyLoss& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_of(args.tiles, i);
-    args.partials[i] = args.sequence ? sequence_ratio(args, unit) : token_ratios(args, unit);
+    args.partials[i] = args.ratio != Ratio::kToken ? sequence_ratio(args, unit) : token_ratios(args, unit);
   }
 }
 

@@ -26,12 +26,16 @@ struct PolicyPartial {
   double loss, count, kl, low, high, dual, ratio, ratio_max;
 };
 
+// A ratio for each token, or one for the whole row: of the row's mean log-ratio, whose gradient each token
+// shares, or as a constant times a token's own ratio over itself.
+enum class Ratio : int { kToken = 0, kSequence = 1, kSequenceToken = 2 };
+
 struct PolicyLoss {
   Matrix logprobs, old_logprobs, advantages, weights;
   Tiles tiles;
   float low, high;  // bounds of the ratio
   float dual_clip;  // infinite = no bound
-  bool sequence;    // one ratio for the whole row
+  Ratio ratio;
   bool row_means;   // each row's losses count divided by its length
   PolicyPartial* partials;
 };

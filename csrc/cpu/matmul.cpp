@@ -257,7 +257,7 @@ int64_t tiles(int64_t i, const uint32_t* a, int64_t stride, int64_t rows, const 
 }
 
 template <class T>
-inline const T* at(const Matrix& x, int64_t i, int64_t j) {
+inline const T* at(const Operand& x, int64_t i, int64_t j) {
   return static_cast<const T*>(x.data) + i * x.row + j * x.column;
 }
 
@@ -269,7 +269,7 @@ void block(const Matmul& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t all_words = (args.k + per - 1) / per;
   const int64_t blocks = (all_words > 0 ? (all_words + kDepth - 1) / kDepth : 1);
   const int64_t depth = (all_words + blocks - 1) / blocks;
-  const Matrix &a = args.a, &b = args.b;
+  const Operand &a = args.a, &b = args.b;
   const bool in_place = a.dtype == kNative && a.column == 1 && a.row % per == 0 && args.k % per == 0;
   const int64_t slivers = (smaller(kPanel, j1 - j0) + kSliver - 1) / kSliver;
   const Words packed_b(slivers * kSliver * depth);

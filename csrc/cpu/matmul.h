@@ -1,4 +1,4 @@
-// Matrix products that stay float32: C [M, N] = A [M, K] @ B [K, N], of matrices in any layout and dtype.
+// Operand products that stay float32: C [M, N] = A [M, K] @ B [K, N], of matrices in any layout and dtype.
 #pragma once
 
 #include "types.h"
@@ -6,7 +6,7 @@
 namespace rk {
 
 // Element (i, j) lies at data + i * row + j * column, in elements.
-struct Matrix {
+struct Operand {
   const void* data;
   Dtype dtype;
   int64_t row;
@@ -14,7 +14,7 @@ struct Matrix {
 };
 
 struct Matmul {
-  Matrix a, b;
+  Operand a, b;
   float* c;  // columns are contiguous
   int64_t c_row;
   int64_t m, n, k;

@@ -58,10 +58,10 @@ def full_kl(
     shape, _ = rows.check_logits(OP, "logits", logits)
     validate.float_like(OP, "ref_logits", ref_logits, "logits", logits)
     validate.choice(OP, "direction", direction, DIRECTIONS)
-    mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
+    given, mask = mask, validate.bool_mask(OP, mask, "logits", shape, logits.device)
     dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
     logits, ref_logits = logits.to(dtype), ref_logits.detach().to(dtype)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask, given)
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
 

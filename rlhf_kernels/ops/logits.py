@@ -69,8 +69,8 @@ def selected_logprobs(
             RLHF_KERNELS_CHECK=1 makes it raise there too.
     """
     shape, vocab = _check(logits, labels)
-    mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
+    given, mask = mask, validate.bool_mask(OP, mask, "logits", shape, logits.device)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask, given)
 
     # Inside a trace a bad label gives NaN, as on a GPU.
     if rows.reading_is_free(logits):

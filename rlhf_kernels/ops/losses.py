@@ -18,6 +18,8 @@ from rlhf_kernels.reference.common import saturating_cast
 Aggregate = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
 POLICY_STATS = ("approx_kl", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean", "ratio_max")
 VALUE_STATS = ("clip_fraction", "explained_variance")
+Ratio = Literal["token", "sequence", "sequence-token"]
+RATIOS = ("token", "sequence", "sequence-token")
 AGGREGATES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
 
@@ -30,7 +32,7 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    ratio: Literal["token", "sequence"] = "token",
+    ratio: Ratio = "token",
     importance_weights: Tensor | None = None,
     aggregate: Aggregate = "token-mean",
     denominator: float | Tensor | None = None,
@@ -42,12 +44,15 @@ def policy_loss(
 
     Args:
         logprobs, old_logprobs: [B, T] float, nats, of the sampled tokens now and at rollout.
-        advantages: [B, T] float, reward units.
+        advantages: [B, T], or one a sequence, [B] or [B, 1]; float, reward units.
         mask: [B, T] bool or 0/1, true where the token counts; others are not used.
         clip_low, clip_high: >= 0, the trust region below and above 1 (clip_high > clip_low: DAPO, arXiv:2503.14476).
         dual_clip: > 1, bounds the loss of a token with A < 0 by `dual_clip * |A|` (arXiv:1912.09729); None: no bound.
-        ratio: "token", or "sequence": rho is exp of the sequence's mean log-ratio (GSPO, arXiv:2507.18071).
-        importance_weights: [B, T] float factors on each token's loss (sampler/trainer mismatch), already truncated.
+        ratio: "token"; "sequence": rho is exp of the sequence's mean log-ratio s (GSPO, arXiv:2507.18071, equation 7).
+            Each token then gets the mean gradient of its sequence: where advantages vary within one, it is as if each
+            token had their mean. "sequence-token" (equation 14): rho is s as a constant times the token's ratio over
+            itself as a constant. Values are those of "sequence"; each token's gradient has its own advantage.
+        importance_weights: [B, T], [B] or [B, 1] float factors on each token's loss (sampler/trainer mismatch), already truncated.
         aggregate: "token-mean"; "token-sum"; "seq-mean-token-mean" and "seq-mean-token-sum" divide the sum of sequence
             means or sums by B, fully masked sequences included; "constant" divides the sum by `denominator`.
         denominator: > 0, replaces the token or sequence count, so that losses of micro-batches add up to that of the
@@ -65,16 +70,17 @@ def policy_loss(
     op = "policy_loss"
     validate.float_tensor(op, "logprobs", logprobs)
     validate.float_like(op, "old_logprobs", old_logprobs, "logprobs", logprobs)
-    validate.float_like(op, "advantages", advantages, "logprobs", logprobs)
+    advantages = validate.over_tokens(op, "advantages", advantages, "logprobs", logprobs)
     if importance_weights is not None:
-        validate.float_like(op, "importance_weights", importance_weights, "logprobs", logprobs)
+        importance_weights = validate.over_tokens(op, "importance_weights", importance_weights, "logprobs", logprobs)
+    advantages = validate.poisoned(mask, advantages)
     mask = validate.bool_mask(op, mask, "logprobs", logprobs.shape, logprobs.device)
     validate.number(op, "clip_low", clip_low, low=0)
     validate.number(op, "clip_high", clip_high, low=0)
     if dual_clip is not None:
         validate.number(op, "dual_clip", dual_clip, above=1)
-    validate.choice(op, "ratio", ratio, ("token", "sequence"))
-    check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio == "sequence")
+    validate.choice(op, "ratio", ratio, RATIOS)
+    check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio != "token")
     inputs = logprobs, old_logprobs, advantages, importance_weights
     if dispatch.select_backend(op, validate.deciding(*inputs)) is None:
         return reference.policy_loss(
@@ -94,7 +100,7 @@ def policy_loss(
     loss, stats, _ = _policy_loss_op(
         *map(_rows, (logprobs, old_logprobs, advantages, mask, importance_weights)),
         *_scalars(*scalars, aggregate=aggregate, denominator=denominator, batch=logprobs),
-        ratio == "sequence",
+        RATIOS.index(ratio),
         aggregate == "seq-mean-token-mean",
         logprobs.requires_grad and torch.is_grad_enabled(),
     )
@@ -140,6 +146,7 @@ def value_loss(
     if old_values is not None:
         validate.float_like(op, "old_values", old_values, "values", values)
     validate.float_like(op, "returns", returns, "values", values)
+    returns = validate.poisoned(mask, returns)
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
     check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
     if dispatch.select_backend(op, validate.deciding(values, old_values, returns)) is None:
@@ -197,7 +204,7 @@ def _policy_loss(
     weights: Tensor | None,
     scalars: Tensor,
     denominator: Tensor | None,
-    sequence: bool,
+    ratio: int,
     row_means: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +221,7 @@ def _policy_loss(
         high,
         dual_clip,
         known if denominator is None else denominator,
-        sequence,
+        ratio,
         row_means,
         with_grad,
     )

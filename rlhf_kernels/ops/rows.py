@@ -18,16 +18,20 @@ def check_logits(op: str, name: str, logits: object) -> tuple[torch.Size, int]:
 
 
 def row_temperature(
-    op: str, temperature: float | Tensor, logits: Tensor, shape: torch.Size, mask: Tensor | None
+    op: str, temperature: float | Tensor, logits: Tensor, shape: torch.Size, mask: Tensor | None, given: object
 ) -> Tensor | None:
     """None for a number > 0, which is checked; a tensor as one temperature per row, in the dtype of the arithmetic.
 
-    At masked rows, where a caller may have anything, it is 1. The tensor's values are checked apart, by `positive`, and
-    only where reading them is free.
+    mask, given: checked, and as the caller gave it. At masked rows, where a caller may have anything, it is 1; where a
+    mask that could not be looked at is neither 0 nor 1, it is NaN. The tensor's values are checked apart, by
+    `positive`, and only where reading them is free.
     """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
         validate.number(op, "temperature", temperature, above=0)
-        return None
+        if not validate.is_unread_mask(given):
+            return None
+        return temperature * validate.poisoned(given, torch.ones(shape, dtype=wide, device=logits.device))
     validate.float_tensor(op, "temperature", temperature)
     if temperature.requires_grad:
         raise ValueError(f"{op}: temperature requires grad; it is not differentiable, pass temperature.detach()")
@@ -37,7 +41,7 @@ def row_temperature(
         raise ValueError(
             f"{op}: temperature has shape {list(temperature.shape)}; it must broadcast over the rows {list(shape)}"
         ) from None
-    rows = rows.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    rows = validate.poisoned(given, rows.to(wide))
     return rows if mask is None else torch.where(mask, rows, 1.0)
 
 

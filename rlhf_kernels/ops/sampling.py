@@ -59,8 +59,8 @@ def sample_tokens(
     """
     logits = validate.float_tensor(OP, "logits", logits).detach()
     shape, _ = rows.check_logits(OP, "logits", logits)
-    mask = validate.bool_mask(OP, mask, "logits", shape, logits.device)
-    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask)
+    given, mask = mask, validate.bool_mask(OP, mask, "logits", shape, logits.device)
+    row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask, given)
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
     if top_k is not None:

@@ -61,6 +61,7 @@ def gae(
     if rewards.dim() == 0:
         raise ValueError(f"{OP}: rewards is a scalar; it takes [..., T]")
     values = validate.float_like(OP, "values", values, "rewards", rewards).detach()
+    rewards = validate.poisoned(mask, rewards)
     mask = validate.bool_mask(OP, mask, "rewards", rewards.shape, rewards.device)
     validate.number(OP, "gamma", gamma, low=0, high=1)
     validate.number(OP, "lam", lam, low=0, high=1)
@@ -198,6 +199,7 @@ def ppo_advantages(
     validate.float_like(PPO, "values", values, "logprobs", logprobs)
     validate.float_tensor(PPO, "scores", scores)
     validate.same_device_and_shape(PPO, "scores", scores, "logprobs", logprobs.shape[:1], logprobs.device)
+    ref_logprobs = validate.poisoned(mask, ref_logprobs)
     mask = validate.required_mask(PPO, mask, "logprobs", logprobs.shape, logprobs.device)
     validate.number(PPO, "kl_coef", kl_coef, low=0)
     validate.number(PPO, "gamma", gamma, low=0, high=1)

@@ -123,6 +123,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
         raise ValueError(f"{REWARDS}: kl has shape {list(kl.shape)}; it takes [B, T]")
     validate.float_tensor(REWARDS, "scores", scores)
     validate.same_device_and_shape(REWARDS, "scores", scores, "kl", kl.shape[:1], kl.device)
+    kl = validate.poisoned(mask, kl)
     mask = validate.required_mask(REWARDS, mask, "kl", kl.shape, kl.device)
     validate.number(REWARDS, "kl_coef", kl_coef, low=0)
     if clip is not None:
@@ -173,6 +174,7 @@ def whiten(
         TypeError, ValueError: wrong dtype, shape, device or option.
     """
     validate.float_tensor(WHITEN, "x", x)
+    x = validate.poisoned(mask, x)
     mask = validate.bool_mask(WHITEN, mask, "x", x.shape, x.device)
     validate.number(WHITEN, "eps", eps, above=0)
     if process_group is not None and x.requires_grad:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -60,6 +61,15 @@ def float_like(op: str, name: str, x: object, like_name: str, reference: Tensor)
     return tensor
 
 
+def over_tokens(op: str, name: str, x: object, like_name: str, reference: Tensor) -> Tensor:
+    """A float tensor of `reference`'s shape and device, seen so where it has one value a sequence: [B] or [B, 1]."""
+    tensor, shape = float_tensor(op, name, x), reference.shape
+    if tensor.shape != shape and reference.dim() == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
+        tensor = tensor.view(-1, 1).expand(shape) if tensor.is_contiguous() else tensor.reshape(-1, 1).expand(shape)
+    same_device_and_shape(op, name, tensor, like_name, shape, reference.device)
+    return tensor
+
+
 def deciding(first: Tensor, *others: Tensor | None) -> Tensor:
     """The tensor whose dtype decides which backend serves a call: one of float64, which no kernel takes, else first."""
     for x in others:
@@ -77,7 +87,27 @@ def bool_mask(op: str, mask: object, like_name: str, shape: Sequence[int], devic
     if mask.is_complex():
         raise TypeError(f"{op}: mask is {mask.dtype}; it takes a bool or 0/1 tensor")
     same_device_and_shape(op, "mask", mask, like_name, shape, device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    if not is_unread_mask(mask):
+        odd = (mask != 0) & (mask != 1)
+        if bool(odd.any()):
+            raise ValueError(f"{op}: mask holds {mask[odd][0].item():g}; it takes a bool tensor, or 0 and 1 alone")
+    return mask != 0
+
+
+def is_unread_mask(mask: object) -> TypeGuard[Tensor]:
+    """Whether it is of numbers that `bool_mask` could not look at: on a GPU, or in a trace."""
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
+        return False
+    return not (readable(mask) and (mask.device.type == "cpu" or checks_forced()))
+
+
+def poisoned(mask: object, x: Tensor) -> Tensor:
+    """x with NaN where a mask that `bool_mask` could not look at holds neither 0 nor 1."""
+    if not is_unread_mask(mask) or mask.shape != x.shape:
+        return x
+    return torch.where((mask != 0) & (mask != 1), float("nan"), x)
 
 
 def required_mask(op: str, mask: object, like_name: str, shape: Sequence[int], device: torch.device) -> Tensor:

@@ -49,9 +49,11 @@ def policy_loss(
     """All tensors [B, T] -> (loss, statistics). Gradient flows into `logprobs` only."""
     advantage = select(mask, upcast(advantages.detach()))
     log_ratio = select(mask, saturating_upcast(logprobs) - upcast(old_logprobs.detach()))
-    if ratio == "sequence":
+    if ratio != "token":
         length = log_ratio.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)
+        mean = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)
+        # Of the mean's value, and of the token's own gradient or of the mean's.
+        log_ratio = mean.detach() + (log_ratio - log_ratio.detach()) if ratio == "sequence-token" else mean
     log_ratio = clamp(log_ratio, -EXPONENT_LIMIT, EXPONENT_LIMIT)
     rho = log_ratio.exp()
     unclipped = rho * advantage

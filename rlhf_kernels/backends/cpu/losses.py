@@ -24,17 +24,18 @@ def policy_loss(
     high: float,
     dual_clip: float,
     denominator: float | Tensor,
-    sequence: bool,
+    ratio: int,
     row_means: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All [R, T], each of its own dtype -> loss [], stats [7], gradient times the denominator [R, T] or [0]; float32.
 
-    low, high: bounds of the ratio. dual_clip: inf = none. denominator: NaN = the number of counted tokens. row_means:
+    low, high: bounds of the ratio. ratio: 0 of each token, 1 of the sequence, 2 of the sequence times each token's own
+    over itself. dual_clip: inf = none. denominator: NaN = the number of counted tokens. row_means:
     each row's losses are divided by its length. stats: the op's six, then the denominator.
     """
     rows, time = logprobs.shape
-    tile = max(1, time if sequence or row_means else min(time, TILE))
+    tile = max(1, time if ratio or row_means else min(time, TILE))
     loss, stats, grad = _outputs(rows, time, 7, with_grad)
     logprobs, old_logprobs, mask = last_contiguous(logprobs), last_contiguous(old_logprobs), _last_contiguous(mask)
     advantages, weights = last_contiguous(advantages), _last_contiguous(weights)
@@ -51,7 +52,7 @@ def policy_loss(
         low,
         high,
         dual_clip,
-        sequence,
+        ratio,
         row_means,
         float(denominator),
         loss.data_ptr(),

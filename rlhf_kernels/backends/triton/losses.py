@@ -89,6 +89,7 @@ def _policy_loss_kernel(
     tile,
     programs,
     SEQUENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     ROW_MEANS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -151,9 +152,9 @@ def _policy_loss_kernel(
         low_count += is_low.to(tl.int32)
         high_count += is_high.to(tl.int32)
         dual_count += is_dual.to(tl.int32)
-        if grad_ptr is not None and not SEQUENCE:
-            tl.store(grad_ptr + t, tl.where(keep, slope / length, 0.0), mask=t < end)
-    if grad_ptr is not None and SEQUENCE:
+        if grad_ptr is not None and PER_TOKEN:
+            tl.store(grad_ptr + t, tl.where(keep, slope / length if ROW_MEANS else slope, 0.0), mask=t < end)
+    if grad_ptr is not None and not PER_TOKEN:
         slope = tl.sum(slope_sum, 0) / length
         if ROW_MEANS:
             slope = slope / length
@@ -327,13 +328,13 @@ def policy_loss(
     high: float,
     dual_clip: float,
     denominator: float | Tensor,
-    sequence: bool,
+    ratio: int,
     row_means: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the CPU backend's; a denominator that is a tensor is read by the kernel, without a sync."""
     T = logprobs.shape[1]
-    tile = max(1, T if sequence or row_means else min(T, TILE))
+    tile = max(1, T if ratio or row_means else min(T, TILE))
     new, old, a, w, m = map(as_rows, (logprobs, old_logprobs, advantages, weights, mask))
     loss, stats, grad, partials, programs = outputs(logprobs, tile, 7, with_grad)
     launch(
@@ -353,7 +354,8 @@ def policy_loss(
         T,
         tile,
         programs,
-        SEQUENCE=sequence,
+        SEQUENCE=ratio > 0,
+        PER_TOKEN=ratio != 1,
         ROW_MEANS=row_means,
         BLOCK_T=BLOCK_T,
         num_warps=NUM_WARPS,

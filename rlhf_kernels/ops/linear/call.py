@@ -163,7 +163,7 @@ def prepare(
     lora_a, lora_b = _low_rank(op, lora, weight, process_group)
     if labels is not None:
         _check_labels(op, labels, shape, hidden.device)
-    mask = validate.bool_mask(op, mask, "hidden", shape, hidden.device)
+    given, mask = mask, validate.bool_mask(op, mask, "hidden", shape, hidden.device)
     if softcap is not None:
         validate.number(op, "softcap", softcap, above=0)
     validate.number(op, "logit_scale", logit_scale, above=0)
@@ -171,7 +171,7 @@ def prepare(
     validate.number(op, "workspace", workspace, low=0)
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
-    row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask)
+    row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask, given)
     if sharded_like is None:
         vocab_offset, vocab, largest_shard_rows = shard(process_group, weight.shape[0], hidden.device)
     else:
@@ -191,7 +191,7 @@ def prepare(
         lora_b=lora_b,
         labels=labels,
         mask=mask,
-        temperature=rows.scalar(temperature),
+        temperature=rows.scalar(temperature if row_temperature is None else row_temperature),
         row_temperature=row_temperature,
         softcap=None if softcap is None else validate.runtime_scalar(softcap),
         logit_scale=validate.runtime_scalar(logit_scale),

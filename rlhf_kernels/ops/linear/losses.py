@@ -7,7 +7,7 @@ its logits are at hand: three GEMMs in all, and a row whose gradient is zero tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead, RowCh
 from rlhf_kernels.ops.linear.gradients import Gradients
 from rlhf_kernels.ops.linear.logprobs import graph_is_kept, logprobs_of
 from rlhf_kernels.ops.linear.token_terms import token_terms, token_weights
-from rlhf_kernels.ops.losses import Aggregate, check_aggregate
+from rlhf_kernels.ops.losses import RATIOS, Aggregate, Ratio, check_aggregate
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
 from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference import losses as reference_losses
@@ -42,7 +42,7 @@ def linear_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    ratio: Literal["token", "sequence"] = "token",
+    ratio: Ratio = "token",
     importance_weights: Tensor | None = None,
     aggregate: Aggregate = "token-mean",
     denominator: float | Tensor | None = None,
@@ -64,8 +64,8 @@ def linear_policy_loss(
     Equals `policy_loss(logprobs, ...) - entropy_coef * mean entropy + kl_coef * mean per_token_kl(logprobs,
     ref_logprobs)` with `logprobs, entropy = linear_logprobs(...)`, all three aggregated alike (`importance_weights`
     weigh the first alone). Gradients of hidden, weight and bias are formed in the forward, with three GEMMs in all; on
-    CPU rows whose gradient is zero (clipped, advantage 0) take part in the first alone. `ratio="sequence"` needs every
-    logprob of a sequence first and takes a second sweep (four GEMMs).
+    CPU rows whose gradient is zero (clipped, advantage 0) take part in the first alone. A ratio of sequences needs
+    every logprob of a sequence first and takes a second sweep (four GEMMs).
 
     Args:
         hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, logits_dtype, workspace, process_group:
@@ -100,17 +100,21 @@ def linear_policy_loss(
         process_group=process_group,
     )
     mask = call.mask
-    _per_token(OP, labels, old_logprobs=old_logprobs, advantages=advantages)
-    _per_token(OP, labels, importance_weights=importance_weights, ref_logprobs=ref_logprobs)
+    old_logprobs = validate.float_like(OP, "old_logprobs", old_logprobs, "labels", labels)
+    advantages = validate.over_tokens(OP, "advantages", advantages, "labels", labels)
+    if importance_weights is not None:
+        importance_weights = validate.over_tokens(OP, "importance_weights", importance_weights, "labels", labels)
+    if ref_logprobs is not None:
+        ref_logprobs = validate.float_like(OP, "ref_logprobs", ref_logprobs, "labels", labels)
     validate.number(OP, "clip_low", clip_low, low=0)
     validate.number(OP, "clip_high", clip_high, low=0)
     if dual_clip is not None:
         validate.number(OP, "dual_clip", dual_clip, above=1)
-    validate.choice(OP, "ratio", ratio, ("token", "sequence"))
+    validate.choice(OP, "ratio", ratio, RATIOS)
     validate.number(OP, "entropy_coef", entropy_coef)
     validate.number(OP, "kl_coef", kl_coef)
     validate.choice(OP, "kl_estimator", kl_estimator, ESTIMATORS)
-    check_aggregate(OP, aggregate, denominator, labels, needs_sequences=ratio == "sequence")
+    check_aggregate(OP, aggregate, denominator, labels, needs_sequences=ratio != "token")
 
     def from_logprobs(logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = reference_losses.policy_loss(
@@ -140,7 +144,7 @@ def linear_policy_loss(
             denominator,
         )
 
-    if ratio == "sequence" or dispatch.select_backend(OP, call.hidden) is None:
+    if ratio != "token" or dispatch.select_backend(OP, call.hidden) is None:
         return from_logprobs(*logprobs_of(call, entropy_coef != 0))
 
     factor = token_weights(mask, labels, aggregate, denominator)
@@ -216,13 +220,6 @@ def linear_cross_entropy(
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     return _swept(call, per_row=factor, scalars=none, kind="nll", with_entropy=False)[0]
-
-
-def _per_token(op: str, labels: Tensor, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is not None or name in ("old_logprobs", "advantages"):
-            tensor = validate.float_tensor(op, name, x)
-            validate.same_device_and_shape(op, name, tensor, "labels", labels.shape, labels.device)
 
 
 def _swept(
