@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -40,6 +41,8 @@ OPS = {
     "full_kl": Kernels("full_kl", _BOTH, ("full_kl_fwd", "full_kl_bwd")),
     "gae": Kernels("scan", _ALL, ("gae",)),
     "gae_packed": Kernels("scan", _ALL, ("gae_packed",)),
+    "linear_cross_entropy": _LINEAR,
+    "linear_dpo_loss": _LINEAR,
     "linear_kl": _LINEAR,
     "linear_logprobs": _LINEAR,
     "linear_policy_loss": _LINEAR,
@@ -100,7 +103,21 @@ for _backend in BACKENDS:
         _AUTOMATIC.setdefault(_backend.device, []).append(_backend)
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 _modules: dict[str, ModuleType] = {}
-_forced: str | None = None
+
+
+class _Thread(threading.local):
+    forced: str | None = None
+    recorded: list[tuple[str, str]] | None = None
+
+
+_thread = _Thread()
+# The last choice of any thread. A trace rests on it: its guards cannot see what belongs to a thread.
+_forced_last: str | None = None
+
+
+def forced() -> str | None:
+    """The backend that this thread has forced."""
+    return _forced_last if _is_compiling() else _thread.forced
 
 
 def available() -> dict[str, str | None]:
@@ -127,25 +144,29 @@ def select_backend(op: str, tensor: Tensor) -> str | None:
     float64, torch.func (grad, vmap, jvp, ...) and forward-mode AD go to the reference, also under a forced backend.
     Raises NotImplementedError when a forced backend has no kernel for `op`.
     """
-    return None if transformed() else _backend_of(op, tensor)
+    name = None if transformed() else _backend_of(op, tensor)
+    if not _is_compiling() and _thread.recorded is not None:
+        _thread.recorded.append((op, name or "reference"))
+    return name
 
 
 def _backend_of(op: str, tensor: Tensor) -> str | None:
-    if tensor.dtype not in KERNEL_DTYPES or _forced == "reference":
+    chosen = forced()
+    if tensor.dtype not in KERNEL_DTYPES or chosen == "reference":
         return None
-    if _forced is None:
+    if chosen is None:
         return automatic(op, tensor.device.type)
-    if op not in _BY_NAME[_forced].ops:
+    if op not in _BY_NAME[chosen].ops:
         raise NotImplementedError(
-            f"use_backend({_forced!r}): this backend has no kernel for {op}; "
+            f"use_backend({chosen!r}): this backend has no kernel for {op}; "
             f"call it outside the with-block or under use_backend('reference')"
         )
-    return _forced
+    return chosen
 
 
 def require_backend(op: str, tensor: Tensor) -> str:
     """As `select_backend`, for a registered op at run time: that a kernel serves the call was chosen at trace time."""
-    name = _backend_of(op, tensor) if _forced != "reference" else automatic(op, tensor.device.type)
+    name = _backend_of(op, tensor) if forced() != "reference" else automatic(op, tensor.device.type)
     if name is None:
         raise NotImplementedError(f"torch.ops.rlhf_kernels.{op}: no kernel for {tensor.dtype} on {tensor.device}")
     return name
@@ -169,22 +190,43 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend inside a with-block; None restores the automatic choice.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda", or None. The choice is process-wide, not per thread.
+        name: "reference", "cpu", "triton", "cuda", or None. The choice is this thread's, and holds for the backward of
+            what ran under it, wherever that is called. torch.compile traces under the last choice of any thread.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: a known backend that this installation lacks (automatic choice would fall back,
             a backend asked for by name does not).
     """
-    global _forced
+    global _forced_last
     if name not in (None, "reference") and name not in _BY_NAME:
         raise ValueError(
             f"use_backend: name is {name!r}; it takes 'reference', {', '.join(map(repr, _BY_NAME))} or None"
         )
     if name in _BY_NAME and not _AVAILABLE[name]:
         raise RuntimeError(f"use_backend({name!r}): not available here: {_BY_NAME[name].why_absent}")
-    previous, _forced = _forced, name
+    previous, _thread.forced = _thread.forced, name
+    previous_last, _forced_last = _forced_last, name
     try:
         yield
     finally:
-        _forced = previous
+        _thread.forced, _forced_last = previous, previous_last
+
+
+@contextmanager
+def record_dispatch() -> Iterator[list[tuple[str, str]]]:
+    """Tell which backend served each call of an op, in this thread and in eager mode.
+
+        with rlhf_kernels.record_dispatch() as calls:
+            rlhf_kernels.whiten(x)
+        assert calls == [("whiten", "cpu")]
+
+    Yields a list that grows by (op, backend) with every call, "reference" where no kernel served it. gae of packed
+    sequences is "gae_packed"; a policy loss of sequences and a preference loss from hidden states name the
+    linear_logprobs that they call as well.
+    """
+    previous, _thread.recorded = _thread.recorded, []
+    try:
+        yield _thread.recorded
+    finally:
+        _thread.recorded = previous

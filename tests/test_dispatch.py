@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
-from support.backends import Backend
+from support.backends import HAS_GPU, Backend, require_backend
+from support.op_calls import OPS, WITH_KERNEL, inputs_of, outputs_of
 
 import rlhf_kernels as rk
 from rlhf_kernels import dispatch
@@ -110,6 +112,73 @@ def test_info_names_backends_and_ops(capsys: pytest.CaptureFixture[str]) -> None
     done = _python("import runpy; runpy.run_module('rlhf_kernels', run_name='__main__')", TRITON_INTERPRET=None)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("rlhf_kernels ")
+
+
+def test_info_returns_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rk.info()
+    text = capsys.readouterr().out
+    assert set(found) == {"versions", "machine", "backends", "ops"}
+    assert set(found["backends"]) == {backend.name for backend in dispatch.BACKENDS}
+    assert set(found["ops"]) <= set(rk.__all__)
+    for op, served in found["ops"].items():
+        assert f"op {op}: cpu tensors by {served['cpu']}, cuda tensors by {served['cuda']}" in text
+    linear = [found["ops"][op] for op in found["ops"] if op.startswith("linear_")]
+    assert len(linear) == 5
+    assert all(served == found["ops"]["linear_logprobs"] for served in linear)
+
+
+def test_record_dispatch_names_op_and_backend(backend: Backend) -> None:
+    x, labels = torch.randn(2, 3, 4, device=backend.device), torch.zeros(2, 3, dtype=torch.int64, device=backend.device)
+    weight = torch.randn(5, 4, device=backend.device)
+    with rk.record_dispatch() as calls:
+        rk.selected_logprobs(x, labels)
+        rk.linear_cross_entropy(x, weight, labels)
+        with rk.record_dispatch() as inner:
+            rk.whiten(x)
+        rk.gae(x[0], x[1])
+    assert inner == [("whiten", backend.name)]
+    ops = ["selected_logprobs", "linear_cross_entropy", "gae"]
+    assert [call for call in calls if call[0] in ops] == [(op, backend.name) for op in ops]
+    assert {name for _, name in calls} == {backend.name}
+    rk.whiten(x)
+    assert len(inner) == 1
+
+
+def test_a_choice_is_its_threads_own() -> None:
+    seen: list[str] = []
+
+    def work() -> None:
+        with rk.record_dispatch() as calls:
+            rk.whiten(torch.randn(4))
+        seen.extend(backend for _, backend in calls)
+
+    with rk.use_backend("reference"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        with rk.record_dispatch() as calls:
+            rk.whiten(torch.randn(4))
+    assert calls == [("whiten", "reference")]
+    assert seen == [dispatch.automatic("whiten", "cpu") or "reference"]
+
+
+@pytest.mark.parametrize("op", [name for name in WITH_KERNEL if OPS[name].leaves])
+def test_a_choice_holds_for_the_backward(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called outside of the block, and in another one."""
+    require_backend("triton")
+    require_backend("cpu")
+    other = dispatch.backend_module("cpu")
+    with rk.use_backend("triton"):
+        mask, labels, tensors = inputs_of(op, 3, 5, torch.float32, "cuda" if HAS_GPU else "cpu")
+        outputs = outputs_of(OPS[op].call(mask, labels, 0.1, *tensors))
+        expected = torch.autograd.grad(sum(y.sum() for y in outputs), tensors[0], retain_graph=True)
+    for name in {name for kernels in dispatch.OPS.values() for name in kernels.functions if hasattr(other, name)}:
+        if name not in ("allocate", "logits_dtype", "products_are_invariant"):
+            monkeypatch.setattr(other, name, lambda *_, name=name, **__: pytest.fail(f"{name} of another backend"))
+    for chosen in (None, "cpu"):
+        with rk.use_backend(chosen):
+            found = torch.autograd.grad(sum(y.sum() for y in outputs), tensors[0], retain_graph=True)
+        assert torch.equal(found[0], expected[0])
 
 
 BAD_CALLS = {

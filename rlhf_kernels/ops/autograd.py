@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_kernels import dispatch
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -38,3 +41,22 @@ def first_derivative(op: str, inputs: Iterable[Tensor | None], *grads: Tensor | 
         return grads
     found = iter(_FirstDerivative.apply(op, len(sources), *sources, *(grad for grad in grads if grad is not None)))
     return tuple(None if grad is None else next(found) for grad in grads)
+
+
+def under_the_forwards_backend(ctx: Any) -> AbstractContextManager[None]:
+    """The backend that was forced in the forward, whatever is where the backward is called."""
+    return nullcontext() if ctx.forced == dispatch.forced() else dispatch.use_backend(ctx.forced)
+
+
+def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """`op.register_autograd`, with the forward's choice of backend for the backward too."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.forced = dispatch.forced()
+        setup_context(ctx, inputs, output)
+
+    def same_backend(ctx: Any, *grads: Any) -> Any:
+        with under_the_forwards_backend(ctx):
+            return backward(ctx, *grads)
+
+    op.register_autograd(same_backend, setup_context=setup)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.autograd import first_derivative
+from rlhf_kernels.ops.autograd import first_derivative, register_autograd
 from rlhf_kernels.reference import full_kl as reference
 
 OP = "full_kl"
+Direction = Literal["reverse", "forward", "jsd"]
 DIRECTIONS = ("reverse", "forward", "jsd")
 
 
@@ -20,7 +21,7 @@ def full_kl(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    direction: Literal["reverse", "forward", "jsd"] = "reverse",
+    direction: Direction = "reverse",
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -139,4 +140,4 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor 
     return *first_derivative(OP, tensors[:1], grad_logits), None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(_forward, _autograd, _setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import rows, validate
-from rlhf_kernels.ops.autograd import first_derivative
+from rlhf_kernels.ops.autograd import first_derivative, register_autograd
 from rlhf_kernels.reference import logits as reference
 
 OP = "selected_logprobs"
@@ -73,12 +73,13 @@ def selected_logprobs(
     row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask, given)
 
     # Inside a trace a bad label gives NaN, as on a GPU.
+    kernel = dispatch.select_backend(OP, logits)
     if rows.reading_is_free(logits):
         rows.positive(OP, row_temperature)
-        if dispatch.select_backend(OP, logits) != "cpu":  # the native kernel checks as it goes
+        if kernel != "cpu":  # the native kernel checks as it goes
             validate.label_in_range(OP, labels, mask, vocab)
 
-    if dispatch.select_backend(OP, logits) is None:
+    if kernel is None:
         logprobs, entropy = reference.selected_logprobs(
             logits, labels, mask, temperature if row_temperature is None else row_temperature, with_entropy
         )
@@ -226,4 +227,4 @@ def _autograd(
     return *first_derivative(OP, [logits], grad), None, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(_forward, _autograd, _setup_context)

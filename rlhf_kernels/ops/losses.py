@@ -52,7 +52,8 @@ def policy_loss(
             Each token then gets the mean gradient of its sequence: where advantages vary within one, it is as if each
             token had their mean. "sequence-token" (equation 14): rho is s as a constant times the token's ratio over
             itself as a constant. Values are those of "sequence"; each token's gradient has its own advantage.
-        importance_weights: [B, T], [B] or [B, 1] float factors on each token's loss (sampler/trainer mismatch), already truncated.
+        importance_weights: [B, T], [B] or [B, 1] float factors on each token's loss (sampler/trainer mismatch),
+            already truncated.
         aggregate: "token-mean"; "token-sum"; "seq-mean-token-mean" and "seq-mean-token-sum" divide the sum of sequence
             means or sums by B, fully masked sequences included; "constant" divides the sum by `denominator`.
         denominator: > 0, replaces the token or sequence count, so that losses of micro-batches add up to that of the

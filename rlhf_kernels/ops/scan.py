@@ -15,6 +15,7 @@ from rlhf_kernels.reference import scan as reference
 OP = "gae"
 PACKED = "gae_packed"  # its kernels' name in dispatch: a backend may have the one without the other
 PPO = "ppo_advantages"
+Masked = Literal["skip", "stop", "zero"]
 MASKED = ("skip", "stop", "zero")
 WHITEN_EPS = 1e-8  # whiten's default
 
@@ -27,7 +28,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
-    masked: Literal["skip", "stop", "zero"] = "skip",
+    masked: Masked = "skip",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438), one reverse scan per sequence.

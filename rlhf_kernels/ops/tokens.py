@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
-from rlhf_kernels.ops.autograd import first_derivative
+from rlhf_kernels.ops.autograd import first_derivative, register_autograd
 from rlhf_kernels.reference import tokens as reference
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _kl_autograd(ctx: Any, grad: Tensor | None, _grad_slope: None) -> tuple[Tens
     return *first_derivative(KL, ctx.inputs, *found), None, None
 
 
-_per_token_kl.register_autograd(_kl_autograd, setup_context=_kl_context)
+register_autograd(_per_token_kl, _kl_autograd, _kl_context)
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, clip: float | None = None) -> Tensor:
@@ -241,4 +241,4 @@ def _whiten_autograd(ctx: Any, grad: Tensor | None, _grad_moments: None) -> tupl
     return *first_derivative(WHITEN, [x], found), None, None, None, None
 
 
-_whiten.register_autograd(_whiten_autograd, setup_context=_whiten_context)
+register_autograd(_whiten, _whiten_autograd, _whiten_context)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from rlhf_kernels import dispatch
 from rlhf_kernels.ops.linear.call import Lora, prepare
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE
 from rlhf_kernels.ops.linear.logprobs import logprobs_of
@@ -86,6 +87,8 @@ def linear_dpo_loss(
         )
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
+        if side == "chosen":
+            dispatch.select_backend("linear_dpo_loss", call.hidden)  # for record_dispatch
         logprobs, _ = logprobs_of(call, False)
         total = logprobs.sum(-1)
         if length_normalised:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
-from rlhf_kernels.ops.autograd import first_derivative
-from rlhf_kernels.ops.full_kl import DIRECTIONS
+from rlhf_kernels.ops.autograd import first_derivative, register_autograd
+from rlhf_kernels.ops.full_kl import DIRECTIONS, Direction
 from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, TILE_BYTES, RowChunk
 from rlhf_kernels.ops.linear.gradients import Gradients
@@ -35,7 +35,7 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     lora: Lora | Sequence[Lora] | None = None,
     ref_lora: Lora | Sequence[Lora] | None = None,
-    direction: Literal["reverse", "forward", "jsd"] = "reverse",
+    direction: Direction = "reverse",
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -242,4 +242,4 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_stats: None) -> tuple[Tensor 
     return first_derivative(OP, call.head_inputs, *grads)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(_forward, _autograd, _setup_context)

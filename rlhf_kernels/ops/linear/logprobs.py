@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
-from rlhf_kernels.ops.autograd import first_derivative
+from rlhf_kernels.ops.autograd import first_derivative, register_autograd, under_the_forwards_backend
 from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead
 from rlhf_kernels.ops.linear.gradients import Gradients
@@ -291,7 +291,7 @@ def _autograd(
     return first_derivative(OP, call.head_inputs, *grads)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(_forward, _autograd, _setup_context)
 
 
 class _KeepsLogits(torch.autograd.Function):
@@ -307,7 +307,7 @@ class _KeepsLogits(torch.autograd.Function):
             logprobs, entropy, stats = _run(sweep, with_entropy, None)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sweep.logits_buffer, entropy, stats, *call.tensors())
-        ctx.call = call.without_tensors()
+        ctx.call, ctx.forced = call.without_tensors(), dispatch.forced()
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -319,7 +319,8 @@ class _KeepsLogits(torch.autograd.Function):
         logits_buffer, entropy, stats, *saved = ctx.saved_tensors
         call = ctx.call.with_tensors(saved)
         wanted = Wanted(*ctx.needs_input_grad[-len(Wanted._fields) :])
-        with torch.no_grad(), torch.profiler.record_function(f"rlhf_kernels::{OP}_backward"):
+        profiled = torch.profiler.record_function(f"rlhf_kernels::{OP}_backward")
+        with torch.no_grad(), profiled, under_the_forwards_backend(ctx):
             found = _gradients(
                 call.detached(),
                 grad_logprobs,

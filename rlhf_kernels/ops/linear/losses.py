@@ -144,7 +144,8 @@ def linear_policy_loss(
             denominator,
         )
 
-    if ratio != "token" or dispatch.select_backend(OP, call.hidden) is None:
+    kernel = dispatch.select_backend(OP, call.hidden)
+    if ratio != "token" or kernel is None:
         return from_logprobs(*logprobs_of(call, entropy_coef != 0))
 
     factor = token_weights(mask, labels, aggregate, denominator)
@@ -214,7 +215,7 @@ def linear_cross_entropy(
         process_group=process_group,
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
-    if dispatch.select_backend(OP, call.hidden) is None:  # logprobs_of refuses a group there
+    if dispatch.select_backend(op, call.hidden) is None:  # logprobs_of refuses a group there
         logprobs, _ = logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
