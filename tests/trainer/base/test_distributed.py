@@ -66,8 +66,8 @@ def far_ratios(folder):
     """
     compute = ppo_stage.compute_advantages
 
-    def shifted(*arguments):
-        batch = compute(*arguments)
+    def shifted(*arguments, **options):
+        batch = compute(*arguments, **options)
         rows, columns = batch.logprobs.shape
         up = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 0
         shift = torch.where(up, FAR, -FAR)
@@ -78,7 +78,7 @@ def far_ratios(folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_stage, "compute_advantages", shifted)
-        patch.setattr(ppo_stage, "check_first_ratio", lambda *_: None)
+        patch.setattr(ppo_stage, "check_first_ratio", lambda *_, **__: None)
         yield
 
 
