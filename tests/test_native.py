@@ -282,7 +282,7 @@ def test_first_bad_label_is_named_and_nothing_computed() -> None:
     labels[[3, 20, 40]] = torch.tensor([-100, 30, -1])
     mask[3] = False
     for dtype in (torch.int64, torch.int32):
-        with pytest.raises(IndexError, match=r"holds 30 at row 20\b.*\[0, 30\)"):
+        with pytest.raises(IndexError, match=r"label 30 at row 20\b.*\[0, 30\)"):
             rk.selected_logprobs(logits, labels.to(dtype), mask=mask)
 
 

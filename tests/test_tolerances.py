@@ -25,6 +25,7 @@ EXCEPTIONS = {
     "support/checks/linear_losses.py": {HEAD},
     "support/head_ranks.py": {SUMS},
     "support/linear_ranks.py": {SUMS},
+    "test_arguments.py": {FORMULA},
     "test_arm64.py": {PEER},
     "test_contract_derivatives.py": {SUMS},
     "test_contract_random.py": {SUMS},

@@ -32,16 +32,26 @@ def selected_logprobs(
     *,
     temperature: float | Tensor = ...,
     mask: Tensor | None = ...,
-    with_entropy: Literal[True],
+    with_entropy: Literal[True, "detached"],
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def selected_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    with_entropy: bool,
+    inplace_backward: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def selected_logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    with_entropy: bool = False,
+    with_entropy: bool | Literal["detached"] = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each row's label, and on request the row's entropy, in one read of the logits.
@@ -55,7 +65,8 @@ def selected_logprobs(
         labels: [...] int64 or int32 in [0, V); anything at masked rows, where it is not read.
         temperature: > 0; a float, or a tensor that broadcasts to [...] for one temperature per row. Not differentiable.
         mask: [...] bool or 0/1, true where the row counts; masked rows of logits are never read, their gradient is 0.
-        with_entropy: also return the entropy; both outputs are differentiable.
+        with_entropy: also return the entropy; both outputs are differentiable. "detached": the entropy as a statistic,
+            without a gradient.
         inplace_backward: write the gradient over `logits`, which must not be needed afterwards. Saves one tensor of
             their size. Ignored by the reference and inside torch.compile.
 
@@ -69,6 +80,7 @@ def selected_logprobs(
             RLHF_KERNELS_CHECK=1 makes it raise there too.
     """
     shape, vocab = _check(logits, labels)
+    validate.choice(OP, "with_entropy", with_entropy, (False, True, "detached"))
     given, mask = mask, validate.bool_mask(OP, mask, "logits", shape, logits.device)
     row_temperature = rows.row_temperature(OP, temperature, logits, shape, mask, given)
 
@@ -81,9 +93,9 @@ def selected_logprobs(
 
     if kernel is None:
         logprobs, entropy = reference.selected_logprobs(
-            logits, labels, mask, temperature if row_temperature is None else row_temperature, with_entropy
+            logits, labels, mask, temperature if row_temperature is None else row_temperature, bool(with_entropy)
         )
-        return logprobs if entropy is None else (logprobs, entropy)
+        return logprobs if entropy is None else (logprobs, _as_asked(entropy, with_entropy))
 
     inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace and (logits.stride(-1) != 1 or 0 in logits.stride()):
@@ -94,10 +106,16 @@ def selected_logprobs(
         rows.flat(mask),
         rows.scalar(temperature),
         rows.flat(row_temperature),
-        with_entropy,
+        bool(with_entropy),
         inplace,
     )
-    return (logprobs.view(shape), entropy.view(shape)) if with_entropy else logprobs.view(shape)
+    if not with_entropy:
+        return logprobs.view(shape)
+    return logprobs.view(shape), _as_asked(entropy.view(shape), with_entropy)
+
+
+def _as_asked(entropy: Tensor, with_entropy: bool | Literal["detached"]) -> Tensor:
+    return entropy.detach() if with_entropy == "detached" else entropy
 
 
 def _check(logits: Tensor, labels: Tensor) -> tuple[torch.Size, int]:

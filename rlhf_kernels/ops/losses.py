@@ -76,10 +76,10 @@ def policy_loss(
         importance_weights = validate.over_tokens(op, "importance_weights", importance_weights, "logprobs", logprobs)
     advantages = validate.poisoned(mask, advantages)
     mask = validate.bool_mask(op, mask, "logprobs", logprobs.shape, logprobs.device)
-    validate.number(op, "clip_low", clip_low, low=0)
-    validate.number(op, "clip_high", clip_high, low=0)
+    clip_low = validate.number(op, "clip_low", clip_low, low=0, infinite=True)
+    clip_high = validate.number(op, "clip_high", clip_high, low=0, infinite=True)
     if dual_clip is not None:
-        validate.number(op, "dual_clip", dual_clip, above=1)
+        dual_clip = validate.number(op, "dual_clip", dual_clip, above=1, infinite=True)
     validate.choice(op, "ratio", ratio, RATIOS)
     check_aggregate(op, aggregate, denominator, logprobs, needs_sequences=ratio != "token")
     inputs = logprobs, old_logprobs, advantages, importance_weights
@@ -141,7 +141,7 @@ def value_loss(
     op = "value_loss"
     validate.float_tensor(op, "values", values)
     if clip is not None:
-        validate.number(op, "clip", clip, low=0)
+        clip = validate.number(op, "clip", clip, low=0, infinite=True)
         if old_values is None:
             raise ValueError(f"{op}: old_values is None; with clip={clip} it takes a tensor of values' shape")
     if old_values is not None:
@@ -172,7 +172,7 @@ def check_aggregate(op: str, aggregate: str, denominator: object, x: Tensor, *, 
     if isinstance(denominator, Tensor):
         validate.same_device_and_shape(op, "denominator", denominator, "aggregate", (), x.device)
     elif denominator is not None:
-        validate.number(op, "denominator", denominator, above=0)
+        denominator = validate.number(op, "denominator", denominator, above=0)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

@@ -125,8 +125,8 @@ def checked_dpo_loss(
         raise ValueError(
             f"{op}: policy_chosen has shape {list(policy_chosen.shape)}; it takes [M], a logprob per answer"
         )
-    validate.number(op, "beta", beta, above=0)
-    validate.number(op, "label_smoothing", label_smoothing, low=0, high=0.5)
+    beta = validate.number(op, "beta", beta, above=0)
+    label_smoothing = validate.number(op, "label_smoothing", label_smoothing, low=0, high=0.5)
     validate.choice(op, "kind", kind, ("sigmoid", "ipo"))
     if kind == "ipo" and label_smoothing != 0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; with kind='ipo' it must be 0")
@@ -178,7 +178,7 @@ def group_advantages(
     if scores.dim() != 1:
         raise ValueError(f"{op}: scores has shape {list(scores.shape)}; it takes [B]")
     validate.choice(op, "kind", kind, ("grpo", "rloo", "mean"))
-    validate.number(op, "eps", eps, low=0)
+    eps = validate.number(op, "eps", eps, low=0)
     if isinstance(groups, Tensor):
         if groups.dtype not in validate.INTS:
             raise TypeError(f"{op}: groups is {groups.dtype}; it takes an int64 or int32 tensor, or one int")

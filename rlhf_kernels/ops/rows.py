@@ -28,7 +28,7 @@ def row_temperature(
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
-        validate.number(op, "temperature", temperature, above=0)
+        temperature = validate.number(op, "temperature", temperature, above=0)
         if not validate.is_unread_mask(given):
             return None
         return temperature * validate.poisoned(given, torch.ones(shape, dtype=wide, device=logits.device))

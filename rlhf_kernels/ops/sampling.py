@@ -66,7 +66,7 @@ def sample_tokens(
     if top_k is not None:
         _check_integer("top_k", top_k, 1)
     if top_p is not None:
-        validate.number(OP, "top_p", top_p, above=0, high=1)
+        top_p = validate.number(OP, "top_p", top_p, above=0, high=1)
     if uniform is None:
         numbers = _uniform(generator, seed, math.prod(shape), logits.device)
     elif generator is None and seed is None:

@@ -64,8 +64,8 @@ def gae(
     values = validate.float_like(OP, "values", values, "rewards", rewards).detach()
     rewards = validate.poisoned(mask, rewards)
     mask = validate.bool_mask(OP, mask, "rewards", rewards.shape, rewards.device)
-    validate.number(OP, "gamma", gamma, low=0, high=1)
-    validate.number(OP, "lam", lam, low=0, high=1)
+    gamma = validate.number(OP, "gamma", gamma, low=0, high=1)
+    lam = validate.number(OP, "lam", lam, low=0, high=1)
     validate.choice(OP, "masked", masked, MASKED)
     shape, time, sequences = rewards.shape, rewards.shape[-1], rewards.shape[:-1]
     if cu_seqlens is not None:
@@ -202,9 +202,9 @@ def ppo_advantages(
     validate.same_device_and_shape(PPO, "scores", scores, "logprobs", logprobs.shape[:1], logprobs.device)
     ref_logprobs = validate.poisoned(mask, ref_logprobs)
     mask = validate.required_mask(PPO, mask, "logprobs", logprobs.shape, logprobs.device)
-    validate.number(PPO, "kl_coef", kl_coef, low=0)
-    validate.number(PPO, "gamma", gamma, low=0, high=1)
-    validate.number(PPO, "lam", lam, low=0, high=1)
+    kl_coef = validate.number(PPO, "kl_coef", kl_coef, low=0)
+    gamma = validate.number(PPO, "gamma", gamma, low=0, high=1)
+    lam = validate.number(PPO, "lam", lam, low=0, high=1)
     eps = WHITEN_EPS if whiten else None
     dtype = logprobs.dtype if logprobs.dtype == ref_logprobs.dtype == values.dtype else torch.float32
     if torch.float64 in (logprobs.dtype, ref_logprobs.dtype, scores.dtype, values.dtype):

@@ -12,6 +12,7 @@ from rlhf_kernels import dispatch
 from rlhf_kernels.ops import validate
 from rlhf_kernels.ops.autograd import first_derivative, register_autograd
 from rlhf_kernels.reference import tokens as reference
+from rlhf_kernels.reference.common import clamp
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,7 +22,9 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")
 KL, REWARDS, WHITEN = "per_token_kl", "shaped_rewards", "whiten"
 
 
-def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "k1") -> Tensor:
+def per_token_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "k1", cap: float | None = None
+) -> Tensor:
     """Estimate KL(pi || ref) at each token from the logprobs of the token that was sampled from pi.
 
     With `d = logprobs - ref_logprobs`: k1 `d`, k2 `d**2 / 2`, k3 `exp(-d) - 1 + d`, abs `|d|`
@@ -31,6 +34,8 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator
     Args:
         logprobs, ref_logprobs: [...] float, nats, of the same tokens under the policy and under the reference.
         estimator: "k1", "k2", "k3" or "abs". Exponents are clamped to +-20 before exp: no finite input gives inf.
+        cap: > 0, bound of the estimate's absolute value, beyond which its gradient is 0 (10 in verl and OpenRLHF);
+            None: no bound.
 
     Returns:
         [...] float32 (float64 for float64 inputs), nats; differentiable in both arguments.
@@ -41,6 +46,10 @@ def per_token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator
     validate.float_tensor(KL, "logprobs", logprobs)
     validate.float_like(KL, "ref_logprobs", ref_logprobs, "logprobs", logprobs)
     validate.choice(KL, "estimator", estimator, ESTIMATORS)
+    if cap is not None:
+        cap = validate.number(KL, "cap", cap, above=0)
+        kl = per_token_kl(logprobs, ref_logprobs, estimator=estimator)
+        return clamp(kl, -cap, cap)
     if dispatch.select_backend(KL, validate.deciding(logprobs, ref_logprobs)) is None:
         return reference.per_token_kl(logprobs, ref_logprobs, estimator)
     with_slope = torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)
@@ -125,9 +134,9 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, 
     validate.same_device_and_shape(REWARDS, "scores", scores, "kl", kl.shape[:1], kl.device)
     kl = validate.poisoned(mask, kl)
     mask = validate.required_mask(REWARDS, mask, "kl", kl.shape, kl.device)
-    validate.number(REWARDS, "kl_coef", kl_coef, low=0)
+    kl_coef = validate.number(REWARDS, "kl_coef", kl_coef, low=0)
     if clip is not None:
-        validate.number(REWARDS, "clip", clip, above=0)
+        clip = validate.number(REWARDS, "clip", clip, above=0)
     scores, kl = scores.detach(), kl.detach()
     if dispatch.select_backend(REWARDS, validate.deciding(kl, scores)) is None:
         return reference.shaped_rewards(scores, kl, mask, kl_coef, clip)
@@ -152,6 +161,8 @@ def whiten(
     mask: Tensor | None = None,
     *,
     shift_mean: bool = True,
+    unbiased: bool = False,
+    dim: int | tuple[int, ...] | None = None,
     eps: float = 1e-8,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -164,6 +175,10 @@ def whiten(
         x: [...] float, any unit.
         mask: [...] bool or 0/1, true where the element counts; others are not used.
         shift_mean: subtract the mean; if false the mean is kept.
+        unbiased: divide the squared deviations by the count - 1 instead of the count; a single element has variance 0.
+            The reference serves it.
+        dim: dimensions over which mean and variance are taken, for each index of the others on its own; None: all. The
+            reference serves it; without process_group.
         eps: > 0, added to the variance.
         process_group: take mean and variance over all ranks of this torch.distributed group. Then not differentiable.
 
@@ -176,15 +191,28 @@ def whiten(
     validate.float_tensor(WHITEN, "x", x)
     x = validate.poisoned(mask, x)
     mask = validate.bool_mask(WHITEN, mask, "x", x.shape, x.device)
-    validate.number(WHITEN, "eps", eps, above=0)
+    eps = validate.number(WHITEN, "eps", eps, above=0)
     if process_group is not None and x.requires_grad:
         raise ValueError(f"{WHITEN}: x requires grad; with process_group whiten is not differentiable, pass x.detach()")
-    if dispatch.select_backend(WHITEN, x) is None:
-        return reference.whiten(x, mask, shift_mean, eps, process_group)
+    if dim is not None and process_group is not None:
+        raise ValueError(f"{WHITEN}: dim is {dim!r}, and process_group is given too; it takes one of them")
+    if unbiased or dim is not None or dispatch.select_backend(WHITEN, x) is None:
+        return reference.whiten(
+            x, mask, shift_mean, eps, process_group, unbiased=unbiased, dim=_dimensions(dim, x.dim())
+        )
     parts = None
     if process_group is not None:
         parts = reference.gather_moments(_whiten_moments(x, mask), process_group)
     return _whiten(x, mask, parts, validate.runtime_scalar(eps), shift_mean)[0]
+
+
+def _dimensions(dim: int | tuple[int, ...] | None, count: int) -> tuple[int, ...] | None:
+    if dim is None:
+        return None
+    found = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not all(-count <= d < count for d in found) or len({d % count for d in found}) != len(found):
+        raise ValueError(f"{WHITEN}: dim is {dim!r}; with this x it takes different dimensions in [{-count}, {count})")
+    return found
 
 
 @torch.library.custom_op("rlhf_kernels::whiten_moments", mutates_args=())

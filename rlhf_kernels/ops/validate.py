@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ def is_eager(tensors: Iterable[Tensor | None]) -> bool:
 def float_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; it takes a tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: {name} is a nested tensor; it takes {name}.to_padded_tensor(0.0) with a mask, or packed sequences: "
+            f"{name}.values(), with {name}.offsets() as cu_seqlens where the op has it"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} is {x.dtype}; it takes float32, float16, bfloat16 or float64")
     return x
@@ -118,18 +123,44 @@ def required_mask(op: str, mask: object, like_name: str, shape: Sequence[int], d
 
 
 def number(
-    op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, above: float | None = None
-) -> None:
-    """A finite real number inside [low, high], or strictly greater than `above`."""
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+    infinite: bool = False,
+) -> Any:
+    """The value: a finite real number (or inf, if `infinite`) inside [low, high], or strictly greater than `above`.
+
+    A 0-d tensor is read, on a GPU with a sync; in a trace it stays a tensor, and is not looked at.
+    """
+    if isinstance(value, Tensor):
+        value = _scalar_of(op, name, value)
+        if isinstance(value, Tensor):
+            return value
     kind = type(value)
     plain = kind is float or kind is int  # Real's own test is slow
     # While tracing a number may be symbolic, its type is not known.
     if not (plain or torch.compiler.is_compiling()) and (kind is bool or not isinstance(value, Real)):
-        raise TypeError(f"{op}: {name} is a {kind.__name__}; it takes a number")
-    if above is not None and not (value > above and value < math.inf):  # type: ignore[operator]
+        raise TypeError(f"{op}: {name} is a {kind.__name__}; it takes a number or a 0-d tensor")
+    if infinite and value == math.inf and high == math.inf:
+        return value
+    if above is not None and not (value > above and value < math.inf):
         raise ValueError(f"{op}: {name} is {value}; it takes a finite number > {above}")
-    if not low <= value <= high or value in (math.inf, -math.inf):  # type: ignore[operator]
+    if not low <= value <= high or value in (math.inf, -math.inf):
         raise ValueError(f"{op}: {name} is {value}; it takes a finite number in [{low}, {high}]")
+    return value
+
+
+def _scalar_of(op: str, name: str, value: Tensor) -> float | Tensor:
+    if value.dim() or value.dtype == torch.bool or value.is_complex():
+        shape = list(value.shape)
+        raise ValueError(f"{op}: {name} is a tensor {shape} of {value.dtype}; it takes a number or a 0-d tensor")
+    if value.requires_grad:
+        raise ValueError(f"{op}: {name} requires grad; it is not differentiable, pass {name}.detach()")
+    return float(value.item()) if readable(value) else value.detach().to("cpu", torch.float64)
 
 
 def number_or_like(
@@ -213,5 +244,6 @@ def label_in_range(op: str, labels: Tensor, mask: Tensor | None, vocab: int) -> 
 
 def bad_label(op: str, row: int, label: int, vocab: int) -> None:
     raise IndexError(
-        f"{op}: label {label} at row {row} is outside [0, {vocab}); mask out rows without a label (mask false there)"
+        f"{op}: label {label} at row {row} is outside [0, {vocab}); leave rows without a label out: "
+        f"mask=labels != {label}"
     )

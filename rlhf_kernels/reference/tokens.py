@@ -56,13 +56,29 @@ def merge_moments(parts: Tensor) -> Tensor:
     return torch.stack([counted.sum(), mean, (squares + counted * (means - mean).square()).sum()])
 
 
-def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, eps: float, group: Any) -> Tensor:
-    """(x - mean) / sqrt(population variance + eps) over the counted elements of all ranks of `group`.
+def whiten(
+    x: Tensor,
+    mask: Tensor | None,
+    shift_mean: bool,
+    eps: float,
+    group: Any,
+    *,
+    unbiased: bool = False,
+    dim: tuple[int, ...] | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over the counted elements of all ranks of `group`, or over `dim` alone.
 
     In float64: a float32 mean of 1e4 is off by 5e-4, which shows where the standard deviation is 1e-2.
     """
     wide = x.double()  # once: each use would round its part of the gradient to x's dtype
-    own = moments(wide, mask)
-    counted, mean, squares = (own if group is None else merge_moments(gather_moments(own, group))).unbind()
-    whitened = select(mask, wide - mean) * torch.rsqrt(squares / counted.clamp(min=1) + eps)
+    if dim is None:
+        own = moments(wide, mask)
+        counted, mean, squares = (own if group is None else merge_moments(gather_moments(own, group))).unbind()
+    else:
+        ones = torch.ones_like(wide, requires_grad=False) if mask is None else mask.double()
+        counted = ones.sum(dim, keepdim=True)
+        mean = select(mask, wide).sum(dim, keepdim=True) / counted.clamp(min=1)
+        squares = select(mask, wide - mean).square().sum(dim, keepdim=True)
+    variance = squares / (counted - 1 if unbiased else counted).clamp(min=1)
+    whitened = select(mask, wide - mean) * torch.rsqrt(variance + eps)
     return select(mask, (whitened if shift_mean else whitened + mean).to(upcast(x).dtype))

@@ -38,8 +38,8 @@ def selected_logprobs_fwd(
     )
     if bad >= 0:
         raise IndexError(
-            f"selected_logprobs: labels holds {int(labels[bad])} at row {bad}; a label that the mask counts "
-            f"must be in [0, {logits.shape[-1]})"
+            f"selected_logprobs: label {int(labels[bad])} at row {bad} is outside [0, {logits.shape[-1]}); leave rows "
+            f"without a label out: mask=labels != {int(labels[bad])}"
         )
     return logprobs, entropy, stats
 

@@ -165,10 +165,10 @@ def prepare(
         _check_labels(op, labels, shape, hidden.device)
     given, mask = mask, validate.bool_mask(op, mask, "hidden", shape, hidden.device)
     if softcap is not None:
-        validate.number(op, "softcap", softcap, above=0)
-    validate.number(op, "logit_scale", logit_scale, above=0)
+        softcap = validate.number(op, "softcap", softcap, above=0)
+    logit_scale = validate.number(op, "logit_scale", logit_scale, above=0)
     validate.choice(op, "logits_dtype", logits_dtype, (torch.float32, None))
-    validate.number(op, "workspace", workspace, low=0)
+    workspace = validate.number(op, "workspace", workspace, low=0)
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     row_temperature = rows.row_temperature(op, temperature, hidden, shape, mask, given)

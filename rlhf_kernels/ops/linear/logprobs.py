@@ -59,6 +59,24 @@ def linear_logprobs(
     process_group: ProcessGroup | None = ...,
     batch_invariant: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    lora: Lora | Sequence[Lora] | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    with_entropy: bool | Literal["detached"],
+    logits_dtype: torch.dtype | None = ...,
+    workspace: int = ...,
+    process_group: ProcessGroup | None = ...,
+    batch_invariant: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

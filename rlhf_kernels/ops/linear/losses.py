@@ -6,14 +6,14 @@ its logits are at hand: three GEMMs in all, and a row whose gradient is zero tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import dispatch
-from rlhf_kernels.ops import validate
+from rlhf_kernels.ops import rows, validate
 from rlhf_kernels.ops.autograd import first_derivative
 from rlhf_kernels.ops.linear.call import GRADIENTS, SCHEMA, LinearCall, Lora, Wanted, prepare, split
 from rlhf_kernels.ops.linear.chunks import DEFAULT_WORKSPACE, ChunkedHead, RowChunk
@@ -24,6 +24,7 @@ from rlhf_kernels.ops.losses import RATIOS, Aggregate, Ratio, check_aggregate
 from rlhf_kernels.ops.tokens import ESTIMATORS, Estimator
 from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference import losses as reference_losses
+from rlhf_kernels.reference.common import select, upcast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,13 +107,13 @@ def linear_policy_loss(
         importance_weights = validate.over_tokens(OP, "importance_weights", importance_weights, "labels", labels)
     if ref_logprobs is not None:
         ref_logprobs = validate.float_like(OP, "ref_logprobs", ref_logprobs, "labels", labels)
-    validate.number(OP, "clip_low", clip_low, low=0)
-    validate.number(OP, "clip_high", clip_high, low=0)
+    clip_low = validate.number(OP, "clip_low", clip_low, low=0, infinite=True)
+    clip_high = validate.number(OP, "clip_high", clip_high, low=0, infinite=True)
     if dual_clip is not None:
-        validate.number(OP, "dual_clip", dual_clip, above=1)
+        dual_clip = validate.number(OP, "dual_clip", dual_clip, above=1, infinite=True)
     validate.choice(OP, "ratio", ratio, RATIOS)
-    validate.number(OP, "entropy_coef", entropy_coef)
-    validate.number(OP, "kl_coef", kl_coef)
+    entropy_coef = validate.number(OP, "entropy_coef", entropy_coef)
+    kl_coef = validate.number(OP, "kl_coef", kl_coef)
     validate.choice(OP, "kl_estimator", kl_estimator, ESTIMATORS)
     check_aggregate(OP, aggregate, denominator, labels, needs_sequences=ratio != "token")
 
@@ -171,6 +172,9 @@ def linear_cross_entropy(
     labels: Tensor,
     mask: Tensor | None = None,
     *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     aggregate: Aggregate = "token-mean",
     denominator: float | Tensor | None = None,
     bias: Tensor | None = None,
@@ -184,12 +188,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Supervised loss from hidden states: minus the labels' logprobs, aggregated; gradients formed in the forward.
 
-    Equals `torch.nn.functional.cross_entropy(logits[mask], labels[mask])` with `linear_logprobs`'s logits, three GEMMs
-    in all.
+    Equals `torch.nn.functional.cross_entropy(logits[mask], labels[mask], ignore_index=..., label_smoothing=...)` with
+    `linear_logprobs`'s logits over the temperature, and `z_loss * logsumexp(logits)**2` beside it (PaLM,
+    arXiv:2204.02311). Three GEMMs in all; with label_smoothing or z_loss those of `linear_logprobs`, and each label's
+    row of the weight besides.
 
     Args:
         hidden, weight, labels, bias, lora, temperature, softcap, logit_scale, logits_dtype, workspace, process_group:
             linear_logprobs's.
+        ignore_index: rows with this label do not count, as if masked. On a GPU that costs the sync of a mask where
+            none is given.
+        label_smoothing: in [0, 1]: the share of the target that lies evenly over the vocabulary; without a softcap and
+            a process_group.
+        z_loss: >= 0, weight of the squared log of the softmax's sum; without a process_group.
         mask, aggregate, denominator: as in `policy_loss`.
 
     Returns:
@@ -199,6 +210,9 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as `linear_logprobs`.
     """
     op = "linear_cross_entropy"
+    label_smoothing = validate.number(op, "label_smoothing", label_smoothing, low=0, high=1)
+    z_loss = validate.number(op, "z_loss", z_loss, low=0)
+    mask = _without(op, labels, ignore_index, mask)
     call = prepare(
         op,
         hidden,
@@ -215,12 +229,63 @@ def linear_cross_entropy(
         process_group=process_group,
     )
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
-    if dispatch.select_backend(op, call.hidden) is None:  # logprobs_of refuses a group there
+    kernel = dispatch.select_backend(op, call.hidden)
+    if label_smoothing != 0 or z_loss != 0:
+        losses = _regularised_nll(op, call, label_smoothing=label_smoothing, z_loss=z_loss)
+        return reference_losses.aggregate(losses, call.mask, aggregate, denominator)
+    if kernel is None:  # logprobs_of refuses a group there
         logprobs, _ = logprobs_of(call, False)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     return _swept(call, per_row=factor, scalars=none, kind="nll", with_entropy=False)[0]
+
+
+def _without(op: str, labels: object, ignore_index: int, mask: Tensor | None) -> Tensor | None:
+    """The mask, false at rows with that label too; None where every row counts and that is seen for free."""
+    if not isinstance(labels, Tensor):
+        return mask  # `prepare` has a sentence for it
+    kept = labels != ignore_index
+    if rows.reading_is_free(labels) and bool(kept.all()):
+        return mask
+    if mask is None:
+        return kept
+    mask = validate.bool_mask(op, mask, "labels", labels.shape, labels.device)
+    return kept if mask is None else mask & kept
+
+
+def _regularised_nll(op: str, call: LinearCall, *, label_smoothing: float, z_loss: float) -> Tensor:
+    """Losses of labels' shape, 0 where masked, from the labels' logprobs and logits.
+
+    The mean over the vocabulary of log p is the mean logit minus logsumexp, and that is the label's logit minus its
+    logprob; without a softcap the mean logit is one product with the mean row of the head.
+    """
+    if call.group:
+        raise ValueError(f"{op}: process_group is given; with label_smoothing or z_loss it takes a whole vocabulary")
+    if call.softcap is not None and label_smoothing != 0:
+        raise ValueError(f"{op}: softcap is given; with label_smoothing it takes a head without one")
+    logprobs, _ = logprobs_of(call, False)
+    hidden = upcast(call.hidden) if call.mask is None else select(call.mask.unsqueeze(-1), upcast(call.hidden))
+    labels = (call.labels if call.mask is None else select(call.mask, call.labels, 0)).long()
+
+    def logits(rows_of: Callable[[Tensor], Tensor]) -> Tensor:
+        z = (hidden * rows_of(call.weight).to(hidden.dtype)).sum(-1)
+        if call.lora_a is not None and call.lora_b is not None:
+            low = hidden @ call.lora_a.to(hidden.dtype).T
+            z = z + (low * rows_of(call.lora_b).to(hidden.dtype)).sum(-1)
+        if call.bias is not None:
+            z = z + rows_of(call.bias).to(hidden.dtype)
+        z = z * call.logit_scale.to(z.dtype)
+        z = z if call.softcap is None else call.softcap.to(z.dtype) * torch.tanh(z / call.softcap.to(z.dtype))
+        return z / call.divisor
+
+    label = logits(lambda x: x[labels])
+    losses = -logprobs
+    if label_smoothing != 0:
+        losses = losses + label_smoothing * (label - logits(lambda x: upcast(x).mean(0)))
+    if z_loss != 0:
+        losses = losses + z_loss * (label - logprobs).square()
+    return select(call.mask, losses)
 
 
 def _swept(
