@@ -22,7 +22,7 @@ OURS = "rlhf_kernels"
 
 def widened(dtype: torch.dtype) -> bool:
     """Whether this CPU has no arithmetic for it."""
-    return dispatch.backend_module("cpu").product_dtype(dtype) != dtype
+    return dispatch.backend_module("cpu").logits_dtype(dtype, False) != dtype
 
 
 def _case(dtype: torch.dtype, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,7 +68,7 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     """Forward and backward of one call; every contender makes its own outputs, as training does."""
     hidden, weight, labels, upstream, mask = _case(dtype)
     leaves = (hidden, weight)
-    h, w = (x.detach().to(dispatch.backend_module("cpu").product_dtype(dtype)) for x in leaves)
+    h, w = (x.detach().to(dispatch.backend_module("cpu").logits_dtype(dtype, False)) for x in leaves)
 
     def gemms(count: int) -> tuple[Tensor, ...]:
         logits = h @ w.T
@@ -91,6 +91,7 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         f"{OURS} linear_policy_loss, 25 % counted": lambda: policy(mask=mask),
         f"{OURS} linear_logprobs": logprobs,
         f"{OURS} linear_logprobs, 25 % counted": lambda: logprobs(mask=mask),
+        f"{OURS} linear_logprobs, logits_dtype=None": lambda: logprobs(logits_dtype=None),
         f"{OURS} linear_logprobs, batch-invariant": lambda: logprobs(batch_invariant=True),
         f"{OURS} linear_cross_entropy": lambda: torch.autograd.grad(
             rk.linear_cross_entropy(hidden, weight, labels), leaves
@@ -104,6 +105,8 @@ def linear(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
         result.ratios[f"{op} / three GEMMs"] = m(f"{OURS} {op}") / three
     for op in ("linear_policy_loss", "linear_logprobs"):
         result.ratios[f"{op}, 25 % counted / all"] = m(f"{OURS} {op}, 25 % counted") / m(f"{OURS} {op}")
+    exact, rounded = m(f"{OURS} linear_logprobs"), m(f"{OURS} linear_logprobs, logits_dtype=None")
+    result.ratios["linear_logprobs, float32 logits / logits_dtype=None"] = exact / rounded
     _against_torch(result)
     result.ratios["batch-invariant / not"] = m(f"{OURS} linear_logprobs, batch-invariant") / m(
         f"{OURS} linear_logprobs"
@@ -131,7 +134,7 @@ def few_rows(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
 def frozen_head(dtype: torch.dtype, rounds: int, quiet: float) -> Comparison:
     """linear_logprobs where hidden alone wants a gradient, as under LoRA."""
     hidden, weight, labels, upstream, _ = _case(dtype)
-    h, w = (x.detach().to(dispatch.backend_module("cpu").product_dtype(dtype)) for x in (hidden, weight))
+    h, w = (x.detach().to(dispatch.backend_module("cpu").logits_dtype(dtype, False)) for x in (hidden, weight))
     weight.requires_grad_(False)
 
     def logprobs(with_entropy: bool) -> tuple[Tensor, ...]:

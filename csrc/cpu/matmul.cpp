@@ -38,8 +38,8 @@ struct Words {
 constexpr int kVectors = 2;  // of a register tile's columns
 constexpr int kSliver = kVectors * kLanes;
 constexpr int kTileRows = kBytes == 64 ? 12 : 6;
-constexpr int64_t kDepth = 512;           // words of K in a block
-constexpr int64_t kPanel = kMatmulPanel;  // with kDepth, half a megabyte
+constexpr int64_t kDepth = 128;  // words of K in a block: longer sums in one accumulator are less exact
+constexpr int64_t kPanel = kMatmulPanel;
 
 template <class T>
 inline float widened(T x);
