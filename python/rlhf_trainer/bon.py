@@ -47,6 +47,8 @@ class BonConfig(SamplingConfig):
     n: int = shared.n(16)
     reward: str = shared.reward("")
     reward_label: str | None = shared.reward_label()
+    reward_timeout: float | None = shared.reward_timeout()
+    reward_workers: int = shared.reward_workers()
     reward_completion_only: bool = shared.reward_completion_only()
     missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
     pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
@@ -116,6 +118,8 @@ def best_of_n(
             cfg.reward,
             label=cfg.reward_label,
             completion_only=cfg.reward_completion_only,
+            timeout=cfg.reward_timeout,
+            workers=cfg.reward_workers,
             device=device,
             pad_token=cfg.pad_token,
             trust_remote_code=cfg.trust_remote_code,

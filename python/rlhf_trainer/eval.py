@@ -59,6 +59,8 @@ class EvalConfig:
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
     reward: str | None = shared.reward(None)
     reward_label: str | None = shared.reward_label()
+    reward_timeout: float | None = shared.reward_timeout()
+    reward_workers: int = shared.reward_workers()
     reward_completion_only: bool = shared.reward_completion_only()
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
     judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
@@ -250,7 +252,8 @@ def load_scorers(cfg: EvalConfig, device: torch.device) -> dict[str, RewardFunct
         scorers["toxicity"] = load_toxicity(cfg, device)
     if cfg.reward:
         shown: dict[str, Any] = {"label": cfg.reward_label, "completion_only": cfg.reward_completion_only}
-        scorers["reward"] = load_reward(cfg.reward, **shown, **options)
+        limits: dict[str, Any] = {"timeout": cfg.reward_timeout, "workers": cfg.reward_workers}
+        scorers["reward"] = load_reward(cfg.reward, **shown, **limits, **options)
     for entry in cfg.measures:
         name, equals, source = entry.partition("=")
         if not equals or not name or not source:

@@ -21,6 +21,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import DataReport
 from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.fingerprint import Fingerprint
 from rlhf_trainer.models.loading import context_length
 from rlhf_trainer.models.sharding import unsharded_tensor
 from rlhf_trainer.training.alerts import SHOWN, Alerts, announce
@@ -59,6 +60,7 @@ class SupervisedConfig:
     alert: list[str] = shared.alert()
     stop_on_alert: bool = shared.stop_on_alert()
     resume: bool = shared.resume()
+    accept_changes: list[str] = shared.accept_changes()
     overwrite: bool = shared.overwrite()
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
     lora_r: int = shared.lora_r()
@@ -136,6 +138,7 @@ class TrainingObjective(Generic[Item]):
     units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
     evaluate: metrics on held-out data, by name.
     observe: metrics of the step just done, from what `losses` saw on all ranks. discard: forget what it saw so far.
+    fingerprint: of the data and of what else is read.
     group: items of one group are always learned from in the same step; None: every item on its own.
     """
 
@@ -145,6 +148,7 @@ class TrainingObjective(Generic[Item]):
     line: Callable[[Item], int]
     text: Callable[[Item], str]
     evaluate: Callable[[], dict[str, float]]
+    fingerprint: Callable[[], Fingerprint]
     observe: Callable[[], dict[str, float]] = dict
     discard: Callable[[], None] = lambda: None
     group: Callable[[Item], Hashable] | None = None
@@ -208,9 +212,9 @@ def train_loop(
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    warmup, data = round(cfg.warmup * total), {"data": [task.text(item) for item in items]}
+    warmup = round(cfg.warmup * total)
     scheduler = get_scheduler(cfg.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), data)
+    checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), task.fingerprint)
     start, _, past = checkpoints.resume()
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
