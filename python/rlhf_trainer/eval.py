@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from rlhf_trainer.base.conditions import check_gates, parse_gates, short
 from rlhf_trainer.base.config import option, require, save_config
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_shown_prompts
 from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
@@ -326,7 +326,7 @@ def write_result(result: dict[str, Any], folder: str | Path) -> None:
     figures = {key: value for key, value in result.items() if key != "samples"}
     write_jsonl(Path(folder) / "completions.jsonl", result["samples"])
     path = Path(folder) / "eval.json"
-    path.with_suffix(".tmp").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").write_text(dumps(figures, indent=2) + "\n", encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
 

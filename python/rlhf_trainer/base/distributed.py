@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.failures import propagate_errors
+from rlhf_trainer.base.values import check_values
 
 S = TypeVar("S", Tensor, Sequence)
 T = TypeVar("T")
@@ -217,6 +218,7 @@ def on_all_ranks(stage: Callable[Concatenate[Options, P], T]) -> Callable[Concat
 
     @functools.wraps(stage)
     def wrapper(cfg: Options, /, *arguments: P.args, **options: P.kwargs) -> T:
+        check_values(cfg)
         ranks = join(resolve_device(cfg.device))
         if ranks.sharded and cfg.merge:
             raise UserError("--merge does not go with FSDP 2: save the adapter, and merge it in one process")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.seq2seq import force_eager_attention
@@ -263,7 +263,7 @@ def save_folder(
         for name, state in tensors.items():
             save_file(state, temporary / name)
         for name, record in (records or {}).items():
-            (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (temporary / name).write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import save_options
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.data.files import read_jsonl
 from rlhf_trainer.sampling.options import Sampling
 from rlhf_trainer.sampling.rollout import generate
@@ -94,7 +94,7 @@ class BatchFile:
             for found in batches:
                 records += found
                 if file is not None:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+                    file.writelines(dumps(record, ensure_ascii=False) + "\n" for record in found)
                     file.flush()
                     os.fsync(file.fileno())
                 bar.advance(task, len(found))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf_trainer.base.distributed import distributed_context
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.training.trackers import Trackers
 
 
@@ -84,7 +85,7 @@ class RunLog:
         if self.silent:
             return
         metrics = {key: _plain(value) for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.file.write(dumps({"step": step} | metrics) + "\n")
         self.file.flush()
         numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         self.trackers.log(numbers, step)
@@ -111,7 +112,7 @@ class RunLog:
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(dumps(record, ensure_ascii=False) + "\n")
 
     def say(self, message: str) -> None:
         """A line above the bar."""
@@ -128,7 +129,9 @@ def _keep_until(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = [
-        json.dumps(record, ensure_ascii=False) + "\n" for record in read_records(path) if record.get("step", 0) <= start
+        dumps(record, ensure_ascii=False) + "\n"
+        for record in read_records(path)
+        if isinstance(record.get("step"), int) and record["step"] <= start
     ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -139,10 +142,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, [] if there is none. A line that a kill cut short is passed over."""
     records = []
     # Not splitlines(): a text may hold U+2028 and the like, which JSON lets stand in a string.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -150,9 +153,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in order; [] if there is none. A line that a kill cut short is left out.
+    """The objects of metrics.jsonl, in order, null as NaN; [] if there is none. A line cut short by a kill is left out.
 
     Raises:
         OSError: it cannot be read.
     """
-    return [record for record in read_records(Path(output_dir) / "metrics.jsonl") if "step" in record]
+    records = read_records(Path(output_dir) / "metrics.jsonl")
+    whole = [record for record in records if isinstance(record.get("step"), int)]
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in whole]
