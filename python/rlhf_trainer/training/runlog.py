@@ -59,7 +59,7 @@ class RunLog:
         self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task(description, total=total, completed=start, note="")
         self.live = self.console.is_terminal
-        self.trackers = Trackers(report_to, self.folder, options)
+        self.trackers = Trackers(report_to, self.folder, options, start)
         self.every = max(1, total // 10)  # without a terminal: about ten plain lines
 
     def __enter__(self) -> RunLog:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from rlhf_trainer.base import shared
 from rlhf_trainer.base.conditions import parse_gates
@@ -49,8 +51,8 @@ class SupervisedConfig:
     micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
     lr: float = shared.lr(1e-4)
     schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises to --lr, evenly")
+    weight_decay: float = option(0.0, "AdamW's weight decay; norms and biases have none")
     max_grad_norm: float = shared.max_grad_norm()
     max_length: int | None = option(None, f"longest record in tokens; none: the model's context, {LONGEST} at most")
     evals: int = option(10, "how many times the held-out records are scored")
@@ -192,6 +194,24 @@ def all_batches(
     return steps
 
 
+def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
+    """The learning rate of a step (from 0) over its peak: 1/warmup at first, so that no step is without effect."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; vectors, which are norms and biases, do not."""
+    if not weight_decay:
+        return [{"params": list(parameters), "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for parameter in parameters:
+        groups[parameter.ndim < 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
 def train_loop(
     cfg: SupervisedConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: TrainingObjective[Item]
 ) -> dict[str, float]:
@@ -211,9 +231,9 @@ def train_loop(
     ranks = distributed_context()
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    warmup = round(cfg.warmup * total)
-    scheduler = get_scheduler(cfg.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    optimizer = torch.optim.AdamW(decay_groups(parameters, cfg.weight_decay), lr=cfg.lr, fused=True)
+    factor = partial(lr_factor, schedule=cfg.schedule, warmup=round(cfg.warmup * total), total=total)
+    scheduler = LambdaLR(optimizer, factor)
     checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), task.fingerprint)
     start, _, past = checkpoints.resume()
     if cfg.output_dir:
@@ -227,7 +247,7 @@ def train_loop(
         for step in range(start + 1, start if checkpoints.stopped else total + 1):
             epoch, indices = batches[step - 1]
             batch = [items[i] for i in indices]
-            lr = scheduler.get_last_lr()[0]
+            lr = float(scheduler.get_last_lr()[0])
             metrics = _optimizer_step(cfg, model, optimizer, batch, task, step)
             scheduler.step()
             metrics |= task.observe() | {"lr": lr, "epoch": epoch}

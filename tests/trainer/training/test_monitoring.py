@@ -372,3 +372,27 @@ def test_separators_that_json_lets_stand_in_a_text_do_not_end_a_line(tmp_path):
     ]
     assert verify_reward.warned(tmp_path, "m2") == 2
     assert verify_reward.warned(tmp_path, "m3") == 0
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume_and_one_run_after_another(tmp_path):
+    def report(steps, value, start=0):
+        with RunLog(tmp_path, 9, "x", report_to=["tensorboard"], start=start) as log:
+            for step in steps:
+                log.step(step, {"loss": value})
+
+    def shown():
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+        return [(event.step, event.value) for event in events]
+
+    report(range(1, 6), 1.0)
+    report(range(4, 7), 2.0, start=3)
+    assert shown() == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    report(range(1, 3), 3.0)  # with --overwrite
+    assert shown() == [(1, 3.0), (2, 3.0)]
+
+
+def test_metrics_that_are_not_finite_are_null_and_read_as_nan(tmp_path):
+    with RunLog(tmp_path, 1, "x") as log:
+        log.step(1, {"loss": math.inf, "lr": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 1.0}\n'
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
