@@ -42,6 +42,7 @@ from rlhf_trainer.sampling.vllm import load_engine
 from rlhf_trainer.training.alerts import Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, StopRequest, stop_on_signals
 from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.history import History
 from rlhf_trainer.training.runlog import RunLog
 
 SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
@@ -122,7 +123,7 @@ def train_ppo(
         tensors = {}
     saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
     finish(run.policy, run.tokenizer, tensors=tensors, **saved)
-    return PPOResult(run.policy, run.value_head, run.tokenizer, run.history, stopped, cfg.output_dir)
+    return PPOResult(run.policy, run.value_head, run.tokenizer, list(run.history), stopped, cfg.output_dir)
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Run:
     checkpoints: Checkpoints
     start: int
     beta: float
-    history: list[dict[str, float]]
+    history: History
     monitor: RewardHackingMonitor
     alerts: Alerts
 
@@ -213,7 +214,7 @@ def set_up(
         start=start,
         beta=extra["beta"],
         history=history,
-        monitor=RewardHackingMonitor(cfg.stop_kl, history),
+        monitor=RewardHackingMonitor(cfg.stop_kl, list(history)),
         alerts=Alerts(cfg.alert, history),
     )
 

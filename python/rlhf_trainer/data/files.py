@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import named
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as raw:
+        with named(path), open(temporary, "wb") as raw:
             # Without name and time in it, so that the same records are the same bytes.
             zipped = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else nullcontext(raw)
             with zipped as file:

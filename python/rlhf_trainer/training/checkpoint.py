@@ -26,8 +26,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, rank_and_world_size
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models.fingerprint import Part, model_part, trained_part
 from rlhf_trainer.models.sharding import gathered, shard_like
+from rlhf_trainer.training.history import History, read_history, restore_metrics
 from rlhf_trainer.training.runlog import read_metrics
 
 NAME = re.compile(r"^step-\d{8}$")
@@ -123,7 +125,7 @@ class Resumed(NamedTuple):
 
     step: int  # steps done
     extra: dict[str, float]  # numbers of the stage's own
-    history: list[dict[str, float]]  # metrics of the steps done
+    history: History  # metrics of the steps done; `save` keeps it, with what was appended
 
 
 class Checkpoints:
@@ -147,6 +149,7 @@ class Checkpoints:
         self.options, self.modules, self.optimizer, self.scheduler = options, modules, optimizer, scheduler
         self.output_dir: str = options["output_dir"]
         self.generator = generator
+        self.history = History()
         self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
         self.folder = Path(self.output_dir) / "checkpoints"
         self.identity: dict[str, Any] = {"config": _config_values(options), "inputs": {}}
@@ -157,7 +160,7 @@ class Checkpoints:
     def resume(self, extra: Mapping[str, float] = MappingProxyType({})) -> Resumed:
         """From the newest valid checkpoint if asked to resume, else from step 0 with the stage's own `extra` state."""
         if not self.output_dir:
-            return Resumed(0, dict(extra), [])
+            return Resumed(0, dict(extra), self.history)
         if not self.options["resume"]:
             refuse_leftovers(self.output_dir, resume=False, overwrite=self.options["overwrite"])
             distributed_context().barrier()  # every rank has looked
@@ -165,12 +168,12 @@ class Checkpoints:
                 if read_metrics(self.output_dir):
                     say(f"{self.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
-            return Resumed(0, dict(extra), [])
+            return Resumed(0, dict(extra), self.history)
         newest = distributed_context().broadcast_object(self._newest() if distributed_context().main else None)
         if newest is not None:
             return self._restore(newest, extra)
         say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
-        return Resumed(0, dict(extra), [])
+        return Resumed(0, dict(extra), self.history)
 
     def _newest(self) -> Path | None:
         for path in reversed(self.all()):
@@ -205,6 +208,7 @@ class Checkpoints:
                     save_file(tensors, temporary / f"{name}.safetensors")
             if ranks.main:
                 state |= {"rng": [{name: rng[name] for name in ("python", "numpy")} for rng in generators]}
+                (temporary / "metrics.json").write_text(dumps(list(self.history)), encoding="utf-8")
                 (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
                 commit(temporary, final)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
@@ -253,12 +257,14 @@ class Checkpoints:
         if ranks.world != others:
             say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
         step = state["step"]
-        history = [metrics for metrics in read_metrics(self.output_dir) if metrics["step"] <= step]
+        self.history = read_history(path / "metrics.json")
+        if ranks.main:
+            restore_metrics(self.output_dir, self.history)
         say(f"resumed from {path} after step {step}")
         if state.get("stopped") and state["stopped"][1] == _alerting(self.options):
             self.stopped = state["stopped"][0]
             say(f"the run had stopped there: {self.stopped}")
-        return Resumed(step, {name: state[name] for name in extra}, history)
+        return Resumed(step, {name: state[name] for name in extra}, self.history)
 
     def _restore_schedule(self, state: dict[str, Any]) -> None:
         """Go on where the schedule stood, with the peak and the length that the options give now."""
@@ -322,10 +328,13 @@ def why_invalid(path: Path) -> str | None:
     """Why a checkpoint cannot be used, None if every file has the SHA-256 that meta.json says."""
     try:
         digests = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
+        missing = sorted({"state.json", "metrics.json", "optimizer.safetensors", "rng.safetensors"} - digests.keys())
+        if missing:
+            return f"incomplete (no sum of {missing[0]})"
         for name, digest in digests.items():
-            if _digest((path / name).read_bytes()) != digest:
+            if Path(name).name != name or _digest((path / name).read_bytes()) != digest:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete ({error})"
     return None
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf_trainer.base.distributed import distributed_context
+from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import named, write_whole
 from rlhf_trainer.training.trackers import Trackers
 
 
@@ -65,7 +67,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if self.silent:
             return self
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)  # nothing is kept back that a full disk would refuse later
         if self.live:
             self.progress.start()
         return self
@@ -85,8 +87,10 @@ class RunLog:
         if self.silent:
             return
         metrics = {key: _plain(value) for key, value in metrics.items()}
-        self.file.write(dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.path} was deleted while the run wrote to it; stopped after step {step}")
+        with named(self.path):
+            write_whole(self.file, (dumps({"step": step} | metrics) + "\n").encode())
         numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         self.trackers.log(numbers, step)
         self.progress.update(self.task, completed=step, note=note)
@@ -110,9 +114,9 @@ class RunLog:
         self.trackers.alert(title, message, step)
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(dumps(record, ensure_ascii=False) + "\n")
+        path = self.folder / name
+        with named(path), path.open("ab", buffering=0) as file:
+            write_whole(file, "".join(dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
     def say(self, message: str) -> None:
         """A line above the bar."""
@@ -126,16 +130,18 @@ def _plain(value: Any) -> Any:
 
 def _keep_until(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`: what a killed run wrote beyond its last checkpoint comes again."""
-    if not path.exists():
-        return
-    kept = [
-        dumps(record, ensure_ascii=False) + "\n"
-        for record in read_records(path)
-        if isinstance(record.get("step"), int) and record["step"] <= start
-    ]
+    if path.exists():
+        records = read_records(path)
+        replace_lines(path, [r for r in records if isinstance(r.get("step"), int) and r["step"] <= start])
+
+
+def replace_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines anew: a process killed here leaves the old file or the new one, whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with named(path):
+        lines = [dumps(record, ensure_ascii=False) + "\n" for record in records]
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

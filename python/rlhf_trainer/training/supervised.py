@@ -256,6 +256,7 @@ def train_loop(
                 with precision.autocast(cfg.dtype, parameters[0].device):
                     metrics |= task.evaluate()
                 model.train()
+            past.append(metrics)
             if log is not None:
                 log.step(step, metrics, _note(metrics))
             alarms = alerts.check(metrics)

@@ -269,6 +269,40 @@ def test_the_generators_of_gpus_are_restored_too(tmp_path, monkeypatch):
     assert torch.equal(policy_bits(run(tmp_path / "crashed", reward=reward, resume=True)), whole)
 
 
+@pytest.mark.parametrize("lost", ["all of it", "a line", "a figure", "its encoding"])
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(whole, crash, lost, capsys):
+    file = crash / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    if lost == "all of it":
+        file.unlink()
+    elif lost == "its encoding":
+        file.write_bytes(b"\xff\xfe" + file.read_bytes())
+    else:
+        changed = lines[1].replace('"lr": ', '"lr": 1')
+        file.write_text("".join([lines[0], *([changed] if lost == "a figure" else []), *lines[2:]]))
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
+    said = "metrics.jsonl: deleted, cut or changed since the checkpoint; its 3 steps are restored from there"
+    assert said in capsys.readouterr().err
+    assert metrics(whole[0]) == metrics(crash)
+
+
+def test_a_folder_that_is_deleted_ends_the_run_with_a_sentence(tmp_path):
+    def deletes(prompts, completions):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return oracle(prompts, completions)
+
+    with pytest.raises(UserError, match=r"metrics.jsonl was deleted while the run wrote to it; stopped after step 1"):
+        run(tmp_path / "out", reward=deletes, report_to=["none"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sums", [{}, {"sha256": {}}, {"sha256": []}, [], {"sha256": {"../policy": "0"}}])
+def test_a_checkpoint_without_its_sums_is_passed_over(whole, crash, sums, capsys):
+    (crash / "checkpoints" / "step-00000003" / "meta.json").write_text(json.dumps(sums))
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
+    assert "step-00000003: skipped, incomplete" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "policy.safetensors", "state.json", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(whole, crash, file, capsys):
     newest = crash / "checkpoints" / "step-00000003" / file
