@@ -21,6 +21,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
@@ -208,7 +209,7 @@ def write_files(
         found = [worst_pair(record) for record in samples]
         write_jsonl(cfg.pairs, [pair for pair in found if pair["margin"] > 0])
     path = Path(cfg.output).with_suffix(".report.json")
-    path.write_text(dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(path, dumps(figures, indent=2) + "\n")
     rows = [
         [f"best of {one['n']}", show_estimate(one["reward"]), show_number(one["kl_bound"])] for one in figures["by_n"]
     ]

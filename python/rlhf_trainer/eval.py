@@ -18,6 +18,7 @@ from rlhf_trainer.base.config import option, require, save_config
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_shown_prompts
 from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
@@ -325,9 +326,7 @@ def write_result(result: dict[str, Any], folder: str | Path) -> None:
     """eval.json with the figures, completions.jsonl with every completion and its scores."""
     figures = {key: value for key, value in result.items() if key != "samples"}
     write_jsonl(Path(folder) / "completions.jsonl", result["samples"])
-    path = Path(folder) / "eval.json"
-    path.with_suffix(".tmp").write_text(dumps(figures, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    write_text(Path(folder) / "eval.json", dumps(figures, indent=2) + "\n")
 
 
 def validate_numbers(cfg: EvalConfig) -> None:

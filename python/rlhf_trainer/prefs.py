@@ -11,6 +11,7 @@ from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.agreement import Agreement, agreement, table
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.formats import MARKERS, Options
@@ -206,7 +207,7 @@ def write_files(cfg: PrefsConfig, result: PrefsResult) -> Path:
     """Write the pairs, and beside them the report, whose path is returned."""
     write_jsonl(cfg.output, map(pair_record, result.pairs))
     path = Path(cfg.output).with_suffix(".report.json")
-    path.write_text(dumps(report_record(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, dumps(report_record(result), indent=2, ensure_ascii=False) + "\n")
     return path
 
 

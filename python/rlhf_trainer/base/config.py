@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.values import check_values, expand_paths
-from rlhf_trainer.base.writing import named
+from rlhf_trainer.base.writing import write_text
 
 C = TypeVar("C")
 
@@ -174,10 +174,7 @@ def save_options(values: dict[str, Any], path: Path) -> None:
     if not distributed_context().main:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with named(path):
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        temporary.replace(path)
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def require(cfg: Any, *names: str) -> None:

@@ -30,3 +30,15 @@ def write_whole(file: FileIO, data: bytes) -> None:
         with suppress(OSError):  # the first error is the one to tell
             file.truncate(start)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file, whole: a process killed here, or a full disk, leaves what stood there before."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with named(path):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

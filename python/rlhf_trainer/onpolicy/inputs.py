@@ -72,8 +72,11 @@ def load_inputs(
             trust_remote_code=remote,
             base=policy,
             dtype=cfg.dtype,
+            timeout=cfg.reward_timeout,
+            workers=cfg.reward_workers,
         )
-    reward = limited(reward, cfg.reward_timeout, cfg.reward_workers)
+    else:
+        reward = limited(reward, cfg.reward_timeout, cfg.reward_workers)
     policy.eval()
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(policy)

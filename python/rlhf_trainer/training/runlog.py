@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
-from rlhf_trainer.base.writing import named, write_whole
+from rlhf_trainer.base.writing import named, write_text, write_whole
 from rlhf_trainer.training.trackers import Trackers
 
 
@@ -137,11 +137,7 @@ def _keep_until(path: Path, start: int) -> None:
 
 def replace_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of JSON lines anew: a process killed here leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(".tmp")
-    with named(path):
-        lines = [dumps(record, ensure_ascii=False) + "\n" for record in records]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+    write_text(path, "".join(dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
