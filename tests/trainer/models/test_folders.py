@@ -124,6 +124,7 @@ FOLDERS = {
     "an adapter of rank 0": (adapter_config(r=0), "adapter_config.json: `r` should be a positive"),
     "a rank that is a text": (adapter_config(r="two"), "adapter_config.json: '<=' not supported"),
     "targets that are no pattern": (adapter_config(target_modules="("), "adapter_config.json: "),
+    "a rank for each part that is no table": (adapter_config(rank_pattern="x"), "adapter_config.json: "),
     "another kind of adapter": (adapter_config(peft_type="NOSUCH"), "adapter_config.json"),
 }
 
