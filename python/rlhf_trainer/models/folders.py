@@ -141,6 +141,7 @@ def check_base(adapter: str | Path, base: str) -> None:
 def base_digest(folder: str) -> str | None:
     """SHA-256 over the weights' files of a folder, whatever they are loaded as; None of a hub name."""
     files = sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
+    files = [file for file in files if file.name.startswith(WEIGHTS)]  # a value head beside them is none of the base's
     states = [(file, file.stat()) for file in files]
     return _digest(tuple((str(f), s.st_size, s.st_mtime_ns, s.st_ino) for f, s in states)) if files else None
 

@@ -173,6 +173,7 @@ def test_a_value_head_of_something_else(place, tensors, told):
 
 def test_an_adapter_over_another_base_of_the_same_shape_is_refused(place, capsys):
     adapter, base = place / "adapter", place / "base"
+    save_file({"linear.weight": torch.ones(1, 32)}, base / VALUE_HEAD)  # which is not of the base's weights
     assert list(parameters_of(load_causal(adapter), MAIN))
     weights = load_file(base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
