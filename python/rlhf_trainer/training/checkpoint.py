@@ -29,6 +29,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models.fingerprint import Part, model_part, trained_part
 from rlhf_trainer.models.sharding import gathered, shard_like
+from rlhf_trainer.training.changes import refuse_changes
 from rlhf_trainer.training.history import History, read_history, restore_metrics
 from rlhf_trainer.training.runlog import read_metrics
 
@@ -59,7 +60,6 @@ MAY_CHANGE_ON_RESUME = {
     "stop_on_alert",
     "device",
 }
-UP_TO_ROUNDING = {"micro_batch_size"}  # may change too, which is said: the sums are the same, their order is not
 
 
 class StopRequest:
@@ -237,7 +237,9 @@ class Checkpoints:
 
     def _restore(self, path: Path, extra: Mapping[str, float]) -> Resumed:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        self._compare(state["identity"], path)
+        harmless = MAY_CHANGE_ON_RESUME - self.identity["inputs"].keys()
+        accepted = set(self.options["accept_changes"]) - harmless
+        refuse_changes(state["identity"], self.identity, accepted, path)
         for name, module in self.modules.items():
             load_parameters(module, load_file(path / f"{name}.safetensors"), path / f"{name}.safetensors")
         restored: dict[int, dict[str, Tensor]] = {}
@@ -275,37 +277,6 @@ class Checkpoints:
         self.scheduler._last_lr = [peak * factor(step) for peak, factor in zip(peaks, factors, strict=True)]
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-
-    def _compare(self, saved: dict[str, Any], path: Path) -> None:
-        """UserError naming everything that has changed since the checkpoint, but for what is accepted or harmless."""
-        now, accepted = self.identity, set(self.options["accept_changes"])
-        unknown_names = accepted - {*now["config"], *now["inputs"], *MAY_CHANGE_ON_RESUME}
-        if unknown_names:
-            known = ", ".join([*now["inputs"], "or an option"])
-            raise UserError(f"--accept_changes {sorted(unknown_names)[0]}: nothing is called so; it takes {known}")
-        was, changes = saved["config"], {}
-        length = "updates" if "updates" in now["config"] else "epochs"
-        for key, value in now["config"].items():
-            if was.get(key) == value:
-                continue
-            change = f"{key}={value!r}, not {was.get(key)!r} as before"
-            if key == length and value > was.get(key, value):
-                say(f"{change}: the learning rate follows the longer schedule from here on")
-            elif key in UP_TO_ROUNDING:
-                say(f"{change}: the result is equal up to rounding")
-            else:
-                changes[key] = f"it was made with {key}={was.get(key)!r}, not {value!r}"
-        for key, part in now["inputs"].items():
-            before = saved.get("inputs", {}).get(key, {})
-            aspects = [name for name in {**part, **before} if part.get(name) != before.get(name)]
-            if aspects:
-                changes[key] = f"the {key.replace('_', ' ')} changed ({', '.join(aspects)})"
-        refused = [key for key in changes if key not in accepted]
-        if refused:
-            told = "; ".join(changes[key] for key in refused)
-            raise UserError(f"{path}: cannot resume: {told}. --accept_changes {' '.join(changes)} goes on all the same")
-        if changes:
-            say(f"{path}: accepted: {'; '.join(changes.values())}")
 
 
 def refuse_leftovers(output_dir: str, *, resume: bool, overwrite: bool) -> None:
