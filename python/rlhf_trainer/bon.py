@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,8 @@ from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
@@ -47,6 +48,8 @@ class BonConfig(SamplingConfig):
     n: int = shared.n(16)
     reward: str = shared.reward("")
     reward_label: str | None = shared.reward_label()
+    reward_timeout: float | None = shared.reward_timeout()
+    reward_workers: int = shared.reward_workers()
     reward_completion_only: bool = shared.reward_completion_only()
     missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
     pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
@@ -116,6 +119,8 @@ def best_of_n(
             cfg.reward,
             label=cfg.reward_label,
             completion_only=cfg.reward_completion_only,
+            timeout=cfg.reward_timeout,
+            workers=cfg.reward_workers,
             device=device,
             pad_token=cfg.pad_token,
             trust_remote_code=cfg.trust_remote_code,
@@ -204,7 +209,7 @@ def write_files(
         found = [worst_pair(record) for record in samples]
         write_jsonl(cfg.pairs, [pair for pair in found if pair["margin"] > 0])
     path = Path(cfg.output).with_suffix(".report.json")
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(path, dumps(figures, indent=2) + "\n")
     rows = [
         [f"best of {one['n']}", show_estimate(one["reward"]), show_number(one["kl_bound"])] for one in figures["by_n"]
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
-from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.errors import UserError, one_line
 
 # Stage -> (module, what it does). A stage's module has Config, run(cfg), SUMMARY and EXAMPLE; it may have POSITIONAL,
 # the option that leading arguments without dashes belong to, and COMMANDS, further modules like it by a first word.
@@ -50,30 +52,41 @@ def main(argv: list[str] | None = None) -> int:
     from rlhf_trainer.base.config import parse_config
     from rlhf_trainer.base.distributed import rank_and_world_size
 
-    if rank_and_world_size()[1] > 1 and stage not in SHARED:
-        message = f"rlhf {stage}: error: it runs in one process; of several, each would write the same files"
-        print(message, file=sys.stderr)
-        return 2
-
-    logging.disable_progress_bar()  # one bar per stage, ours
-    module: Any = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
-    if rest and rest[0] in getattr(module, "COMMANDS", {}):
-        stage, module, rest = f"{stage} {rest[0]}", module.COMMANDS[rest[0]], rest[1:]
-    if rest and not rest[0].startswith("-") and hasattr(module, "POSITIONAL"):
-        rest = [f"--{module.POSITIONAL}", *rest]
+    module: Any = None
+    debug = "--debug" in rest
     try:
+        if rank_and_world_size()[1] > 1 and stage not in SHARED:
+            raise UserError("it runs in one process; of several, each would write the same files")
+        logging.disable_progress_bar()  # one bar per stage, ours
+        module = importlib.import_module(f"rlhf_trainer.{STAGES[stage][0]}")
+        if rest and rest[0] in getattr(module, "COMMANDS", {}):
+            stage, module, rest = f"{stage} {rest[0]}", module.COMMANDS[rest[0]], rest[1:]
+        if rest and not rest[0].startswith("-") and hasattr(module, "POSITIONAL"):
+            rest = [f"--{module.POSITIONAL}", *rest]
         cfg = parse_config(module.Config, rest, f"rlhf {stage}", module.SUMMARY, getattr(module, "EXAMPLE", ""))
         result = module.run(cfg)
-    except UserError as error:
-        if not getattr(error, "told_by_rank_0", False):
-            print(f"rlhf {stage}: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:  # a folder that nobody may write to, a full disk
-        place = "" if error.filename is None else f"{error.filename}: "
-        print(f"rlhf {stage}: error: {place}{(error.strerror or str(error)).lower()}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
-        kept = "; --resume goes on from what is saved" if hasattr(module.Config, "resume") else ""
+        kept = "; --resume goes on from what is saved" if hasattr(getattr(module, "Config", None), "resume") else ""
         print(f"rlhf {stage}: interrupted{kept}", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:  # the one boundary: whatever is left of an error becomes a sentence
+        if debug:
+            raise
+        if not getattr(error, "told_by_rank_0", False):
+            print(f"rlhf {stage}: error: {one_line(sentence(error))}", file=sys.stderr, flush=True)
+        return 2
     return 0 if result.get("passed", True) else 1
+
+
+def sentence(error: Exception) -> str:
+    """What the user is told of an error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a folder that nobody may write to, a full disk
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{(error.strerror or str(error)).lower()}"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return f"out of memory; a smaller --micro_batch_size or --batch_size needs less: {error}"
+    return f"{type(error).__name__} in {place}: {error}; --debug shows the traceback"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,19 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_pairs
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
 from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.fingerprint import (
+    Fingerprint,
+    Part,
+    model_part,
+    pairs_part,
+    tokenizer_part,
+    weights_digest,
+)
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_model, prepare_trained_model
 from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
-from rlhf_trainer.training.checkpoint import refuse_leftovers, weights_digest
+from rlhf_trainer.training.checkpoint import refuse_leftovers
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, length_baseline, pair_metrics, summary
 from rlhf_trainer.training.runlog import read_metrics
@@ -170,13 +178,17 @@ class PairLoss:
         self.seen, self.labels = [], []
 
 
+def reference_part(reference: PreTrainedModel) -> Part:
+    """The reference's fingerprint: all weights count, for it may be the policy, which is trained afterwards."""
+    return model_part(reference) | {"weights": weights_digest(reference)}
+
+
 def reference_logprobs(
-    cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[TokenizedPair], pad_id: int
+    cfg: DPOConfig, reference: PreTrainedModel, pairs: Sequence[TokenizedPair], pad_id: int, part: Part
 ) -> list[PairWithReference]:
     """Every pair with its reference logprobs: from the file that an earlier start left in output_dir, or computed.
 
-    Raises:
-        UserError: a run is resumed with another reference or other data than it was begun with.
+    part: the reference's fingerprint.
     """
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     ranks, logprobs = distributed_context(), None
@@ -184,13 +196,13 @@ def reference_logprobs(
         refuse_leftovers(cfg.output_dir, resume=cfg.resume, overwrite=cfg.overwrite)
         path = Path(cfg.output_dir) / REFERENCE_CACHE
         described = [
-            weights_digest(reference),
+            part,
             cfg.dtype,
             cfg.per_token,
             [[row.ids, row.prompt_length] for row in rows],
         ]
         identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-        logprobs = ranks.broadcast_object(_kept(path, identity, cfg.resume) if ranks.main else None)
+        logprobs = ranks.broadcast_object(_kept(path, identity) if ranks.main else None)
     if logprobs is None:
         training = reference.training
         logprobs = all_logprobs(reference.eval(), rows, pad_id, cfg)
@@ -206,16 +218,14 @@ def reference_logprobs(
     return [PairWithReference(pair, *values) for pair, values in zip(pairs, both, strict=True)]
 
 
-def _kept(path: Path, identity: str, resume: bool) -> Tensor | None:
+def _kept(path: Path, identity: str) -> Tensor | None:
     """The file's logprobs if they belong to this reference and these rows."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("identity") == identity:
                 return file.get_tensor("logprobs")
     except (OSError, SafetensorError):  # none, or a damaged one: they are computed again
-        return None
-    if resume:
-        raise UserError(f"{path}: the reference or the pairs changed since this run was begun; cannot resume")
+        pass
     return None
 
 
@@ -225,8 +235,12 @@ def fit_pairs(
     items: Sequence[PairWithReference],
     kept: Sequence[PairWithReference],
     pad_id: int,
+    others: Callable[[], Fingerprint] = dict,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train `model` in place on `items`; returns the last metrics and the figures on `kept`, the held-out ones."""
+    """Train `model` in place on `items`; returns the last metrics and the figures on `kept`, the held-out ones.
+
+    others: fingerprints of what the run depends on besides the pairs.
+    """
     trained = PairLoss(model, pad_id, cfg)
 
     def figures() -> dict[str, Any]:
@@ -242,6 +256,10 @@ def fit_pairs(
     def evaluate() -> dict[str, float]:
         return heldout_metrics(figures(), "loss", "accuracy", "margin") if kept else {}
 
+    def fingerprint() -> Fingerprint:
+        parts = {"data": items, "heldout_data": kept}
+        return {name: pairs_part([item.rows for item in part]) for name, part in parts.items()} | others()
+
     task = TrainingObjective(
         losses=trained.losses,
         units=lambda item: 1,
@@ -249,6 +267,7 @@ def fit_pairs(
         line=lambda item: item.rows.pair.line,
         text=lambda item: f"{item.rows.pair.prompt}{item.rows.pair.chosen} | {item.rows.pair.rejected}",
         evaluate=evaluate,
+        fingerprint=fingerprint,
         observe=trained.observe,
         discard=trained.discard,
     )
@@ -302,9 +321,14 @@ def train_dpo(
             findings.count("margin, which DPO does not use", pair.line)
     split.say("pairs", training=len(training), heldout=len(heldout))
     reference = policy if ref_model is None else prepare_model(ref_model, device)
-    items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], tokenizer.pad_token_id)
+    pad_id, part = tokenizer.pad_token_id, reference_part(reference) if cfg.output_dir else {}
+    items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], pad_id, part)
     del reference, ref_model  # one that was loaded here takes no memory in training
-    metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], tokenizer.pad_token_id)
+
+    def others() -> Fingerprint:
+        return {"tokenizer": tokenizer_part(tokenizer), "reference": part}
+
+    metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], pad_id, others)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}

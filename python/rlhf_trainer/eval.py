@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from rlhf_trainer.base.conditions import check_gates, parse_gates, short
 from rlhf_trainer.base.config import option, require, save_config
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_shown_prompts
 from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
@@ -59,6 +60,8 @@ class EvalConfig:
     toxicity_label: str | None = option(None, "class of the toxicity classifier whose mean probability is reported")
     reward: str | None = shared.reward(None)
     reward_label: str | None = shared.reward_label()
+    reward_timeout: float | None = shared.reward_timeout()
+    reward_workers: int = shared.reward_workers()
     reward_completion_only: bool = shared.reward_completion_only()
     measures: list[str] = option([], "further measures, name=file.py:function or name=package.module:function")
     judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
@@ -250,7 +253,8 @@ def load_scorers(cfg: EvalConfig, device: torch.device) -> dict[str, RewardFunct
         scorers["toxicity"] = load_toxicity(cfg, device)
     if cfg.reward:
         shown: dict[str, Any] = {"label": cfg.reward_label, "completion_only": cfg.reward_completion_only}
-        scorers["reward"] = load_reward(cfg.reward, **shown, **options)
+        limits: dict[str, Any] = {"timeout": cfg.reward_timeout, "workers": cfg.reward_workers}
+        scorers["reward"] = load_reward(cfg.reward, **shown, **limits, **options)
     for entry in cfg.measures:
         name, equals, source = entry.partition("=")
         if not equals or not name or not source:
@@ -322,9 +326,7 @@ def write_result(result: dict[str, Any], folder: str | Path) -> None:
     """eval.json with the figures, completions.jsonl with every completion and its scores."""
     figures = {key: value for key, value in result.items() if key != "samples"}
     write_jsonl(Path(folder) / "completions.jsonl", result["samples"])
-    path = Path(folder) / "eval.json"
-    path.with_suffix(".tmp").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    write_text(Path(folder) / "eval.json", dumps(figures, indent=2) + "\n")
 
 
 def validate_numbers(cfg: EvalConfig) -> None:

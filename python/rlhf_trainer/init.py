@@ -14,6 +14,7 @@ from rlhf_trainer.base.config import option, require, save_config
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import is_jsonl, read_jsonl, read_lines
+from rlhf_trainer.data.records import text_field
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import save_folder
 
@@ -53,12 +54,12 @@ def texts_of(path: str) -> Iterator[str]:
     if not is_jsonl(path):
         yield from (line for _, line in read_lines(path))
         return
-    for _, record in read_jsonl(path):
+    for number, record in read_jsonl(path):
         waiting = [record]
         while waiting:
             value = waiting.pop()
             if isinstance(value, str):
-                yield value
+                yield text_field({"text": value}, "text", f"{path}:{number}")
             elif isinstance(value, (dict, list)):
                 waiting.extend(value.values() if isinstance(value, dict) else value)
 

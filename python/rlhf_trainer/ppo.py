@@ -23,9 +23,11 @@ from rlhf_trainer.base.config import save_config
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.judging.rewards import RewardFunction, load_reward, shared_scores
+from rlhf_trainer.judging.functions import RewardFunction, reward_part
+from rlhf_trainer.judging.rewards import load_reward, shared_scores
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import Adapter, use_adapter
+from rlhf_trainer.models.fingerprint import Fingerprint, model_part, sha256, tokenizer_part
 from rlhf_trainer.models.sharding import load_device, prepare_model, prepare_trained_model, unsharded_tensor
 from rlhf_trainer.onpolicy.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
 from rlhf_trainer.onpolicy.config import PPOConfig
@@ -40,6 +42,7 @@ from rlhf_trainer.sampling.vllm import load_engine
 from rlhf_trainer.training.alerts import Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, StopRequest, stop_on_signals
 from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.history import History
 from rlhf_trainer.training.runlog import RunLog
 
 SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
@@ -120,7 +123,7 @@ def train_ppo(
         tensors = {}
     saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
     finish(run.policy, run.tokenizer, tensors=tensors, **saved)
-    return PPOResult(run.policy, run.value_head, run.tokenizer, run.history, stopped, cfg.output_dir)
+    return PPOResult(run.policy, run.value_head, run.tokenizer, list(run.history), stopped, cfg.output_dir)
 
 
 @dataclass
@@ -142,7 +145,7 @@ class Run:
     checkpoints: Checkpoints
     start: int
     beta: float
-    history: list[dict[str, float]]
+    history: History
     monitor: RewardHackingMonitor
     alerts: Alerts
 
@@ -173,8 +176,15 @@ def set_up(
         prepare_model(separate, device)
     optimizer, scheduler = make_optimizer(cfg, [policy, *heads.values()], device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    modules, data = {"policy": policy, **heads}, {"prompts": prompts}
-    checkpoints = Checkpoints(asdict(cfg), modules, optimizer, scheduler, generator, data, separate)
+
+    def inputs() -> Fingerprint:
+        rewards = {"reward": reward} if gold is None else {"reward": reward, "gold_reward": gold}
+        found = {name: reward_part(each) for name, each in rewards.items()}
+        found |= {"prompts": {"texts": sha256(prompts)}, "tokenizer": tokenizer_part(tokenizer)}
+        return found if separate is None else found | {"reference": model_part(separate)}
+
+    modules = {"policy": policy, **heads}
+    checkpoints = Checkpoints(asdict(cfg), modules, optimizer, scheduler, generator, inputs)
     start, extra, history = checkpoints.resume({"beta": cfg.kl_coef})
     sample = load_engine(
         cfg.rollout_engine,
@@ -204,7 +214,7 @@ def set_up(
         start=start,
         beta=extra["beta"],
         history=history,
-        monitor=RewardHackingMonitor(cfg.stop_kl, history),
+        monitor=RewardHackingMonitor(cfg.stop_kl, list(history)),
         alerts=Alerts(cfg.alert, history),
     )
 
@@ -219,6 +229,8 @@ def load_gold(source: str, cfg: PPOConfig, device: torch.device) -> RewardFuncti
         trust_remote_code=cfg.trust_remote_code,
         device=device,
         dtype=cfg.dtype,
+        timeout=cfg.reward_timeout,
+        workers=cfg.reward_workers,
     )
 
 

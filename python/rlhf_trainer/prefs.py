@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,8 @@ from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.agreement import Agreement, agreement, table
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.formats import MARKERS, Options
@@ -206,7 +207,7 @@ def write_files(cfg: PrefsConfig, result: PrefsResult) -> Path:
     """Write the pairs, and beside them the report, whose path is returned."""
     write_jsonl(cfg.output, map(pair_record, result.pairs))
     path = Path(cfg.output).with_suffix(".report.json")
-    path.write_text(json.dumps(report_record(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, dumps(report_record(result), indent=2, ensure_ascii=False) + "\n")
     return path
 
 

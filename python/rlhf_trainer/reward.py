@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,16 @@ from rlhf_trainer.data.records import Pair, read_examples, read_pairs
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.fingerprint import (
+    Fingerprint,
+    Part,
+    model_part,
+    pairs_part,
+    rows_part,
+    sha256,
+    tokenizer_part,
+    weights_digest,
+)
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
 from rlhf_trainer.models.sharding import fsdp_forward, prepare_trained_model
@@ -73,6 +83,12 @@ class RewardResult:
     metrics: dict[str, float]
     figures: dict[str, Any]
     output_dir: str  # "": nothing was written
+
+    def fingerprint(self) -> Part:
+        """Of `score` as the reward of another run."""
+        figures = [self.figures["reference_mean"], self.figures["reference_std"]]
+        weights = {"weights": weights_digest(self.model), "normalisation": sha256(figures)}
+        return tokenizer_part(self.tokenizer) | model_part(self.model) | weights
 
     def score(self, prompts: list[str], completions: list[str]) -> list[float]:
         """The normalised rewards, as `train_ppo(reward=...)` and `best_of_n(reward=...)` take them."""
@@ -207,8 +223,12 @@ def fit_pairs(
     rows: Sequence[TokenizedPair],
     heldout: Sequence[TokenizedPair],
     pad_id: int,
+    others: Callable[[], Fingerprint] = dict,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures."""
+    """Train `model` in place on rows of tokens; returns the last metrics and the held-out figures.
+
+    others: fingerprints of what the run depends on besides.
+    """
     longest: dict[Hashable, int] = {}  # of a prompt's answers: its pairs go through the model together
     for item in rows:
         length = max(len(item.chosen.ids), len(item.rejected.ids))
@@ -245,6 +265,7 @@ def fit_pairs(
         line=lambda item: item.pair.line,
         text=lambda item: f"{item.pair.prompt}{item.pair.chosen} | {item.pair.rejected}",
         evaluate=evaluate,
+        fingerprint=lambda: {"data": pairs_part(rows), "heldout_data": pairs_part(heldout), **others()},
         observe=observe,
         discard=seen.clear,
         group=prompt_group,
@@ -290,7 +311,11 @@ def train_reward(
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     split.say("pairs", training=len(training), heldout=len(heldout))
     samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
-    metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
+
+    def others() -> Fingerprint:
+        return {"tokenizer": tokenizer_part(tokenizer), "reference_data": rows_part(samples)}
+
+    metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id, others)
     with precision.autocast(cfg.dtype, device):
         reference = all_scores(model, samples, pad_id, cfg.batch_size)
     mean, std = reference.mean().item(), reference.std(correction=0).item()

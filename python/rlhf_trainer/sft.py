@@ -14,6 +14,7 @@ from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, res
 from rlhf_trainer.data.records import Example, read_examples
 from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
 from rlhf_trainer.models import adapters, quantised
+from rlhf_trainer.models.fingerprint import rows_part, tokenizer_part
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_trained_model
@@ -112,6 +113,11 @@ def train_sft(
         line=lambda row: row.line,
         text=lambda row: str(tokenizer.decode(row.ids, skip_special_tokens=True)),
         evaluate=evaluate,
+        fingerprint=lambda: {
+            "tokenizer": tokenizer_part(tokenizer),
+            "data": rows_part(rows),
+            "heldout_data": rows_part(heldout_rows),
+        },
     )
     metrics = train_loop(cfg, "sft", model, rows, task)
     finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge)

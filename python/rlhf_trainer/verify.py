@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from transformers import PreTrainedModel
 from rlhf_trainer.base.config import option
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.verification import cases, reward_model
 from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, CheckResult, fitted_reference, ppo_config
@@ -96,7 +97,7 @@ def run(cfg: Config) -> dict[str, Any]:
         say(f"  {time.perf_counter() - began:.0f} s")
         lines += found
     result = asdict(verdict) | {"rows": [asdict(line) for line in lines]}
-    (folder / "verify.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "verify.json", dumps(result, indent=2) + "\n")
     plot(verdict, folder / "verify.png")
     show(verdict, checks, lines)
     print(f"J(pi) per update against J*: {folder / 'verify.png'}")

@@ -223,14 +223,14 @@ def test_only_k1_is_allowed_in_the_reward(estimator):
         ({"micro_batch_size": 0}, "--micro_batch_size 0: must be at least 1"),
         ({"missing_eos": "drop"}, "--missing_eos drop: it takes subtract or replace"),
         ({"kl_coef": -0.1}, "--kl_coef -0.1: must be at least 0"),
-        ({"lr": float("nan")}, "--lr nan: must be more than 0"),
+        ({"lr": float("nan")}, "--lr 'nan': must be a finite number"),
         ({"max_grad_norm": 0.0}, "--max_grad_norm 0.0: must be more than 0"),
         ({"target_kl": -1.0}, "--target_kl -1.0: must be more than 0"),
         ({"gamma": 1.5}, "--gamma 1.5: must be at least 0 and at most 1"),
         ({"lam": -0.1}, "--lam -0.1: must be at least 0 and at most 1"),
         ({"clip": -0.2}, "--clip -0.2: must be at least 0"),
         ({"save_every": -1}, "--save_every -1: must be at least 0"),
-        ({"stop_kl": float("nan")}, "--stop_kl nan: must be a number"),
+        ({"stop_kl": float("nan")}, "--stop_kl 'nan': must be a finite number"),
     ],
 )
 def test_options_that_cannot_work(options, message):

@@ -191,7 +191,7 @@ def test_heldout_file_and_schedule(folder, data, tmp_path):
     found = lines(tmp_path / "out")
     assert [record["step"] for record in found if "heldout/loss" in record] == [2, 3]
     assert found[-1]["heldout/loss"] < found[0]["loss"]
-    assert found[0]["lr"] == 0.0
+    assert found[0]["lr"] == 1.5e-3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(folder, data, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ from transformers import HfArgumentParser
 
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.values import check_values, expand_paths
+from rlhf_trainer.base.writing import write_text
 
 C = TypeVar("C")
 
@@ -55,61 +57,104 @@ def parse_config(config: type[C], argv: list[str], prog: str = "rlhf", summary: 
     """
     parser = parser_for(config, prog, summary, example)
     parser.add_argument("--config", metavar="FILE.yaml", default=None, help="YAML file with any of these options")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    several = {action.dest for action in parser._actions if action.nargs == "+"}
     arguments, path = _take_config(argv)
-    from_file = [] if path is None else _yaml_arguments(path, known, several)
-    (parsed, rest) = parser.parse_known_args([*from_file, *arguments])
+    if path is not None:
+        arguments = _yaml_arguments(path, parser, known) + arguments
+    (parsed, rest) = parser.parse_known_args(arguments)
     if rest:
         if not rest[0].startswith("-"):
             raise UserError(f"{rest[0]!r} belongs to no option; --help lists them all")
         raise UserError(unknown(rest[0].lstrip("-").split("=")[0], known, "option --"))
-    values = {key: value for key, value in vars(parsed).items() if key in known}
-    return config(**values)
+    values = expand_paths({key: value for key, value in vars(parsed).items() if key in known})
+    cfg = config(**values)
+    check_values(cfg)
+    return cfg
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    taker = _Parser((), add_help=False, allow_abbrev=False)
-    taker.add_argument("--config")
-    taken, rest = taker.parse_known_args(argv)
-    return rest, taken.config
+    """The words without `--config FILE`, and that file."""
+    rest, path, words = [], None, iter(argv)
+    for word in words:
+        if word == "--" or word.endswith("=--"):  # argparse drops a value that is `--`, and then misses it
+            raise UserError(f"{word!r}: `--` is neither an option nor a value")
+        option, equals, value = word.partition("=")
+        if option != "--config":
+            rest.append(word)
+            continue
+        path = value if equals else next(words, None)
+        if not path or (not equals and path.startswith("-")):
+            raise UserError("argument --config: expected one argument")
+    return rest, None if path is None else expand_paths({"config": path})["config"]
 
 
-def _yaml_arguments(path: str, known: list[str], several: Collection[str]) -> list[str]:
+def _yaml_arguments(path: str, parser: HfArgumentParser, known: Sequence[str]) -> list[str]:
     """The file's keys as command-line arguments, so that both go through the same checks.
 
-    several: the keys that take a list.
+    Every value is taken as it is written, and its option says what it means: a folder called `no` or `010` is no
+    boolean and no octal number. Of a list the values become the option's default in `parser`: a value in it may look
+    like an option.
     """
+    several = {action.dest: action for action in parser._actions if action.nargs == "+"}
+    _, root = read_yaml(path)
+    if root is None or (isinstance(root, yaml.ScalarNode) and _is_null(root)):
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: holds {_kind(root)}, expected `key: value` lines")
+    arguments: list[str] = []
+    written: set[str] = set()
+    for key_node, node in root.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        key = str(key_node.value).replace("-", "_")  # as on the command line, where both are taken
+        if key not in known:
+            raise UserError(f"{where}: {unknown(key, known, 'key ')}")
+        if key in written:  # YAML would silently take the last one
+            raise UserError(f"{where}: {key} is there twice")
+        written.add(key)
+        if isinstance(node, yaml.ScalarNode):
+            values = [] if _is_null(node) else [node.value]
+        elif isinstance(node, yaml.SequenceNode) and key in several:
+            wrong = next((each for each in node.value if not isinstance(each, yaml.ScalarNode) or _is_null(each)), None)
+            if wrong is not None:
+                raise UserError(f"{where}: {key} takes a list of values, not of {_kind(wrong)}")
+            values = [each.value for each in node.value]
+        else:
+            wanted = "a list" if key in several else "one value"
+            raise UserError(f"{where}: {key} takes {wanted}, not {_kind(node)}")
+        if key in several and values:
+            parser.set_defaults(**{key: [parser._get_value(several[key], value) for value in values]})
+        # One word with "=", so that a value such as "--end" is not taken for an option.
+        arguments += [] if key in several else [f"--{key}={value}" for value in values]
+    return arguments
+
+
+def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None]:
+    """(text, nodes) of a YAML file; no node of an empty one. UserError where it is none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        return text, yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not usable YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a path that no file can have
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, expected `key: value` lines")
-    written = [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    repeated = next((name for name in written if written.count(name) > 1), None)
-    if repeated is not None:  # YAML would silently take the last one
-        raise UserError(f"{path}: {repeated} is there twice")
-    arguments: list[str] = []
-    for key, value in content.items():
-        key = str(key).replace("-", "_")  # as on the command line, where both are taken
-        if key not in known:
-            raise UserError(f"{path}: {unknown(key, known, 'key ')}")
-        if value is None or value == []:  # not given
-            continue
-        if isinstance(value, dict) or (isinstance(value, list) and key not in several):
-            wanted = "a list" if key in several else "one value"
-            raise UserError(f"{path}: {key} takes {wanted}, not a {type(value).__name__}")
-        # One word with "=", so that a value such as "--end" is not taken for an option.
-        arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return arguments
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{path}{line}: not YAML: {reason}") from None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return "nothing" if _is_null(node) else "one value"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def unknown(key: str, known: Sequence[str], kind: str, otherwise: str = "--help lists them all") -> str:
@@ -129,9 +174,7 @@ def save_options(values: dict[str, Any], path: Path) -> None:
     if not distributed_context().main:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def require(cfg: Any, *names: str) -> None:

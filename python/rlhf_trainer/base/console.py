@@ -6,12 +6,13 @@ import functools
 import sys
 
 from rlhf_trainer.base.distributed import rank_and_world_size
+from rlhf_trainer.base.errors import printable
 
 
 def say(message: str) -> None:
     """A line for the user; of several ranks the first one speaks."""
     if rank_and_world_size()[0] == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @functools.cache

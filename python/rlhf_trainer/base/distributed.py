@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.failures import propagate_errors
+from rlhf_trainer.base.values import check_values
 
 S = TypeVar("S", Tensor, Sequence)
 T = TypeVar("T")
@@ -175,8 +176,15 @@ def distributed_context() -> ProcessGroupInfo:
 
 def rank_and_world_size() -> tuple[int, int]:
     """(rank, world) as the launcher set them; (0, 1) without one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ.get("RANK", "0")) if world > 1 else 0), world
+    world = _number_of_launcher("WORLD_SIZE", 1)
+    return (_number_of_launcher("RANK", 0) if world > 1 else 0), world
+
+
+def _number_of_launcher(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {name} is {value!r}, expected a number; unset it, or use a launcher")
+    return int(value)
 
 
 def join(device: torch.device) -> ProcessGroupInfo:
@@ -189,6 +197,12 @@ def join(device: torch.device) -> ProcessGroupInfo:
     if rank_and_world_size()[1] == 1:
         _context = ProcessGroupInfo(device=device)
         return _context
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and not dist.is_initialized():
+        raise UserError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} but not {', '.join(missing)}: start several "
+            "processes with `accelerate launch` or torchrun, or unset WORLD_SIZE"
+        )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate was told to use FSDP 1; --fsdp_version 2 is supported")
@@ -217,6 +231,7 @@ def on_all_ranks(stage: Callable[Concatenate[Options, P], T]) -> Callable[Concat
 
     @functools.wraps(stage)
     def wrapper(cfg: Options, /, *arguments: P.args, **options: P.kwargs) -> T:
+        check_values(cfg)
         ranks = join(resolve_device(cfg.device))
         if ranks.sharded and cfg.merge:
             raise UserError("--merge does not go with FSDP 2: save the adapter, and merge it in one process")

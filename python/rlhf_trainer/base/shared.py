@@ -38,6 +38,8 @@ max_new_tokens = partial(option, 32, "longest response in tokens")
 stop_token = partial(option, None, "a token that ends a response as EOS does, such as a newline")
 reward = partial(option, help="reward model or classifier folder, or file.py:function, or package.module:function")
 reward_label = partial(option, None, "class whose logit is the reward, for a classifier of several classes")
+reward_timeout = partial(option, None, "seconds that a reward function may take for a batch; none: any time")
+reward_workers = partial(option, 1, "parts of a batch for which a reward function is called at once, in threads")
 reward_completion_only = partial(option, False, "show the reward model the completion without its prompt")
 
 # Training
@@ -57,4 +59,9 @@ alert = partial(
 stop_on_alert = partial(option, False, "stop training, and save the model, once an --alert is given")
 keep_checkpoints = partial(option, 2, "how many checkpoints to keep")
 resume = partial(option, False, "go on from the newest valid checkpoint in output_dir")
+accept_changes = partial(
+    option,
+    [],
+    "with --resume: what may have changed since the checkpoint, by the names that the refusal gives, such as data",
+)
 overwrite = partial(option, False, "discard the checkpoints of an earlier run in output_dir")

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_trainer.base.config import option, unknown
+from rlhf_trainer.base.config import option, read_yaml, unknown
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.judging.shots import Rule, WorkedExample
@@ -70,17 +70,7 @@ def load_constitution(path: str | Path | None = None) -> Constitution:
         UserError: `file:line: reason` for YAML that cannot be read, an unknown, missing or repeated key, an empty text.
     """
     path = DEFAULT if path is None else path
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    text, node = read_yaml(path)
     if node is None:
         raise UserError(f"{path}: empty; expected `rules:`")
     found = _mapping(node, ("rules", "examples"), ("rules",), path)

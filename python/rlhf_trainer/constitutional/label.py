@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,6 +15,8 @@ from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import Prompt, Request, opening
 from rlhf_trainer.constitutional.writer import (
@@ -328,7 +329,7 @@ def write_files(
     found: Sequence[tuple[Prompt, dict[str, Any]]],
     figures: dict[str, Any],
 ) -> None:
-    path.with_suffix(".report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".report.json"), dumps(figures, indent=2) + "\n")
     columns = ("prompt", "chosen", "rejected", "label", "rule")
     shown = [
         [prompt.shown, one["chosen"].strip(), one["rejected"].strip(), f"{one['label']:.3f}", one["rule"]]

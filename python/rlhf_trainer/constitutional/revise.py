@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import STOPS, Prompt, Request, critique_request, opening, revision_request
 from rlhf_trainer.constitutional.writer import CAIConfig, Writer, keep_rules, read_requests, rules_for
@@ -195,7 +196,7 @@ def write_files(
     transcripts: Sequence[dict[str, Any]],
     figures: dict[str, Any],
 ) -> None:
-    path.with_suffix(".report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".report.json"), dumps(figures, indent=2) + "\n")
     shown = [transcript_html(i, *both) for i, both in enumerate(zip(prompts, transcripts, strict=True), start=1)][
         :SHOWN
     ]

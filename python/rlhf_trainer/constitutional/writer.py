@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base.config import option, refuse_overwriting, require
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.constitutional.constitution import Constitution, load_constitution
 from rlhf_trainer.constitutional.dialogue import Prompt, Request, read_dialogues
 from rlhf_trainer.data.records import render_prompt
@@ -191,7 +192,7 @@ def keep_rules(output: str, constitution: Constitution) -> None:
     if output and constitution.text:  # rules made in Python have none
         path = Path(output).with_suffix(".constitution.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(constitution.text, encoding="utf-8")
+        write_text(path, constitution.text)
 
 
 def rules_for(constitution: Constitution, principles: str, count: int, *key: int) -> list[Rule]:

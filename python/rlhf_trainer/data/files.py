@@ -12,8 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import named
 
-_DECODER = json.JSONDecoder()
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -50,18 +61,29 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _json_array(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of one JSON array, each with the line on which it begins."""
     text = "\n".join(line for _, line in read_lines(path))
-    place, line, counted = text.index("[") + 1, 1, 0
+    place, line, counted, began = text.index("[") + 1, 1, 0, False
     while True:
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
+        place = _after_spaces(text, place)
+        comma = began and text[place : place + 1] == ","
+        if comma:
+            place = _after_spaces(text, place + 1)
         line += text.count("\n", counted, place)
         counted = place
-        if text[place : place + 1] == "]":
+        if text[place : place + 1] == "]" and not comma:
             if text[place + 1 :].strip():
                 raise UserError(f"{path}:{line}: not JSON: there is more after the end of the array")
             return
+        if began and not comma:
+            raise UserError(f"{path}:{line}: not JSON: no comma between two objects")
         record, place = _object(path, line, text, place)
+        began = True
         yield line, record
+
+
+def _after_spaces(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
 
 
 def _object(path: str | Path, line: int, text: str, place: int) -> tuple[dict[str, Any], int]:
@@ -90,11 +112,11 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as raw:
+        with named(path), open(temporary, "wb") as raw:
             # Without name and time in it, so that the same records are the same bytes.
             zipped = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else nullcontext(raw)
             with zipped as file:
-                file.writelines((json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records)
+                file.writelines((dumps(record, ensure_ascii=False) + "\n").encode() for record in records)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

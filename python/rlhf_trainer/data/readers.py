@@ -101,7 +101,7 @@ def _repeats_prompt(pair: Pair) -> bool:
 def _parse(kind: Format, record: Record, where: str, line: int, options: Options) -> Iterable[Item]:
     try:
         return list(kind.parse(record, where, line, options))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         # A record that is not built as its format says, in a place that no check names.
         raise UserError(f"{where}: not built as format {kind.name} is: {type(error).__name__} {error}") from None
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.adapters import REWARD, Adapter, adapter_over, attach_reward, score_head, use_adapter
+from rlhf_trainer.judging.functions import RewardFunction, limited, scores_of
+from rlhf_trainer.models.adapters import (
+    REWARD,
+    Adapter,
+    adapter_over,
+    attach_reward,
+    score_head,
+    tensors_of,
+    use_adapter,
+)
+from rlhf_trainer.models.fingerprint import Part, essential, model_part, sha256, tensors_digest, tokenizer_part
 from rlhf_trainer.models.loading import fit_vocabulary, load_reward_model, load_tokenizer
 from rlhf_trainer.models.precision import autocast, to_bf16
 from rlhf_trainer.models.scoring import load_normalisation, score_sequences
@@ -25,8 +34,6 @@ from rlhf_trainer.models.sharding import all_weights_gathered, prepare_model
 
 if TYPE_CHECKING:
     from rlhf_trainer.sampling.rollout import Rollout
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 def load_reward(
@@ -40,6 +47,8 @@ def load_reward(
     trust_remote_code: bool = False,
     base: PreTrainedModel | None = None,
     dtype: str = "float32",
+    timeout: float | None = None,
+    workers: int = 1,
 ) -> RewardFunction:
     """The reward that `source` names.
 
@@ -51,12 +60,13 @@ def load_reward(
         base: a model with adapters; a reward model that is an adapter over the same base joins it, without a copy
             (decoders only).
         dtype: bfloat16: a model's linear layers in bf16, its head in float32.
+        timeout, workers: of a function, see `LimitedFunction`.
 
     Raises:
         UserError: no such folder, file, function or class.
     """
     if is_function(source):
-        return load_function(source)
+        return limited(load_function(source), timeout, workers)
     mean, std = load_normalisation(source)
     model: PreTrainedModel | Adapter
     head: nn.Linear | None = None
@@ -76,13 +86,54 @@ def load_reward(
                 to_bf16(part, dtype, include_trainable=True)
         prepare_model(model, torch.device(device))
 
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        shown = [""] * len(prompts) if completion_only else prompts
-        with use_adapter(model) as scorer, all_weights_gathered(scorer), autocast(dtype, device):
-            raw = score_sequences(scorer, tokenizer, shown, completions, label=index, batch_size=batch_size, head=head)
-        return ((raw - mean) / std).tolist()
+    return ModelReward(
+        model,
+        tokenizer,
+        head,
+        label=index,
+        mean=mean,
+        std=std,
+        completion_only=completion_only,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
 
-    return reward
+
+@dataclass(frozen=True)
+class ModelReward:
+    """A classifier, or an adapter with a head, as a reward: output `label`, brought to mean 0 and std 1.
+
+    completion_only: it sees the completion without its prompt.
+    """
+
+    model: PreTrainedModel | Adapter
+    tokenizer: PreTrainedTokenizerBase
+    head: nn.Linear | None
+    label: int
+    mean: float
+    std: float
+    completion_only: bool
+    batch_size: int
+    device: torch.device | str
+    dtype: str
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        shown = [""] * len(prompts) if self.completion_only else prompts
+        options: dict[str, Any] = {"label": self.label, "batch_size": self.batch_size, "head": self.head}
+        with use_adapter(self.model) as scorer, all_weights_gathered(scorer), autocast(self.dtype, self.device):
+            raw = score_sequences(scorer, self.tokenizer, shown, completions, **options)
+        return ((raw - self.mean) / self.std).tolist()
+
+    def fingerprint(self) -> Part:
+        """Of an adapter on the policy's base that adapter alone: the base is the policy's."""
+        part = tokenizer_part(self.tokenizer) | {"normalisation": sha256([self.mean, self.std])}
+        if isinstance(self.model, Adapter):
+            assert self.head is not None
+            lora: Any = self.model.model.peft_config[REWARD]
+            tensors = tensors_of(self.model.model, REWARD) | self.head.state_dict(prefix="head.")
+            return part | {"config": sha256(essential(lora.to_dict())), "weights": tensors_digest(tensors)}
+        return part | model_part(self.model)
 
 
 def label_index(config: Any, label: str | None, source: str, option: str = "--reward_label") -> int:
@@ -125,9 +176,9 @@ def load_function(source: str) -> RewardFunction:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the user's code may raise anything
+    except BaseException as error:  # the user's code may raise anything, SystemExit too
         raise UserError(f"{source}: cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -141,31 +192,3 @@ def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, wha
     shard = ranks.contiguous_shard(count, group_size)
     mine = scores_of(reward, rollout.prompts[shard], rollout.completions[shard], what, shard.start)
     return ranks.all_gather_rows(shard, mine, count)
-
-
-def scores_of(
-    reward: RewardFunction, prompts: list[str], completions: list[str], what: str = "reward", first: int = 0
-) -> torch.Tensor:
-    """Call a reward function; UserError if it raises, returns the wrong count, or something that is not finite.
-
-    `first`: the number of the first completion, for the message.
-    """
-    try:
-        returned = reward(prompts, completions)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the {what} function raised {type(error).__name__}: {error}") from error
-    try:
-        scores = [float(score) for score in returned]
-    except (TypeError, ValueError):
-        raise UserError(f"the {what} function returned {type(returned).__name__}, expected a list of numbers") from None
-    if len(scores) != len(prompts):
-        raise UserError(f"the {what} function returned {len(scores)} scores for {len(prompts)} completions")
-    for index, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"the {what} function returned {score} for completion {first + index}: "
-                f"prompt {prompts[index][:60]!r}, completion {completions[index][:60]!r}"
-            )
-    return torch.tensor(scores, dtype=torch.float32)

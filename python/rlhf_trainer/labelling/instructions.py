@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_trainer.base.config import option
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.writing import write_text
 
 SUMMARY = "Write labelling instructions in Markdown for a criterion. Labellers who share one page agree more."
 EXAMPLE = (
@@ -157,6 +158,6 @@ def run(cfg: Config) -> dict[str, Any]:
         return {}
     path = Path(cfg.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     say(f"{path}: instructions for {cfg.criterion!r}")
     return {}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.models.folders import check_base, check_safetensors, checked_folder, write_base_record
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -123,7 +124,10 @@ def add_adapter(
     return model
 
 
-def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) -> None:
+def _inject(
+    model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool, source: str | Path | None = None
+) -> None:
+    """source: the folder whose config `lora` is; None: the options'."""
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()} if has_adapter(model) else {}
     if model.config.model_type == "gpt2":
         lora.fan_in_fan_out = True  # its Conv1D; peft corrects it too, with a warning
@@ -131,8 +135,12 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several on one base are meant
             inject_adapter_in_model(lora, model, name)
-    except ValueError as error:  # no targets known, or none of them found
+    except Exception as error:  # no targets found; or what an odd folder's config says, which may trip peft anywhere
         reason = " ".join(str(error).split())
+        if source is not None:
+            raise UserError(f"{source}/{CONFIG}: {reason[:300]}") from None
+        if not isinstance(error, ValueError):
+            raise
         raise UserError(f"--lora_targets: {reason[:300]}; `all-linear` takes every linear layer") from None
     own = parameters_of(model, name)
     for key, parameter in model.named_parameters():
@@ -206,9 +214,10 @@ def adapter_folder(path: str | Path) -> AdapterFolder | None:
 
 
 def _read_config(path: str | Path) -> LoraConfig:
+    checked_folder(path, "adapter")
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # what a file holds may trip a library anywhere
         raise UserError(f"{path}/{CONFIG}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA is supported")
@@ -239,6 +248,9 @@ def is_base(model: PreTrainedModel, path: str | Path) -> bool:
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(adapter, head) tensors of an adapter folder; the head is empty where there is none."""
+    if not (Path(path) / WEIGHTS).is_file():  # peft would look for a pickle next
+        raise UserError(f"{path}: there is no {WEIGHTS}; convert an adapter of another format")
+    check_safetensors(Path(path) / WEIGHTS)
     try:
         tensors = load_peft_weights(str(path), device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
@@ -252,8 +264,9 @@ def attach(model: PreTrainedModel, adapter: AdapterFolder, name: str = MAIN, tra
     """Put the adapter on `model`, its base; returns the head that lies with it."""
     config = copy.deepcopy(adapter.config)
     config.modules_to_save = None
+    check_base(adapter.path, adapter.base)
     tensors, head = read_weights(adapter.path)
-    _inject(model, config, name, trained)
+    _inject(model, config, name, trained, adapter.path)
     load_adapter_weights(model, name, tensors, str(adapter.path))
     return head
 
@@ -287,6 +300,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
     lora.inference_mode = True
     lora.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_base_record(folder, base_name(model))
 
 
 def merge(model: PreTrainedModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,29 +23,28 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.folders import checked_folder
 from rlhf_trainer.models.seq2seq import force_eager_attention
 from rlhf_trainer.models.sharding import gathered, is_sharded
 
 # Loading and saving
 
 
-def _folder(path: str | Path, what: str) -> str:
-    hub_name = str(path).count("/") <= 1 and not str(path).startswith((".", "/"))
-    if os.path.isdir(path) or (hub_name and not os.path.exists(path)):
-        return str(path)
-    raise UserError(f"{path}: no such {what} folder")
-
-
 def _load(loader: Any, path: str | Path, what: str, **options: Any) -> Any:
+    place = checked_folder(path, what, options.get("trust_remote_code", False))
+    if "config" in options:  # weights, and none that pickle reads
+        options["use_safetensors"] = True
     try:
-        return loader.from_pretrained(_folder(path, what), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # RuntimeError: shapes that do not fit
+        return loader.from_pretrained(place, **options)
+    except Exception as error:  # what a folder holds may trip a library anywhere
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot load a {what} from it: {reason[:300]}") from None
+        raise UserError(f"{path}: cannot load a {what} from it: {type(error).__name__}: {reason[:300]}") from None
 
 
 def load_tokenizer(
@@ -128,8 +126,8 @@ def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust
     A folder without a tokenizer is not judged.
     """
     try:
-        own = AutoTokenizer.from_pretrained(_folder(path, "model"), trust_remote_code=trust_remote_code).get_vocab()
-    except (OSError, ValueError, KeyError):
+        own = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code).get_vocab()
+    except UserError:
         return
     ours = tokenizer.get_vocab()
     if not (own.items() <= ours.items() or ours.items() <= own.items()):
@@ -143,6 +141,8 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         embedding: Any = model.get_input_embeddings()
         before = embedding.weight.shape[0]
         if len(tokenizer) > before:
+            name = model.config.name_or_path or type(model).__name__
+            say_once(f"{name}: its embedding grows from {before} to {len(tokenizer)} rows, for the tokenizer has more")
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 for parameter in [] if layer is None else layer.parameters():
@@ -263,7 +263,7 @@ def save_folder(
         for name, state in tensors.items():
             save_file(state, temporary / name)
         for name, record in (records or {}).items():
-            (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (temporary / name).write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)

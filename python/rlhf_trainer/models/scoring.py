@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +50,12 @@ def load_normalisation(folder: str | Path) -> tuple[float, float]:
         return 0.0, 1.0
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        return float(record["mean"]), float(record["std"])
-    except (ValueError, KeyError, TypeError) as error:
+        mean, std = float(record["mean"]), float(record["std"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: expected {{'mean': number, 'std': number}}: {error}") from None
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"{file}: mean {mean} and std {std}; both must be finite, and std more than 0")
+    return mean, std
 
 
 def _say_cut(model: PreTrainedModel, limit: int) -> None:

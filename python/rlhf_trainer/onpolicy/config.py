@@ -15,6 +15,8 @@ class PPOConfig:
     ref_model: str | None = shared.ref_model()
     reward: str = shared.reward("")
     reward_label: str | None = shared.reward_label()
+    reward_timeout: float | None = shared.reward_timeout()
+    reward_workers: int = shared.reward_workers()
     reward_completion_only: bool = option(False, "show the reward models the completion without its prompt")
     gold_reward: str | None = option(
         None, "a second reward that is only watched: falling while the first rises is over-fitting; see stop_gold"
@@ -72,6 +74,7 @@ class PPOConfig:
     save_every: int = option(25, "updates between checkpoints; 0: none")
     keep_checkpoints: int = shared.keep_checkpoints()
     resume: bool = shared.resume()
+    accept_changes: list[str] = shared.accept_changes()
     lora_r: int = shared.lora_r()
     lora_alpha: int = shared.lora_alpha()
     lora_targets: list[str] = shared.lora_targets()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base.config import require
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import read_prompts
-from rlhf_trainer.judging.rewards import RewardFunction, load_reward
+from rlhf_trainer.judging.functions import RewardFunction, limited
+from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import (
     MAIN,
@@ -71,7 +72,11 @@ def load_inputs(
             trust_remote_code=remote,
             base=policy,
             dtype=cfg.dtype,
+            timeout=cfg.reward_timeout,
+            workers=cfg.reward_workers,
         )
+    else:
+        reward = limited(reward, cfg.reward_timeout, cfg.reward_workers)
     policy.eval()
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(policy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +20,7 @@ from rlhf_trainer.models.adapters import (
     tensors_of,
     use_adapter,
 )
+from rlhf_trainer.models.folders import read_tensors
 from rlhf_trainer.models.forward import backbone_states, head_inputs
 
 VALUE_HEAD = "value_head.safetensors"
@@ -75,12 +75,18 @@ def load_value_head(
         raise UserError("--value_adapter needs a policy that is an adapter itself: --lora_r, or an adapter's folder")
     head = ValueHead(policy.config.get_text_config().hidden_size, own_adapter)
     file = Path(folder) / VALUE_HEAD
-    tensors = load_file(file) if folder and file.is_file() else {}
+    tensors = read_tensors(file) if folder and file.is_file() else {}
     own = {name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)}
     if own_adapter:
         copy_adapter(policy, MAIN, VALUE, trained=True)
     if tensors and bool(own) == own_adapter:
-        head.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)})
+        plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(ADAPTER)}
+        expected = {name: tensor.shape for name, tensor in head.state_dict().items()}
+        if expected != {name: tensor.shape for name, tensor in plain.items()}:
+            raise UserError(f"{file}: no value head of this policy; expected {', '.join(expected)} of its hidden size")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise UserError(f"{file}: holds numbers that are not finite")
+        head.load_state_dict(plain)
         if own:
             load_adapter_weights(policy, VALUE, own, str(file))
     return head.to(device)

@@ -33,7 +33,7 @@ class RewardHackingMonitor:
         for done in range(1, len(past) + 1):
             self._warnings(past[:done])
 
-    def check(self, history: list[dict[str, float]], rollout: Rollout) -> list[Alert]:
+    def check(self, history: Sequence[dict[str, float]], rollout: Rollout) -> list[Alert]:
         """Add `watch/distinct_2` and `watch/repetition` to the newest metrics; return what to warn of."""
         now = history[-1]
         now["watch/distinct_2"] = distinct(rollout.completions, 2)[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.reports.style import SCRIPT
 
 
@@ -35,7 +35,7 @@ def _row(names: Sequence[str], measures: Sequence[str], sample: dict[str, Any], 
         )
         text = html.escape(sample["completions"][name])
         cells.append(f'<td><div class="text">{text}</div><div>{shown}</div></td>')
-    return f"<tr data-values='{json.dumps(values, separators=(',', ':'))}'>{''.join(cells)}</tr>"
+    return f"<tr data-values='{dumps(values, separators=(',', ':'))}'>{''.join(cells)}</tr>"
 
 
 def _number(value: float | None) -> float | None:

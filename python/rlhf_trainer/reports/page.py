@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.reports.completions import completions_table
 from rlhf_trainer.reports.style import STYLE
 
@@ -299,11 +299,8 @@ def write_page(path: str | Path, title: str, parts: Sequence[str]) -> Path:
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
         f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
     )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    write_text(path, page)
+    return Path(path)
 
 
 def _checks_table(checks: Sequence[Check], words: tuple[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import save_options
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import named, write_whole
 from rlhf_trainer.data.files import read_jsonl
 from rlhf_trainer.sampling.options import Sampling
 from rlhf_trainer.sampling.rollout import generate
@@ -90,13 +91,13 @@ class BatchFile:
             file = None
             if self.path:
                 save_options(self.options, self.config_path)
-                file = stack.enter_context(open(self.path, "a", encoding="utf-8"))
+                file = stack.enter_context(open(self.path, "ab", buffering=0))
             for found in batches:
                 records += found
                 if file is not None:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    with named(self.path):
+                        write_whole(file, "".join(dumps(each, ensure_ascii=False) + "\n" for each in found).encode())
+                        os.fsync(file.fileno())
                 bar.advance(task, len(found))
         return [record for _, record in read_jsonl(self.path)] if self.path else records
 

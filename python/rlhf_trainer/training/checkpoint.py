@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,17 +21,34 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, rank_and_world_size
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.sharding import gathered, is_dtensor, shard_like, unsharded_tensor
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.models.fingerprint import Part, model_part, trained_part
+from rlhf_trainer.models.sharding import gathered, shard_like
+from rlhf_trainer.training.changes import refuse_changes
+from rlhf_trainer.training.history import History, read_history, restore_metrics
 from rlhf_trainer.training.runlog import read_metrics
 
 NAME = re.compile(r"^step-\d{8}$")
-# Options that may change between a run and its resumption: none of them changes the numbers.
+# Options that may change between a run and its resumption: none of them changes the numbers, or a fingerprint says of
+# the content that they name whether it has changed.
 MAY_CHANGE_ON_RESUME = {
+    "accept_changes",
     "alert",
+    "data",
+    "eval_data",
+    "gold_reward",
+    "model",
+    "prompts",
+    "ref_model",
+    "reference_data",
+    "reward",
+    "reward_timeout",
+    "reward_workers",
     "gather_for_rollout",
     "gradient_checkpointing",
     "resume",
@@ -61,41 +78,46 @@ class StopRequest:
         return SystemExit(self.code or TERMINATED)
 
 
-TERMINATED, INTERRUPTED = 143, 130  # exit codes, as shells give them
+TERMINATED = 128 + signal.SIGTERM  # exit code, as shells give it
 HEARD, AGAIN = b"\nCtrl-C: stopping after this step, with a checkpoint", b"; once more stops at once"
 
 
 @contextmanager
 def stop_on_signals(saves: bool) -> Iterator[StopRequest]:
-    """Within the block SIGTERM, and Ctrl-C if the run `saves`, only raises the flag.
+    """Within the block SIGTERM, SIGHUP, and Ctrl-C if the run `saves`, only raise the flag.
 
-    The loop saves at its next boundary and exits with the flag's code. A second Ctrl-C interrupts at once.
+    The loop saves at its next boundary and exits with the flag's code. A second signal ends the run at once, whatever
+    hangs: Ctrl-C interrupts, and once it was swallowed ends the process as the others do.
     """
     flag = StopRequest(saves)
     if threading.current_thread() is not threading.main_thread():
         yield flag  # signals reach the main thread alone
         return
-
-    def terminate(*_: Any) -> None:
-        flag.code = TERMINATED
+    # Of what a shell runs in the background Ctrl-C is ignored, of what nohup runs SIGHUP.
+    asked = (signal.SIGTERM, signal.SIGHUP, *((signal.SIGINT,) if saves else ()))
+    previous = {each: signal.getsignal(each) for each in asked if signal.getsignal(each) is not signal.SIG_IGN}
 
     def interrupt(*_: Any) -> None:
-        flag.code = INTERRUPTED
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    def heed(number: int, _: Any) -> None:
+        flag.code = 128 + number
         rank, world = rank_and_world_size()
         if world == 1:  # of several, the launcher passes on what the terminal has sent to all of them already
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if rank == 0:
+            for each in previous:
+                signal.signal(each, interrupt if each == signal.SIGINT else signal.SIG_DFL)
+        if rank == 0 and number == signal.SIGINT:
             # Not through sys.stderr, in the middle of whose own write this may come.
             os.write(2, HEARD + AGAIN * (world == 1) + b"\n")
 
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
-    if saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of what a shell runs in the background
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    for each in previous:
+        signal.signal(each, heed)
     try:
         yield flag
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 class Resumed(NamedTuple):
@@ -103,7 +125,7 @@ class Resumed(NamedTuple):
 
     step: int  # steps done
     extra: dict[str, float]  # numbers of the stage's own
-    history: list[dict[str, float]]  # metrics of the steps done
+    history: History  # metrics of the steps done; `save` keeps it, with what was appended
 
 
 class Checkpoints:
@@ -112,8 +134,7 @@ class Checkpoints:
     Args:
         options: the stage's, by name; output_dir ("": no checkpoints), resume, overwrite and keep_checkpoints are used.
         modules: what is trained, by name. optimizer, scheduler: torch's. generator: the one that all sampling uses.
-        data: what the run reads, by name; a run resumed on other data is an error.
-        reference: a frozen model whose identity belongs to the run, or None.
+        inputs: fingerprints of what else the run depends on, by name; called only where there are checkpoints.
     """
 
     def __init__(
@@ -121,27 +142,25 @@ class Checkpoints:
         options: Mapping[str, Any],
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
-        scheduler: Any,
+        scheduler: LambdaLR,
         generator: torch.Generator,
-        data: dict[str, Any],
-        reference: nn.Module | None = None,
+        inputs: Callable[[], Mapping[str, Part]] = dict,
     ) -> None:
         self.options, self.modules, self.optimizer, self.scheduler = options, modules, optimizer, scheduler
         self.output_dir: str = options["output_dir"]
         self.generator = generator
+        self.history = History()
         self.stopped: str | None = None  # after `resume`: why the run had stopped, and is only to be finished
         self.folder = Path(self.output_dir) / "checkpoints"
-        self.identity: dict[str, Any] = {"config": _config_values(options)}
+        self.identity: dict[str, Any] = {"config": _config_values(options), "inputs": {}}
         if self.output_dir:
-            self.identity |= {name: _digest(json.dumps(value).encode()) for name, value in data.items()}
-            self.identity |= {"reference": "" if reference is None else weights_digest(reference)}
-            frozen = [m for m in modules.values() if not all(p.requires_grad for p in m.parameters())]
-            self.identity |= {"frozen weights": [weights_digest(m, frozen=True) for m in frozen]}
+            parts = {name.replace("policy", "model"): model_part(module) for name, module in modules.items()}
+            self.identity["inputs"] = parts | dict(inputs())
 
     def resume(self, extra: Mapping[str, float] = MappingProxyType({})) -> Resumed:
         """From the newest valid checkpoint if asked to resume, else from step 0 with the stage's own `extra` state."""
         if not self.output_dir:
-            return Resumed(0, dict(extra), [])
+            return Resumed(0, dict(extra), self.history)
         if not self.options["resume"]:
             refuse_leftovers(self.output_dir, resume=False, overwrite=self.options["overwrite"])
             distributed_context().barrier()  # every rank has looked
@@ -149,12 +168,12 @@ class Checkpoints:
                 if read_metrics(self.output_dir):
                     say(f"{self.output_dir}: what an earlier run left there, metrics and model, is replaced")
                 shutil.rmtree(self.folder, ignore_errors=True)
-            return Resumed(0, dict(extra), [])
+            return Resumed(0, dict(extra), self.history)
         newest = distributed_context().broadcast_object(self._newest() if distributed_context().main else None)
         if newest is not None:
             return self._restore(newest, extra)
         say(f"{self.folder}: no checkpoint to resume from; starting at step 0")
-        return Resumed(0, dict(extra), [])
+        return Resumed(0, dict(extra), self.history)
 
     def _newest(self) -> Path | None:
         for path in reversed(self.all()):
@@ -189,6 +208,7 @@ class Checkpoints:
                     save_file(tensors, temporary / f"{name}.safetensors")
             if ranks.main:
                 state |= {"rng": [{name: rng[name] for name in ("python", "numpy")} for rng in generators]}
+                (temporary / "metrics.json").write_text(dumps(list(self.history)), encoding="utf-8")
                 (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
                 commit(temporary, final)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
@@ -217,9 +237,11 @@ class Checkpoints:
 
     def _restore(self, path: Path, extra: Mapping[str, float]) -> Resumed:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        self._compare(state["identity"], path)
+        harmless = MAY_CHANGE_ON_RESUME - self.identity["inputs"].keys()
+        accepted = set(self.options["accept_changes"]) - harmless
+        refuse_changes(state["identity"], self.identity, accepted, path)
         for name, module in self.modules.items():
-            load_parameters(module, load_file(path / f"{name}.safetensors"))
+            load_parameters(module, load_file(path / f"{name}.safetensors"), path / f"{name}.safetensors")
         restored: dict[int, dict[str, Tensor]] = {}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for key, tensor in load_file(path / "optimizer.safetensors").items():
@@ -227,9 +249,7 @@ class Checkpoints:
             restored.setdefault(int(index), {})[name] = shard_like(tensor, parameters[int(index)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": restored, "param_groups": groups})
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        self._restore_schedule(state["scheduler"])
         tensors = load_file(path / "rng.safetensors")
         self.generator.set_state(tensors["generator"])
         ranks, others = distributed_context(), len(state["rng"])
@@ -239,22 +259,24 @@ class Checkpoints:
         if ranks.world != others:
             say(f"{path}: was made by {others} processes; {ranks.world} go on with it, equal up to rounding")
         step = state["step"]
-        history = [metrics for metrics in read_metrics(self.output_dir) if metrics["step"] <= step]
+        self.history = read_history(path / "metrics.json")
+        if ranks.main:
+            restore_metrics(self.output_dir, self.history)
         say(f"resumed from {path} after step {step}")
         if state.get("stopped") and state["stopped"][1] == _alerting(self.options):
             self.stopped = state["stopped"][0]
             say(f"the run had stopped there: {self.stopped}")
-        return Resumed(step, {name: state[name] for name in extra}, history)
+        return Resumed(step, {name: state[name] for name in extra}, self.history)
 
-    def _compare(self, saved: dict[str, Any], path: Path) -> None:
-        for key, value in self.identity["config"].items():
-            if saved["config"].get(key) != value:
-                raise UserError(
-                    f"{path}: was made with {key}={saved['config'].get(key)!r}, not {value!r}; cannot resume"
-                )
-        for key in self.identity.keys() - {"config"}:
-            if saved.get(key) != self.identity[key]:
-                raise UserError(f"{path}: the {key} changed since this checkpoint was made; cannot resume")
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        """Go on where the schedule stood, with the peak and the length that the options give now."""
+        peaks = self.scheduler.base_lrs
+        self.scheduler.load_state_dict(state)
+        self.scheduler.base_lrs = peaks
+        step, factors = self.scheduler.last_epoch, self.scheduler.lr_lambdas
+        self.scheduler._last_lr = [peak * factor(step) for peak, factor in zip(peaks, factors, strict=True)]
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
 
 
 def refuse_leftovers(output_dir: str, *, resume: bool, overwrite: bool) -> None:
@@ -277,50 +299,26 @@ def why_invalid(path: Path) -> str | None:
     """Why a checkpoint cannot be used, None if every file has the SHA-256 that meta.json says."""
     try:
         digests = json.loads((path / "meta.json").read_text(encoding="utf-8"))["sha256"]
+        missing = sorted({"state.json", "metrics.json", "optimizer.safetensors", "rng.safetensors"} - digests.keys())
+        if missing:
+            return f"incomplete (no sum of {missing[0]})"
         for name, digest in digests.items():
-            if _digest((path / name).read_bytes()) != digest:
+            if Path(name).name != name or _digest((path / name).read_bytes()) != digest:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete ({error})"
     return None
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, themselves, not copies; of tied ones the first name only."""
-    kept, seen = {}, set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        place = id(tensor) if is_dtensor(tensor) else tensor.data_ptr()
-        if place not in seen or tensor.numel() == 0:
-            seen.add(place)
-            kept[name] = tensor
-    return kept
-
-
-def trained_part(module: nn.Module) -> dict[str, Tensor]:
-    """`weights_of` without what is frozen, or belongs to it (a quantised weight's scales): that is the base's."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    found = weights_of(module)
-    scales = {name for name in found if ".weight." in name and f"{name.partition('.weight.')[0]}.weight" in frozen}
-    return {name: tensor for name, tensor in found.items() if name not in frozen | scales}
-
-
-def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_parameters(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """UserError naming `source` where the module's trained weights are not these."""
     own = module.state_dict()
+    expected = {name: tensor.shape for name, tensor in trained_part(module).items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError(f"{source}: does not fit the model, whose trained weights are others; cannot resume")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(shard_like(tensor, own[name]))
-
-
-def weights_digest(module: nn.Module, frozen: bool = False) -> str:
-    """SHA-256 over names and values of all weights, or of those that are not trained; one at a time is copied."""
-    digest = hashlib.sha256()
-    trained = trained_part(module).keys() if frozen else ()
-    for name, tensor in weights_of(module).items():
-        if name in trained:
-            continue
-        digest.update(name.encode())
-        digest.update(unsharded_tensor(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _config_values(options: Mapping[str, Any]) -> dict[str, Any]:

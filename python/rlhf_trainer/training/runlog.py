@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf_trainer.base.distributed import distributed_context
+from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.jsons import dumps
+from rlhf_trainer.base.writing import named, write_text, write_whole
 from rlhf_trainer.training.trackers import Trackers
 
 
@@ -58,13 +61,13 @@ class RunLog:
         self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task(description, total=total, completed=start, note="")
         self.live = self.console.is_terminal
-        self.trackers = Trackers(report_to, self.folder, options)
+        self.trackers = Trackers(report_to, self.folder, options, start)
         self.every = max(1, total // 10)  # without a terminal: about ten plain lines
 
     def __enter__(self) -> RunLog:
         if self.silent:
             return self
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)  # nothing is kept back that a full disk would refuse later
         if self.live:
             self.progress.start()
         return self
@@ -84,8 +87,10 @@ class RunLog:
         if self.silent:
             return
         metrics = {key: _plain(value) for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.path} was deleted while the run wrote to it; stopped after step {step}")
+        with named(self.path):
+            write_whole(self.file, (dumps({"step": step} | metrics) + "\n").encode())
         numbers = {key: x for key, x in metrics.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         self.trackers.log(numbers, step)
         self.progress.update(self.task, completed=step, note=note)
@@ -109,9 +114,9 @@ class RunLog:
         self.trackers.alert(title, message, step)
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.folder / name
+        with named(path), path.open("ab", buffering=0) as file:
+            write_whole(file, "".join(dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
     def say(self, message: str) -> None:
         """A line above the bar."""
@@ -125,24 +130,24 @@ def _plain(value: Any) -> Any:
 
 def _keep_until(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`: what a killed run wrote beyond its last checkpoint comes again."""
-    if not path.exists():
-        return
-    kept = [
-        json.dumps(record, ensure_ascii=False) + "\n" for record in read_records(path) if record.get("step", 0) <= start
-    ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    if path.exists():
+        records = read_records(path)
+        replace_lines(path, [r for r in records if isinstance(r.get("step"), int) and r["step"] <= start])
+
+
+def replace_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines anew: a process killed here leaves the old file or the new one, whole."""
+    write_text(path, "".join(dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, [] if there is none. A line that a kill cut short is passed over."""
     records = []
     # Not splitlines(): a text may hold U+2028 and the like, which JSON lets stand in a string.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -150,9 +155,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, in order; [] if there is none. A line that a kill cut short is left out.
+    """The objects of metrics.jsonl, in order, null as NaN; [] if there is none. A line cut short by a kill is left out.
 
     Raises:
         OSError: it cannot be read.
     """
-    return [record for record in read_records(Path(output_dir) / "metrics.jsonl") if "step" in record]
+    records = read_records(Path(output_dir) / "metrics.jsonl")
+    whole = [record for record in records if isinstance(record.get("step"), int)]
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in whole]

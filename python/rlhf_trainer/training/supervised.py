@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from rlhf_trainer.base import shared
 from rlhf_trainer.base.conditions import parse_gates
@@ -21,6 +23,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import DataReport
 from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.fingerprint import Fingerprint
 from rlhf_trainer.models.loading import context_length
 from rlhf_trainer.models.sharding import unsharded_tensor
 from rlhf_trainer.training.alerts import SHOWN, Alerts, announce
@@ -48,8 +51,8 @@ class SupervisedConfig:
     micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
     lr: float = shared.lr(1e-4)
     schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises to --lr, evenly")
+    weight_decay: float = option(0.0, "AdamW's weight decay; norms and biases have none")
     max_grad_norm: float = shared.max_grad_norm()
     max_length: int | None = option(None, f"longest record in tokens; none: the model's context, {LONGEST} at most")
     evals: int = option(10, "how many times the held-out records are scored")
@@ -59,6 +62,7 @@ class SupervisedConfig:
     alert: list[str] = shared.alert()
     stop_on_alert: bool = shared.stop_on_alert()
     resume: bool = shared.resume()
+    accept_changes: list[str] = shared.accept_changes()
     overwrite: bool = shared.overwrite()
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
     lora_r: int = shared.lora_r()
@@ -136,6 +140,7 @@ class TrainingObjective(Generic[Item]):
     units, length: of one item; length is in tokens and groups similar items. line, text: where it stands, how it reads.
     evaluate: metrics on held-out data, by name.
     observe: metrics of the step just done, from what `losses` saw on all ranks. discard: forget what it saw so far.
+    fingerprint: of the data and of what else is read.
     group: items of one group are always learned from in the same step; None: every item on its own.
     """
 
@@ -145,6 +150,7 @@ class TrainingObjective(Generic[Item]):
     line: Callable[[Item], int]
     text: Callable[[Item], str]
     evaluate: Callable[[], dict[str, float]]
+    fingerprint: Callable[[], Fingerprint]
     observe: Callable[[], dict[str, float]] = dict
     discard: Callable[[], None] = lambda: None
     group: Callable[[Item], Hashable] | None = None
@@ -188,6 +194,24 @@ def all_batches(
     return steps
 
 
+def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
+    """The learning rate of a step (from 0) over its peak: 1/warmup at first, so that no step is without effect."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; vectors, which are norms and biases, do not."""
+    if not weight_decay:
+        return [{"params": list(parameters), "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for parameter in parameters:
+        groups[parameter.ndim < 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
 def train_loop(
     cfg: SupervisedConfig, name: str, model: PreTrainedModel, items: Sequence[Item], task: TrainingObjective[Item]
 ) -> dict[str, float]:
@@ -207,10 +231,10 @@ def train_loop(
     ranks = distributed_context()
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    warmup, data = round(cfg.warmup * total), {"data": [task.text(item) for item in items]}
-    scheduler = get_scheduler(cfg.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), data)
+    optimizer = torch.optim.AdamW(decay_groups(parameters, cfg.weight_decay), lr=cfg.lr, fused=True)
+    factor = partial(lr_factor, schedule=cfg.schedule, warmup=round(cfg.warmup * total), total=total)
+    scheduler = LambdaLR(optimizer, factor)
+    checkpoints = Checkpoints(asdict(cfg), {"model": model}, optimizer, scheduler, torch.Generator(), task.fingerprint)
     start, _, past = checkpoints.resume()
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
@@ -223,7 +247,7 @@ def train_loop(
         for step in range(start + 1, start if checkpoints.stopped else total + 1):
             epoch, indices = batches[step - 1]
             batch = [items[i] for i in indices]
-            lr = scheduler.get_last_lr()[0]
+            lr = float(scheduler.get_last_lr()[0])
             metrics = _optimizer_step(cfg, model, optimizer, batch, task, step)
             scheduler.step()
             metrics |= task.observe() | {"lr": lr, "epoch": epoch}
@@ -232,6 +256,7 @@ def train_loop(
                 with precision.autocast(cfg.dtype, parameters[0].device):
                     metrics |= task.evaluate()
                 model.train()
+            past.append(metrics)
             if log is not None:
                 log.step(step, metrics, _note(metrics))
             alarms = alerts.check(metrics)

@@ -36,8 +36,11 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
 class Trackers:
     """The trackers of one run; every method reaches all of them. None are an offline run's."""
 
-    def __init__(self, names: Sequence[str], folder: Path, options: Mapping[str, Any] | None = None) -> None:
-        self.trackers = [_start(name, folder) for name in chosen_trackers(names)]
+    def __init__(
+        self, names: Sequence[str], folder: Path, options: Mapping[str, Any] | None = None, start: int = 0
+    ) -> None:
+        """start: steps done before a resumed run; what an earlier process has reported after them is taken back."""
+        self.trackers = [_start(name, folder, start) for name in chosen_trackers(names)]
         values = {key: _plain(value) for key, value in (options or {}).items()}
         for tracker in self.trackers:
             if tracker.name == "tensorboard":  # its hyperparameters would be a run of their own beside this one
@@ -79,7 +82,7 @@ class Trackers:
             tracker.finish()
 
 
-def _start(name: str, folder: Path) -> Any:
+def _start(name: str, folder: Path, start: int) -> Any:
     """The run's tracker; its files, if it has any, go to `folder`."""
     kind = tracking.LOGGER_TYPE_TO_CLASS[name]
     project = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
@@ -87,7 +90,11 @@ def _start(name: str, folder: Path) -> Any:
     PartialState()  # the trackers ask it which process is the main one
     try:
         if name == "tensorboard":
-            tracker = kind("tensorboard", str(folder))  # <folder>/tensorboard
+            if start == 0:  # else TensorBoard draws an earlier run of this folder and this one as one
+                for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                    old.unlink()
+            resumed = {"purge_step": start + 1} if start else {}
+            tracker = kind("tensorboard", str(folder), **resumed)  # <folder>/tensorboard
         else:
             tracker = kind(project, *([str(folder)] if kind.requires_logging_directory else []), **options)
         tracker.start()

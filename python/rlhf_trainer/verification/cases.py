@@ -194,7 +194,7 @@ def check_dpo(seed: int) -> list[CheckResult]:
     world = ExactWorld(reference, tokenizer, BETA, 1.0)
     policy = copy.deepcopy(reference).train()
     cfg, pairs, pad_id = dpo_config(seed), sampled_pairs(reference, tokenizer, PAIRS, seed), tokenizer.pad_token_id
-    fit_pairs(cfg, policy, reference_logprobs(cfg, policy, pairs, pad_id), [], pad_id)
+    fit_pairs(cfg, policy, reference_logprobs(cfg, policy, pairs, pad_id, {}), [], pad_id)
     end = world.measure(policy.eval())
     gap = world.gap_closed(end.objective, world.measure(reference).objective)
     return [CheckResult("DPO: gap closed", gap, f">= {DPO_GAP}", gap >= DPO_GAP)]

@@ -371,3 +371,25 @@ def test_one_process_needs_no_group():
         ["a"],
         3,
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several processes",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=2 but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number"),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first', expected a number"),
+    ],
+)
+def test_a_launchers_variable_alone_is_a_sentence(variables, told, monkeypatch):
+    """Where it was a wait for processes that nobody starts."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        distributed.join(torch.device("cpu"))

@@ -173,6 +173,14 @@ def test_argilla(tmp_path, version):
     assert read(path) == ("argilla", [], [expected])
 
 
+def test_a_rank_that_no_float_holds_names_its_line(tmp_path):
+    record = argilla_answers("2")
+    huge = [{"value": "response-1", "rank": 10**400}, {"value": "response-2", "rank": 1}]
+    record["responses"]["rank"][0]["value"] = huge
+    with pytest.raises(UserError, match=r"a\.json:\d: not built as format argilla is: OverflowError"):
+        read(write(tmp_path / "a.json", record, array=True))
+
+
 def test_argilla_label_question_and_open_records(tmp_path):
     fields = {"instruction": "p", "response_a": "x", "response_b": "y"}
     done = {"fields": fields, "responses": {"best": [{"user_id": "u", "value": "B"}, {"user_id": "v", "value": "tie"}]}}

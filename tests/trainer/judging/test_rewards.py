@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import itertools
 import json
+import sys
+import threading
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny import tiny_folder
 from transformers import (
     AutoModelForSequenceClassification,
@@ -18,9 +25,10 @@ from transformers import (
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.judging import rewards
-from rlhf_trainer.judging.rewards import load_reward, scores_of
+from rlhf_trainer.judging.functions import limited, reward_part, scores_of
+from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, save_folder, suppress_transformers_warnings
-from rlhf_trainer.models.scoring import NORMALISATION, score_sequences
+from rlhf_trainer.models.scoring import NORMALISATION, load_normalisation, score_sequences
 
 
 def reward_folder(tmp_path, labels=1):
@@ -137,7 +145,17 @@ def test_a_function_from_a_file(tmp_path):
         ([1.0, float("nan")], "returned nan for completion 1: prompt 'q', completion 'b'"),
         ([float("inf"), 1.0], "returned inf for completion 0"),
         (None, "returned NoneType, expected a list of numbers"),
-        (["good", "bad"], "expected a list of numbers"),
+        (["good", "bad"], "the text 'good', expected a list of numbers, for completion 0: prompt 'p'"),
+        ("11", "returned str, expected a list of numbers"),
+        ({"a": 1.0, "b": 2.0}, "returned dict, expected a list"),
+        ({1.0, 2.0}, "returned set, expected a list"),
+        ([10**400, 1.0], "a number beyond what a float holds for completion 0"),
+        ([1.0, 1e39], r"returned 1e\+39, beyond what float32 holds, for completion 1"),
+        ([[1.0, 2.0], 1.0], "returned list for a score, expected a list of numbers, for completion 0"),
+        (torch.ones(2, 2), "returned Tensor for a score"),
+        ([1j, 1.0], "returned complex for a score"),
+        (itertools.count(), "returned 3 or more scores for 2 completions"),
+        ((1.0 / number for number in (1, 0)), "raised ZeroDivisionError"),
     ],
 )
 def test_faulty_scores_are_refused(returned, message):
@@ -152,3 +170,132 @@ def test_a_function_that_raises():
     with pytest.raises(UserError, match="the reward function raised ZeroDivisionError"):
         scores_of(broken, ["p"], ["a"])
     assert scores_of(lambda p, c: torch.tensor([1.0, 2.0]), ["p", "q"], ["a", "b"]).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(SystemExit(0), r"called sys.exit\(0\)"), (asyncio.CancelledError(), "raised CancelledError")]
+)
+def test_a_function_that_would_end_the_run_in_silence(raised, told):
+    def ends(prompts, completions):
+        raise raised
+
+    with pytest.raises(UserError, match=told):
+        scores_of(ends, ["p"], ["a"])
+
+
+def test_a_function_may_do_with_its_lists_what_it_likes():
+    def empties(prompts, completions):
+        scores = [len(prompts.pop() + completions.pop()) for _ in range(2)]
+        return scores[::-1]
+
+    prompts, completions = ["p", "qq"], ["a", "b"]
+    assert scores_of(empties, prompts, completions).tolist() == [2, 3]
+    assert (prompts, completions) == (["p", "qq"], ["a", "b"])
+
+
+def test_an_async_function_is_awaited_in_one_loop():
+    loops = []
+
+    async def judged(prompts, completions):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [len(text) for text in completions]
+
+    async def within_a_notebook():
+        return scores_of(judged, ["p"], ["four"])
+
+    assert scores_of(judged, ["p"], ["four"]).tolist() == [4]
+    assert asyncio.run(within_a_notebook()).tolist() == [4]
+    assert loops[0] is loops[1]
+
+
+def test_parts_of_a_batch_are_scored_at_once():
+    together = threading.Barrier(3, timeout=20)
+
+    def score(prompts, completions):
+        together.wait()
+        return [float(text) for text in completions]
+
+    texts = [str(number) for number in range(8)]
+    assert scores_of(limited(score, None, 3), texts, texts).tolist() == list(range(8))
+    lopsided = limited(lambda prompts, completions: [0.0] * (1 if "0" in prompts else 3), None, 4)
+    with pytest.raises(UserError, match="returned 1 scores for 2 completions"):  # eight in all, but of the wrong ones
+        scores_of(lopsided, texts, texts)
+
+
+def test_a_function_that_hangs_is_named_with_its_batch():
+    def hangs(prompts, completions):
+        while "5" in prompts:
+            time.sleep(0.01)
+        return [0.0] * len(prompts)
+
+    texts = [str(number) for number in range(8)]
+    told = "has not answered within 0.2 s for completions 4 to 7 of the batch, the first to prompt .4.; --reward_time"
+    with pytest.raises(UserError, match=told):
+        scores_of(limited(hangs, 0.2, 2), texts, texts)
+    for options, name in (((0.0, 1), "--reward_timeout 0"), ((None, 0), "--reward_workers 0")):
+        with pytest.raises(UserError, match=name):
+            limited(hangs, *options)
+
+
+@pytest.mark.parametrize("record", [{"mean": 0, "std": -1}, {"mean": 0, "std": 0}, {"mean": float("nan"), "std": 1}])
+def test_a_normalisation_that_turns_or_destroys_scores_is_refused(tmp_path, record):
+    (tmp_path / NORMALISATION).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="both must be finite, and std more than 0"):
+        load_normalisation(tmp_path)
+
+
+# Fingerprints, by which a resumed run sees that its reward is another
+
+
+def test_the_fingerprint_of_a_function_is_of_its_code_and_what_it_uses(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file, helper = tmp_path / "mine_fp.py", tmp_path / "helper_fp.py"
+
+    def part(code, helping="def sign():\n    return 1\n"):
+        file.write_text(code)
+        helper.write_text(helping)
+        for name in ("mine_fp", "helper_fp"):
+            sys.modules.pop(name, None)
+        return reward_part(load_reward(f"{file}:score"))
+
+    code = "import helper_fp, torch\n\nBONUS = 2\ndef score(p, c):\n    return [helper_fp.sign() * BONUS for _ in c]\n"
+    first = part(code)
+    assert part(code.replace("\n\n", "\n# a comment\n\n\n")) == first
+    for other in ("return [-helper_fp", "BONUS = 3"):
+        old = {"return [-helper_fp": "return [helper_fp", "BONUS = 3": "BONUS = 2"}[other]
+        assert part(code.replace(old, other)) != first
+    assert part(code, "def sign():\n    return 2 - 3\n") != first
+
+
+def test_the_fingerprint_of_an_object_holds_its_values():
+    def scaled(by):
+        return lambda prompts, completions: [by * len(text) for text in completions]
+
+    assert reward_part(scaled(1)) == reward_part(scaled(1)) != reward_part(scaled(-1))
+    assert reward_part(limited(scaled(1), 1.0, 2)) == reward_part(scaled(1))
+    assert reward_part(functools.partial(max, default=1)) != reward_part(functools.partial(max, default=2))
+
+
+def test_the_fingerprint_of_a_reward_model_names_what_changed(tmp_path):
+    folder = reward_folder(tmp_path)
+    first = reward_part(load_reward(str(folder)))
+
+    def changed():
+        now = reward_part(load_reward(str(folder)))
+        return {aspect for aspect in now if now[aspect] != first[aspect]}
+
+    assert changed() == set()
+    (folder / NORMALISATION).write_text(json.dumps({"mean": 1.0, "std": 1.0}))
+    assert changed() == {"normalisation"}
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5.0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert changed() == {"normalisation", "config"}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][::-1]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert changed() == {"normalisation", "config", "rules"}
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert changed() == {"normalisation", "config", "rules", "weights"}

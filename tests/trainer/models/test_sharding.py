@@ -15,12 +15,12 @@ from support.tiny import tiny_folder
 from rlhf_trainer import PPOConfig
 from rlhf_trainer.base import distributed
 from rlhf_trainer.base.distributed import ProcessGroupInfo
-from rlhf_trainer.models import sharding
+from rlhf_trainer.models import fingerprint, sharding
 from rlhf_trainer.models.adapters import MAIN, add_adapter, parameters_of
+from rlhf_trainer.models.fingerprint import weights_digest
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, save_folder
 from rlhf_trainer.models.sharding import all_weights_gathered, is_dtensor, is_sharded, prepare_model
-from rlhf_trainer.training import checkpoint
-from rlhf_trainer.training.checkpoint import Checkpoints, weights_digest
+from rlhf_trainer.training.checkpoint import Checkpoints
 
 CPU = torch.device("cpu")
 
@@ -100,10 +100,10 @@ def test_checkpoints_copy_what_is_trained_and_read_the_base_one_weight_at_a_time
     model = with_adapter(folder)
     trained = list(parameters_of(model, MAIN).values())
     optimizer = torch.optim.Adam(trained)
-    read = one_at_a_time(monkeypatch, checkpoint)
+    read = one_at_a_time(monkeypatch, fingerprint)
     cfg = PPOConfig(output_dir=str(tmp_path))
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    checkpoints = Checkpoints(asdict(cfg), {"policy": model}, optimizer, scheduler, torch.Generator(), {})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    checkpoints = Checkpoints(asdict(cfg), {"policy": model}, optimizer, scheduler, torch.Generator())
     assert sum(read) == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     copied = []
     right = sharding.unsharded_tensor

@@ -146,8 +146,51 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(folder, capfd, heeds_ctrl_c
             run(folder / "twice", save_every=0, **options)
     assert not (folder / "twice" / "checkpoints").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    resumed = policy_bits(run(folder / "once", save_every=0, resume=True))
+    resumed = policy_bits(run(folder / "once", save_every=0, resume=True, accept_changes=["reward"]))
     assert torch.equal(resumed, policy_bits(run(folder / "whole-of-it", save_every=0)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stage_saves_where_it_is_told_to_end_and_a_second_signal_ends_a_hanging_reward(tmp_path, number):
+    def told(prompts, completions):
+        os.kill(os.getpid(), number)
+        return oracle(prompts, completions)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path / "once", reward=told, save_every=0)
+        assert left.value.code == 128 + number
+        assert [path.name for path in (tmp_path / "once" / "checkpoints").iterdir()] == ["step-00000001"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    hanging = Forked(run_and_hang, tmp_path / "hanging", number, folder=tmp_path / "said")
+    assert hanging.wait() == -number, hanging.stderr
+
+
+def run_and_hang(folder, number):
+    """A reward that swallows whatever is raised in it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def hangs(prompts, completions):
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+            except BaseException:
+                print("swallowed")
+        return oracle(prompts, completions)
+
+    run(folder, reward=hangs)
+
+
+def test_nohup_keeps_a_run_from_being_hung_up(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(tmp_path, reward=lambda *texts: os.kill(os.getpid(), signal.SIGHUP) or oracle(*texts), updates=1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # In one process: the same run without the start-up time
@@ -226,6 +269,40 @@ def test_the_generators_of_gpus_are_restored_too(tmp_path, monkeypatch):
     assert torch.equal(policy_bits(run(tmp_path / "crashed", reward=reward, resume=True)), whole)
 
 
+@pytest.mark.parametrize("lost", ["all of it", "a line", "a figure", "its encoding"])
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(whole, crash, lost, capsys):
+    file = crash / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    if lost == "all of it":
+        file.unlink()
+    elif lost == "its encoding":
+        file.write_bytes(b"\xff\xfe" + file.read_bytes())
+    else:
+        changed = lines[1].replace('"lr": ', '"lr": 1')
+        file.write_text("".join([lines[0], *([changed] if lost == "a figure" else []), *lines[2:]]))
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
+    said = "metrics.jsonl: deleted, cut or changed since the checkpoint; its 3 steps are restored from there"
+    assert said in capsys.readouterr().err
+    assert metrics(whole[0]) == metrics(crash)
+
+
+def test_a_folder_that_is_deleted_ends_the_run_with_a_sentence(tmp_path):
+    def deletes(prompts, completions):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return oracle(prompts, completions)
+
+    with pytest.raises(UserError, match=r"metrics.jsonl was deleted while the run wrote to it; stopped after step 1"):
+        run(tmp_path / "out", reward=deletes, report_to=["none"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sums", [{}, {"sha256": {}}, {"sha256": []}, [], {"sha256": {"../policy": "0"}}])
+def test_a_checkpoint_without_its_sums_is_passed_over(whole, crash, sums, capsys):
+    (crash / "checkpoints" / "step-00000003" / "meta.json").write_text(json.dumps(sums))
+    assert torch.equal(policy_bits(run(crash, resume=True)), whole[1])
+    assert "step-00000003: skipped, incomplete" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "policy.safetensors", "state.json", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(whole, crash, file, capsys):
     newest = crash / "checkpoints" / "step-00000003" / file
@@ -254,17 +331,44 @@ def test_a_metrics_line_cut_by_the_kill_does_not_matter(whole, crash):
     assert metrics(whole[0]) == metrics(crash)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kl_coef": 0.9}, r"was made with kl_coef=0.05, not 0.9; cannot resume"),
-        ({"seed": 3}, r"was made with seed=0, not 3"),
-        ({"prompts": PROMPTS[::-1]}, r"the prompts changed since this checkpoint was made"),
-    ],
-)
-def test_a_changed_run_cannot_be_resumed(crash, options, message):
-    with pytest.raises(UserError, match=message):
-        run(crash, resume=True, **options)
+def test_a_changed_run_is_refused_with_every_change_by_name_and_goes_on_where_all_are_accepted(crash, capsys):
+    changed = {"kl_coef": 0.9, "prompts": PROMPTS[::-1], "reward": lambda p, c: [-score for score in oracle(p, c)]}
+    told = r"made with kl_coef=0.05, not 0.9; the reward changed \(source, values\); the prompts changed \(texts\)"
+    with pytest.raises(UserError, match=rf"{told}. --accept_changes kl_coef reward prompts goes on"):
+        run(crash, resume=True, **changed)
+    with pytest.raises(UserError, match=r"cannot resume: the reward changed \(source, values\)\. --accept"):
+        run(crash, resume=True, accept_changes=["kl_coef", "prompts"], **changed)
+    with pytest.raises(UserError, match="--accept_changes promts: nothing is called so; it takes model,"):
+        run(crash, resume=True, accept_changes=["promts"])
+    run(crash, resume=True, accept_changes=["kl_coef", "prompts", "reward"], **changed)
+    assert "accepted: it was made with kl_coef" in capsys.readouterr().err
+    assert [row["objective/kl_coef"] for row in metrics(crash)][:3] == [0.05] * 3
+    run(crash, resume=True, **changed)  # what was accepted once belongs to the run from then on
+
+
+def test_more_updates_go_on_with_the_longer_schedule(crash, capsys):
+    run(crash, resume=True, updates=6)
+    assert "updates=6, not 4 as before: the learning rate follows the longer schedule" in capsys.readouterr().err
+    rates = [row["lr"] for row in metrics(crash)]
+    assert rates == pytest.approx([1e-3 * part for part in (1, 3 / 4, 2 / 4, 3 / 6, 2 / 6, 1 / 6)])
+    with pytest.raises(UserError, match="made with updates=6, not 5"):
+        run(crash, resume=True, updates=5)
+
+
+def test_a_learning_rate_that_is_accepted_is_the_one_that_is_used(crash):
+    run(crash, resume=True, lr=4e-3, accept_changes=["lr"])
+    assert [row["lr"] for row in metrics(crash)] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 1e-3])
+
+
+def test_other_micro_batches_are_equal_up_to_rounding_and_said(whole, crash, capsys):
+    result = policy_bits(run(crash, resume=True, micro_batch_size=5))
+    assert "micro_batch_size=5, not None as before: the result is equal up to rounding" in capsys.readouterr().err
+    torch.testing.assert_close(result, whole[1], rtol=1e-4, atol=1e-6)
+
+
+def test_other_trained_weights_do_not_fit_a_checkpoint(crash):
+    with pytest.raises(UserError, match=r"policy.safetensors: does not fit the model, whose trained weights are other"):
+        run(crash, resume=True, lora_r=2, accept_changes=["lora_r", "model"])
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(crash):

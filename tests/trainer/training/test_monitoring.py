@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import json
 import math
+import os
+import tracemalloc
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import ClassVar
@@ -18,11 +22,13 @@ from rlhf_trainer import ppo as ppo_module
 from rlhf_trainer import sft
 from rlhf_trainer.base.distributed import ProcessGroupInfo
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.writing import write_whole
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import read_jsonl, write_jsonl
 from rlhf_trainer.training import supervised, trackers
 from rlhf_trainer.training.alerts import Alerts
 from rlhf_trainer.training.checkpoint import StopRequest
+from rlhf_trainer.training.history import History
 from rlhf_trainer.training.runlog import RunLog, read_metrics
 from rlhf_trainer.verification import reward_model as verify_reward
 
@@ -372,3 +378,64 @@ def test_separators_that_json_lets_stand_in_a_text_do_not_end_a_line(tmp_path):
     ]
     assert verify_reward.warned(tmp_path, "m2") == 2
     assert verify_reward.warned(tmp_path, "m3") == 0
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume_and_one_run_after_another(tmp_path):
+    def report(steps, value, start=0):
+        with RunLog(tmp_path, 9, "x", report_to=["tensorboard"], start=start) as log:
+            for step in steps:
+                log.step(step, {"loss": value})
+
+    def shown():
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+        return [(event.step, event.value) for event in events]
+
+    report(range(1, 6), 1.0)
+    report(range(4, 7), 2.0, start=3)
+    assert shown() == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    report(range(1, 3), 3.0)  # with --overwrite
+    assert shown() == [(1, 3.0), (2, 3.0)]
+
+
+def test_metrics_that_are_not_finite_are_null_and_read_as_nan(tmp_path):
+    with RunLog(tmp_path, 1, "x") as log:
+        log.step(1, {"loss": math.inf, "lr": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 1.0}\n'
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    log = RunLog(tmp_path, 1, "x")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught, log:
+        log.step(1, {"loss": 1.0})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_what_does_not_fit_on_a_disk_leaves_the_file_as_it_was(tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 12:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(bytes(data)[:3])
+
+    with Full(tmp_path / "file", "ab+") as file:
+        write_whole(file, b"0123456789")
+        with pytest.raises(OSError, match="No space"):
+            write_whole(file, b"abcdefghij")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_long_run_keeps_its_metrics_in_little_memory():
+    rows = [{f"name/{i}": float(i * step) for i in range(40)} | {"episode": 64 * step} for step in range(50)]
+    history = History(dict(row) for row in rows)
+    history[-1]["later"] = 1.0  # the newest may still grow
+    assert list(history) == [*rows[:-1], {**rows[-1], "later": 1.0}]
+    assert history[-3:-1] == rows[-3:-1]
+    assert [type(history[3][name]) for name in ("name/3", "episode")] == [float, int]
+    tracemalloc.start()
+    for step in range(200):
+        history.append({f"name/{i}": float(i + step + 0.5) for i in range(40)})
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 200 * 1000  # bytes; as dicts they were 3,700 a step
