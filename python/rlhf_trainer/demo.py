@@ -97,6 +97,7 @@ def run(cfg: Config) -> dict[str, Any]:
             temperature=TEMPERATURE,
             lr=3e-4,
             kl_coef=0.25,
+            vf_coef=0.5,  # the value shares this narrow model's states: at 0.1 it explains 0.28 of the returns, not 0.5
             missing_eos_penalty=1.0,
             save_every=0,
             seed=cfg.seed,

@@ -44,6 +44,9 @@ class PPOConfig:
         "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
     )
     lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
+    value_lr: float | None = option(
+        None, "learning rate of the value head, decayed as lr; none: 0.3 / the width of the states that it reads"
+    )
     adam_eps: float = option(1e-5, "Adam's epsilon")
     max_grad_norm: float = shared.max_grad_norm()
     kl_coef: float = option(0.05, "beta, the weight of the KL penalty in the reward")

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trainer.onpolicy.terms import Batch, without_spread
 from rlhf_trainer.training.alerts import Alert
-
-if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.terms import Batch
-
 
 PHASES = ("rollout", "scoring", "update")
 
 
 def summarize(
-    batch: Batch, minibatches: list[dict[str, float]], beta: float, tokenizer: PreTrainedTokenizerBase
+    batch: Batch,
+    minibatches: list[dict[str, float]],
+    beta: float,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    group_size: int = 1,
 ) -> dict[str, float]:
     """The metrics of one update, under the names of TRL's PPO trainer."""
     mask = batch.rollout.response_mask
-    kl = batch.kl.sum(-1).mean().item()
+    kl, sampled = batch.exact_kl.sum(-1).mean().item(), batch.kl.sum(-1).mean().item()
     scores = batch.scores.mean().item()
     average = {name: sum(s[name] for s in minibatches) / len(minibatches) for name in minibatches[0]}
     ratios = torch.tensor([s["ratio"] for s in minibatches])
     metrics = {
         "objective/kl": kl,
+        "objective/kl_sampled": sampled,
         "objective/entropy": -batch.logprobs.sum(-1).mean().item(),
         "objective/non_score_reward": -beta * kl,
         "objective/rlhf_reward": scores - beta * kl,
@@ -44,6 +47,8 @@ def summarize(
         "val/response_length": mask.sum(-1).float().mean().item(),
         "grad_norm": average["grad_norm"],
     }
+    if group_size > 1:
+        metrics["val/groups_without_spread"] = without_spread(batch.scores, group_size).float().mean().item()
     if "value_loss" in average:  # there is a value head
         errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
         spread = targets.var(correction=0).item()
@@ -71,7 +76,7 @@ def adapt_kl_coef(beta: float, kl: float, *, target: float | None, episodes: int
 
 def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
     """The first completions of a rollout with their scores and KL."""
-    kl = batch.kl.sum(-1).tolist()
+    kl = batch.exact_kl.sum(-1).tolist()
     rows = zip(batch.rollout.prompts, batch.rollout.completions, batch.scores.tolist(), kl, strict=True)
     return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
 
