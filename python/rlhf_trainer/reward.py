@@ -23,7 +23,7 @@ from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
 from rlhf_trainer.models.sharding import fsdp_forward, prepare_trained_model
-from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_or_warn, write_page
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import (
     calibration_figure,
@@ -304,7 +304,7 @@ def train_reward(
     records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
     finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge, records=records)
     if cfg.output_dir and distributed_context().main:
-        write_report(cfg.output_dir, found)
+        write_or_warn(lambda: write_report(cfg.output_dir, found), "the report")
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 
 
