@@ -28,7 +28,15 @@ from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer, on_device
 from rlhf_trainer.models.scoring import classifier_outputs
 from rlhf_trainer.reports.estimates import distinct, perplexity, perplexity_change
-from rlhf_trainer.reports.intervals import Values, bootstrap_sums, estimate, estimate_change, jackknife, units_of
+from rlhf_trainer.reports.intervals import (
+    Values,
+    bootstrap_sums,
+    estimate,
+    estimate_change,
+    jackknife,
+    renumbered,
+    units_of,
+)
 from rlhf_trainer.reports.page import print_report, write_or_warn, write_report
 from rlhf_trainer.sampling.responses import exact_kl, token_outputs
 from rlhf_trainer.sampling.rollout import encode_prompts, generate
@@ -78,6 +86,7 @@ class EvalConfig:
 
 Config = EvalConfig
 PERPLEXITY = "perplexity (under the first)"
+SILENT = "no verdict of the judge"  # these prompts are left out of the win rate
 KL, SAMPLED_KL, LENGTH = "KL (nats)", "KL of the sampled tokens (nats)", "length (tokens)"
 
 
@@ -167,6 +176,7 @@ def win_rates(
         found["win rate by judge"] = (
             against_itself if name == first else preferred_by_judge(judge, prompts, texts[name], texts[first])
         )
+        found[SILENT] = np.isnan(found["win rate by judge"]).astype(np.float64)
     return found
 
 
@@ -180,7 +190,7 @@ def known_measures(cfg: EvalConfig, scorers: Iterable[str] = (), judge: Judge | 
         own.append("reward")
     if cfg.reward or "reward" in named:
         own.append("win rate by reward")
-    return [*own, *named, *(["win rate by judge"] if cfg.judge or judge else [])]
+    return [*own, *named, *(["win rate by judge", SILENT] if cfg.judge or judge else [])]
 
 
 def compare(
@@ -193,18 +203,27 @@ def compare(
     changes: dict[str, Any] = {}
     for name, measures in values.items():
         shares = {key: False if key in (KL, SAMPLED_KL, LENGTH) else None for key in measures}
-        estimates = {key: estimate(column, **options, share=shares[key]) for key, column in measures.items()}
+        there = {key: ~np.isnan(column) for key, column in measures.items()}  # a judge may give no verdict
+        estimates = {
+            key: estimate(column[there[key]], **options | {"units": renumbered(units[there[key]])}, share=shares[key])
+            for key, column in measures.items()
+        }
         estimates[PERPLEXITY] = bootstrap_sums(perplexity, answers[name].sums, **options)
         diversity = {f"distinct-{n}": distinct(answers[name].completions, n, units) for n in (1, 2)}
         estimates |= {key: jackknife(*pair, limits=(0.0, 1.0)) for key, pair in diversity.items()}
         policies[name] = {"measures": estimates}
         if name == first:
             first_diversity = diversity
-            for key in estimates.keys() & {KL, SAMPLED_KL, "win rate by reward", "win rate by judge"}:
+            for key in estimates.keys() & {KL, SAMPLED_KL, SILENT, "win rate by reward", "win rate by judge"}:
                 estimates[key] |= {"low": estimates[key]["mean"], "high": estimates[key]["mean"]}  # known: to itself
             continue
         changes[name] = {
-            key: estimate_change(column, values[first][key], **options, share=shares[key])
+            key: estimate_change(
+                column[there[key]],
+                values[first][key][there[key]],
+                **options | {"units": renumbered(units[there[key]])},
+                share=shares[key],
+            )
             for key, column in measures.items()
         }
         both = np.concatenate([answers[name].sums, answers[first].sums])
@@ -323,10 +342,15 @@ def sample_records(
         {
             "prompt": prompt,
             "completions": {name: answers[name].completions[i] for name in answers},
-            "measures": {name: {key: float(column[i]) for key, column in columns[name].items()} for name in columns},
+            "measures": {name: {key: number(column[i]) for key, column in columns[name].items()} for name in columns},
         }
         for i, prompt in enumerate(prompts)
     ]
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if np.isnan(value) else float(value)
 
 
 def write_result(result: dict[str, Any], folder: str | Path) -> None:

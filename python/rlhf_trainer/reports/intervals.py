@@ -26,6 +26,11 @@ def units_of(keys: Sequence[Hashable]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
+def renumbered(units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same units numbered without gaps, where some have no value."""
+    return np.unique(units, return_inverse=True)[1]
+
+
 def estimate(
     values: Values,
     resamples: int,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels import pairwise_loss
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.reports.intervals import share_interval, units_of
+from rlhf_trainer.reports.intervals import renumbered, share_interval, units_of
 from rlhf_trainer.reports.page import COLOURS, error_bars, html_table, show_number
 
 BINS = 5  # of the calibration table
@@ -40,7 +40,7 @@ def calibration(probabilities: Tensor, right: Tensor, units: NDArray[np.int64]) 
 
 def accuracy_interval(right: Tensor, units: NDArray[np.int64]) -> dict[str, Any]:
     """ "low" and "high" of the share of pairs that are right; pairs of one prompt are one unit."""
-    found = share_interval(right.double().numpy(), np.unique(units, return_inverse=True)[1])
+    found = share_interval(right.double().numpy(), renumbered(units))
     return {side: found[side] for side in ("low", "high")}
 
 

@@ -119,7 +119,7 @@ def test_a_judge_that_favours_a_place_is_even():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("gates")
-    tiny_folder(root / "sft", seed=0)
+    tiny_folder(root / "sft", seed=0, max_length=512)  # it judges as well
     tiny_folder(root / "ppo", seed=1)
     (root / "prompts.txt").write_text("one day\ntwo good\nred night\nblue bad\n")
     (root / "judges.py").write_text(JUDGES)
