@@ -50,7 +50,7 @@ class BonConfig(SamplingConfig):
     reward_completion_only: bool = shared.reward_completion_only()
     missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
     pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
-    bootstrap: int = option(2000, "resamples of the prompts behind each 95 % interval")
+    bootstrap: int = shared.bootstrap()
 
 
 Config = BonConfig

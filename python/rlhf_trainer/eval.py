@@ -77,7 +77,7 @@ class EvalConfig:
     temperature: float = option(1.0, "sampling temperature; the KL is between the tempered policies")
     stop_token: str | None = shared.stop_token()
     batch_size: int = option(64, "prompts per forward pass")
-    bootstrap: int = option(2000, "resamples of the prompts behind each 95 % interval")
+    bootstrap: int = shared.bootstrap()
     seed: int = option(0, "seed of sampling and bootstrap")
     device: str = shared.device()
     pad_token: str | None = shared.pad_token()

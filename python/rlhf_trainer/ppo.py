@@ -291,7 +291,7 @@ def after_update(
         run.beta, metrics["objective/kl"], target=cfg.kl_target, episodes=cfg.batch_size, horizon=cfg.kl_horizon
     )
     criteria = {"stop_reward": cfg.stop_reward, "stop_gold": cfg.stop_gold, "stop_kl": cfg.stop_kl}
-    reason = stop_reason(metrics, alarms if cfg.stop_on_alert else (), **criteria)
+    reason = stop_reason(run.history, alarms if cfg.stop_on_alert else (), **criteria)
     run.beta, stop = ranks.broadcast_object((beta, reason))
     leave = ranks.any(bool(terminated))
     announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
