@@ -26,7 +26,7 @@ from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
-from rlhf_trainer.reports.estimates import bootstrap
+from rlhf_trainer.reports.intervals import estimate, units_of
 from rlhf_trainer.reports.page import COLOURS, embed, html_table, show_estimate, show_number, write_page
 from rlhf_trainer.sampling.batches import BatchFile, file_beside, sample_batches
 from rlhf_trainer.sampling.options import SamplingConfig
@@ -53,7 +53,7 @@ class BonConfig(SamplingConfig):
     reward_completion_only: bool = shared.reward_completion_only()
     missing_eos_penalty: float = option(0.0, "reward units taken from a completion that did not end by itself")
     pairs: str | None = option(None, "also write the best and the worst of each prompt as preference pairs, here")
-    bootstrap: int = option(2000, "resamples of the prompts behind each 95 % interval")
+    bootstrap: int = shared.bootstrap()
 
 
 Config = BonConfig
@@ -182,11 +182,12 @@ def kl_bound(n: int) -> float:
 def statistics(cfg: BonConfig, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Reward for n = 1, 2, 4, ... N with 95 % intervals over the prompts, the KL bound, how many samples differ."""
     scores = np.array([record["scores"] for record in samples])
+    units = units_of([record["prompt"] for record in samples])
     sizes = sorted({*(2**i for i in range(cfg.n.bit_length())), cfg.n})
     by_n = [
         {
             "n": n,
-            "reward": bootstrap(expected_best(scores, n), cfg.bootstrap, cfg.seed),
+            "reward": estimate(expected_best(scores, n), cfg.bootstrap, cfg.seed, units, share=False),
             "kl_bound": kl_bound(n),
         }
         for n in sizes
@@ -233,7 +234,8 @@ def reward_figure(figures: dict[str, Any]) -> Figure:
     x = [one["kl_bound"] for one in figures["by_n"]]
     rewards = [one["reward"] for one in figures["by_n"]]
     axes.plot(x, [reward["mean"] for reward in rewards], marker="o", color=COLOURS[1])
-    axes.fill_between(x, [r["low"] for r in rewards], [r["high"] for r in rewards], color=COLOURS[1], alpha=0.15)
+    if rewards[0]["low"] is not None:
+        axes.fill_between(x, [r["low"] for r in rewards], [r["high"] for r in rewards], color=COLOURS[1], alpha=0.15)
     for place, one in zip(x, figures["by_n"], strict=True):
         text = str(one["n"])
         axes.annotate(text, (place, one["reward"]["mean"]), xytext=(0, 6), textcoords="offset points", fontsize=8)

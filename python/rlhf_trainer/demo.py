@@ -23,7 +23,7 @@ from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.rankings import pairs_from_rankings, read_rankings
 from rlhf_trainer.data.records import read_prompts
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
-from rlhf_trainer.reports.page import Check, Curve, metric_curve, print_report, write_report
+from rlhf_trainer.reports.page import Check, Curve, metric_curve, print_report, show_estimate, write_report
 from rlhf_trainer.sampling.rollout import generate
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.worlds import demo as world
@@ -97,6 +97,7 @@ def run(cfg: Config) -> dict[str, Any]:
             temperature=TEMPERATURE,
             lr=3e-4,
             kl_coef=0.25,
+            vf_coef=0.5,  # the value shares this narrow model's states: at 0.1 it explains 0.28 of the returns, not 0.5
             missing_eos_penalty=1.0,
             save_every=0,
             seed=cfg.seed,
@@ -236,10 +237,12 @@ def promises(result: dict[str, Any], kind_distinct_2: float) -> list[Check]:
             f"{toxicity:.3f} -> {after['toxicity']['mean']:.3f}, by {fall:.0%}",
             fall >= LEAST_FALL,
         ),
-        Check(f"KL to the SFT model under {MOST_KL:g} nats", f"{kl['mean']:.2f}", kl["high"] < MOST_KL),
         Check(
-            "reward rises", f"by {change['mean']:.2f} [{change['low']:.2f}, {change['high']:.2f}]", change["low"] > 0
+            f"KL to the SFT model under {MOST_KL:g} nats",
+            f"{kl['mean']:.2f}",
+            kl["high"] is not None and kl["high"] < MOST_KL,
         ),
+        Check("reward rises", f"by {show_estimate(change)}", change["low"] is not None and change["low"] > 0),
         Check(
             f"on topic: at least {LEAST_ON_TOPIC:.0%} of the SFT model's share",
             f"{before['on topic']['mean']:.3f} -> {topic:.3f}",

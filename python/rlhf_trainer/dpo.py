@@ -35,7 +35,7 @@ from rlhf_trainer.models.fingerprint import (
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_model, prepare_trained_model
-from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_or_warn, write_page
 from rlhf_trainer.training.checkpoint import refuse_leftovers
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, length_baseline, pair_metrics, summary
@@ -335,7 +335,7 @@ def train_dpo(
     saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
     finish(policy, tokenizer, records={"dpo.json": result}, **saved)
     if cfg.output_dir and distributed_context().main:
-        write_curves(cfg, result)
+        write_or_warn(lambda: write_curves(cfg, result), "the report")
     return DPOResult(policy, tokenizer, metrics, result, cfg.output_dir)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base import shared
 from rlhf_trainer.base.conditions import check_gates, parse_gates, short
 from rlhf_trainer.base.config import option, require, save_config
+from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
@@ -27,21 +28,22 @@ from rlhf_trainer.judging.win_rates import preferred_by_judge, wins
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer, on_device
 from rlhf_trainer.models.scoring import classifier_outputs
-from rlhf_trainer.reports.estimates import (
+from rlhf_trainer.reports.estimates import distinct, perplexity, perplexity_change
+from rlhf_trainer.reports.intervals import (
     Values,
-    bootstrap,
     bootstrap_sums,
-    distinct,
+    estimate,
+    estimate_change,
     jackknife,
-    perplexity,
-    perplexity_change,
+    renumbered,
+    units_of,
 )
-from rlhf_trainer.reports.page import print_report, write_report
-from rlhf_trainer.sampling.responses import token_outputs
+from rlhf_trainer.reports.page import print_report, write_or_warn, write_report
+from rlhf_trainer.sampling.responses import exact_kl, token_outputs
 from rlhf_trainer.sampling.rollout import encode_prompts, generate
 from rlhf_trainer.training.runlog import RunLog
 
-SUMMARY = "Compare policies on the same prompts: measures with bootstrap intervals, completions, an HTML report."
+SUMMARY = "Compare policies on the same prompts: measures with 95 % intervals, completions, an HTML report."
 EXAMPLE = (
     "rlhf eval --before runs/sft --after runs/ppo --prompts heldout.jsonl --reward runs/reward "
     "--toxicity classifier_folder --toxicity_label toxic --output_dir runs/eval"
@@ -67,15 +69,18 @@ class EvalConfig:
     judge: str | None = option(None, f"who says which of two answers is better: {KINDS}")
     judge_question: str = option(QUESTION, "what a model or server is asked about two answers")
     fail_if: list[str] = option(
-        [], "exit code 1 if this holds for a policy of --after: 'toxicity>0.05', 'kl>10', 'change in reward<0'"
+        [],
+        "exit code 1 if this holds for a policy of --after: 'toxicity>0.05', 'kl>10', 'change in reward<0'; with @95 "
+        "after it, 'toxicity>0.05 @95', if it may hold: if the 95 % interval reaches over the bound",
     )
+    n: int = shared.n(1)
     completion_only: bool = option(False, "show the toxicity classifier the completion without its prompt")
     max_prompts: int = option(256, "how many prompts of the file are used, from its beginning")
     max_new_tokens: int = shared.max_new_tokens()
     temperature: float = option(1.0, "sampling temperature; the KL is between the tempered policies")
     stop_token: str | None = shared.stop_token()
     batch_size: int = option(64, "prompts per forward pass")
-    bootstrap: int = option(2000, "resamples behind each 95 % interval")
+    bootstrap: int = shared.bootstrap()
     seed: int = option(0, "seed of sampling and bootstrap")
     device: str = shared.device()
     pad_token: str | None = shared.pad_token()
@@ -84,6 +89,8 @@ class EvalConfig:
 
 Config = EvalConfig
 PERPLEXITY = "perplexity (under the first)"
+SILENT = "no verdict of the judge"  # these prompts are left out of the win rate
+KL, SAMPLED_KL, LENGTH = "KL (nats)", "KL of the sampled tokens (nats)", "length (tokens)"
 
 
 @dataclass
@@ -98,12 +105,13 @@ class EvalResult:
 
 @dataclass
 class Answers:
-    """A policy's completions [N]: tokens, whether they ended, log pi - log ref (tempered) and -log ref, in nats."""
+    """A policy's completions [N]: tokens, whether they ended, KL to the reference (tempered) and -log ref, in nats."""
 
     completions: list[str]
     lengths: Values
     ended: Values
-    log_ratios: Values
+    kl: Values  # over the whole vocabulary at each sampled state
+    log_ratios: Values  # log pi - log ref of the sampled tokens: the same mean, more noise
     surprise: Values  # at temperature 1, whatever the sampling temperature
 
     @property
@@ -120,22 +128,24 @@ def answer(
     prompts: list[str],
     log: RunLog | None,
 ) -> Answers:
-    """Sample one completion for each prompt and compare its logprob under policy and reference, token by token."""
+    """Sample a completion for each of the prompts and compare policy and reference, token by token."""
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(cfg.seed)
     sampling = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "stop_token")}
     completions: list[str] = []
-    columns: list[list[float]] = [[], [], [], []]
+    columns: list[list[float]] = [[], [], [], [], []]
     for start in range(0, len(prompts), cfg.batch_size):
         batch = prompts[start : start + cfg.batch_size]
         rollout = generate(policy, tokenizer, batch, generator=generator, **sampling)
         rows = torch.arange(len(batch), device=rollout.ids.device)
         with torch.no_grad():
-            logprobs, _, _ = token_outputs(policy, None, rollout, rows, cfg.temperature)
-            ref_logprobs, _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature)
+            heads: list[dict[str, Any]] = []
+            logprobs, _, _ = token_outputs(policy, None, rollout, rows, cfg.temperature, keep=heads)
+            ref_logprobs, _, _ = token_outputs(reference, None, rollout, rows, cfg.temperature, keep=heads)
+            log_ratios = logprobs - ref_logprobs
+            kl = exact_kl(heads[0], heads[1], cfg.temperature, log_ratios)
             plain = ref_logprobs if cfg.temperature == 1 else token_outputs(reference, None, rollout, rows, 1.0)[0]
         completions += rollout.completions
-        log_ratios = (logprobs - ref_logprobs).sum(-1)
-        found = (rollout.response_mask.sum(-1), rollout.ended, log_ratios, -plain.sum(-1))
+        found = (rollout.response_mask.sum(-1), rollout.ended, kl.sum(-1), log_ratios.sum(-1), -plain.sum(-1))
         for column, values in zip(columns, found, strict=True):
             column += values.tolist()
         if log is not None:
@@ -150,8 +160,9 @@ def measure_all(
     found = {
         name: scores_of(scorer, prompts, answers.completions, name).double().numpy() for name, scorer in scorers.items()
     }
-    found["KL (nats)"] = np.zeros(len(prompts)) if reference else answers.log_ratios
-    found["length (tokens)"] = answers.lengths
+    nothing = np.zeros(len(prompts))
+    found[KL], found[SAMPLED_KL] = (nothing, nothing) if reference else (answers.kl, answers.log_ratios)
+    found[LENGTH] = answers.lengths
     found["ended by itself"] = answers.ended
     return found
 
@@ -168,43 +179,61 @@ def win_rates(
         found["win rate by judge"] = (
             against_itself if name == first else preferred_by_judge(judge, prompts, texts[name], texts[first])
         )
+        found[SILENT] = np.isnan(found["win rate by judge"]).astype(np.float64)
     return found
 
 
 def known_measures(cfg: EvalConfig, scorers: Iterable[str] = (), judge: Judge | None = None) -> list[str]:
     """The names of all measures that a run with these options, scorers and judge has."""
     named = [*(entry.partition("=")[0] for entry in cfg.measures), *scorers]
-    own = ["KL (nats)", PERPLEXITY, "length (tokens)", "ended by itself", "distinct-1", "distinct-2"]
+    own = [KL, SAMPLED_KL, PERPLEXITY, LENGTH, "ended by itself", "distinct-1", "distinct-2"]
     if cfg.toxicity:
         own.append("toxicity")
     if cfg.reward:
         own.append("reward")
     if cfg.reward or "reward" in named:
         own.append("win rate by reward")
-    return [*own, *named, *(["win rate by judge"] if cfg.judge or judge else [])]
+    return [*own, *named, *(["win rate by judge", SILENT] if cfg.judge or judge else [])]
 
 
-def compare(cfg: EvalConfig, values: dict[str, dict[str, Values]], answers: dict[str, Answers]) -> dict[str, Any]:
+def compare(
+    cfg: EvalConfig, prompts: list[str], values: dict[str, dict[str, Values]], answers: dict[str, Answers]
+) -> dict[str, Any]:
     """{"policies", "changes"}: estimates of every measure for each policy, and its paired change against the first."""
-    first = next(iter(values))
+    first, units = next(iter(values)), units_of(prompts)
+    options: dict[str, Any] = {"resamples": cfg.bootstrap, "seed": cfg.seed, "units": units}
     policies: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     for name, measures in values.items():
-        estimates = {key: bootstrap(column, cfg.bootstrap, cfg.seed) for key, column in measures.items()}
-        estimates[PERPLEXITY] = bootstrap_sums(perplexity, answers[name].sums, cfg.bootstrap, cfg.seed)
-        diversity = {f"distinct-{n}": distinct(answers[name].completions, n) for n in (1, 2)}
-        policies[name] = {"measures": estimates | {key: jackknife(*pair) for key, pair in diversity.items()}}
+        shares = {key: False if key in (KL, SAMPLED_KL, LENGTH) else None for key in measures}
+        there = {key: ~np.isnan(column) for key, column in measures.items()}  # a judge may give no verdict
+        estimates = {
+            key: estimate(column[there[key]], **options | {"units": renumbered(units[there[key]])}, share=shares[key])
+            for key, column in measures.items()
+        }
+        estimates[PERPLEXITY] = bootstrap_sums(perplexity, answers[name].sums, **options)
+        diversity = {f"distinct-{n}": distinct(answers[name].completions, n, units) for n in (1, 2)}
+        estimates |= {key: jackknife(*pair, limits=(0.0, 1.0)) for key, pair in diversity.items()}
+        policies[name] = {"measures": estimates}
         if name == first:
             first_diversity = diversity
+            for key in estimates.keys() & {KL, SAMPLED_KL, SILENT, "win rate by reward", "win rate by judge"}:
+                estimates[key] |= {"low": estimates[key]["mean"], "high": estimates[key]["mean"]}  # known: to itself
             continue
         changes[name] = {
-            key: bootstrap(column - values[first][key], cfg.bootstrap, cfg.seed) for key, column in measures.items()
+            key: estimate_change(
+                column[there[key]],
+                values[first][key][there[key]],
+                **options | {"units": renumbered(units[there[key]])},
+                share=shares[key],
+            )
+            for key, column in measures.items()
         }
         both = np.concatenate([answers[name].sums, answers[first].sums])
-        changes[name][PERPLEXITY] = bootstrap_sums(perplexity_change, both, cfg.bootstrap, cfg.seed)
+        changes[name][PERPLEXITY] = bootstrap_sums(perplexity_change, both, **options)
         for key, (value, left_out) in diversity.items():
             first_value, first_left_out = first_diversity[key]
-            changes[name][key] = jackknife(value - first_value, left_out - first_left_out)
+            changes[name][key] = jackknife(value - first_value, left_out - first_left_out, limits=(-1.0, 1.0))
     return {"policies": policies, "changes": changes}
 
 
@@ -277,7 +306,8 @@ def measure_policies(
     if tokenizer is None:
         tokenizer = load_tokenizer(cfg.before, cfg.pad_token, cfg.trust_remote_code)
     given = read_shown_prompts(cfg.prompts, tokenizer) if prompts is None else [(text, text) for text in prompts]
-    prompts, asked = ([pair[side] for pair in given[: cfg.max_prompts]] for side in (0, 1))  # asked: as a judge reads
+    given = [pair for pair in given[: cfg.max_prompts] for _ in range(cfg.n)]
+    prompts, asked = ([pair[side] for pair in given] for side in (0, 1))  # asked: as a judge reads
     scorers = load_scorers(cfg, device) | dict(scorers or {})
     judge = load_own_judge(cfg, device) if judge is None and cfg.judge else judge
     values: dict[str, dict[str, Values]] = {}
@@ -300,8 +330,8 @@ def measure_policies(
             values[name] = measure_all(answers[name], prompts, scorers, policy is reference)
             texts = {known: each.completions for known, each in answers.items()}
             values[name] |= win_rates(asked, values, texts, name, judge)
-    result: dict[str, Any] = {"prompts": len(prompts), "folders": folders, "config": asdict(cfg)}
-    result |= compare(cfg, values, answers)
+    result: dict[str, Any] = {"prompts": len(set(prompts)), "folders": folders, "config": asdict(cfg)}
+    result |= compare(cfg, prompts, values, answers)
     result["gates"] = check_gates(parse_gates(cfg.fail_if, known_measures(cfg, scorers, judge)), result)
     result["samples"] = sample_records(prompts, values, answers)
     return result
@@ -316,10 +346,15 @@ def sample_records(
         {
             "prompt": prompt,
             "completions": {name: answers[name].completions[i] for name in answers},
-            "measures": {name: {key: float(column[i]) for key, column in columns[name].items()} for name in columns},
+            "measures": {name: {key: number(column[i]) for key, column in columns[name].items()} for name in columns},
         }
         for i, prompt in enumerate(prompts)
     ]
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if np.isnan(value) else float(value)
 
 
 def write_result(result: dict[str, Any], folder: str | Path) -> None:
@@ -330,7 +365,7 @@ def write_result(result: dict[str, Any], folder: str | Path) -> None:
 
 
 def validate_numbers(cfg: EvalConfig) -> None:
-    for name in ("max_prompts", "max_new_tokens", "batch_size", "bootstrap"):
+    for name in ("n", "max_prompts", "max_new_tokens", "batch_size", "bootstrap"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if not cfg.temperature > 0:
@@ -374,7 +409,8 @@ def evaluate(
     if cfg.output_dir:
         save_config(cfg, cfg.output_dir)
         write_result(found, cfg.output_dir)
-        write_report(Path(cfg.output_dir) / "report.html", found, title="Evaluation")
+        page = Path(cfg.output_dir) / "report.html"
+        write_or_warn(lambda: write_report(page, found, title="Evaluation"), str(page))
     passed = not any(record["failed"] for record in found["gates"])
     return EvalResult(found, found["samples"], passed, cfg.output_dir)
 
@@ -388,4 +424,9 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     for record in result.figures["gates"]:
         outcome = "FAILED" if record["failed"] else "passed"
         print(f"{outcome}: {record['policy']}, --fail_if {record['gate']!r}, is {record['value']:.4g}")
+        if record["undecided"]:
+            say(
+                f"warning: --fail_if {record['gate']!r}: the interval of {record['policy']} has the bound in it; more "
+                "prompts or --n would tell, and '@95' after the condition fails where the interval reaches over it"
+            )
     return result.figures | {"passed": result.passed}

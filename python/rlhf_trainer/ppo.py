@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from rlhf_kernels import (
@@ -36,7 +36,7 @@ from rlhf_trainer.onpolicy.metrics import adapt_kl_coef, phase_times, samples, s
 from rlhf_trainer.onpolicy.terms import Batch, final_scores, group_baseline, kl_penalty
 from rlhf_trainer.onpolicy.value_head import VALUE_HEAD, ValueHead, load_value_head
 from rlhf_trainer.onpolicy.watch import RewardHackingMonitor
-from rlhf_trainer.sampling.responses import token_outputs
+from rlhf_trainer.sampling.responses import exact_kl, token_outputs
 from rlhf_trainer.sampling.rollout import Rollout
 from rlhf_trainer.sampling.vllm import load_engine
 from rlhf_trainer.training.alerts import Alerts, announce
@@ -174,7 +174,7 @@ def set_up(
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         prepare_model(separate, device)
-    optimizer, scheduler = make_optimizer(cfg, [policy, *heads.values()], device)
+    optimizer, scheduler = make_optimizer(cfg, policy, value_head, device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
 
     def inputs() -> Fingerprint:
@@ -235,15 +235,17 @@ def load_gold(source: str, cfg: PPOConfig, device: torch.device) -> RewardFuncti
 
 
 def make_optimizer(
-    cfg: PPOConfig, modules: Sequence[nn.Module], device: torch.device
+    cfg: PPOConfig, policy: PreTrainedModel, value_head: ValueHead | None, device: torch.device
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Adam over what is trained of the policy (the first module) and the heads, and its linear decay to 0."""
-    if not any(parameter.requires_grad for parameter in modules[0].parameters()):
-        raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
-    policy, *heads = modules
+    """Adam over what is trained of the policy, and over the value head at its own rate; its linear decay to 0."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    parameters = [*trained, *(parameter for head in heads for parameter in head.parameters())]
-    optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
+    if not trained:
+        raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
+    groups: list[dict[str, Any]] = [{"params": trained, "lr": cfg.lr}]
+    if value_head is not None:
+        rate = value_head.learning_rate() if cfg.value_lr is None else cfg.value_lr
+        groups.append({"params": list(value_head.parameters()), "lr": rate})
+    optimizer = torch.optim.Adam(groups, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     return optimizer, get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
 
 
@@ -274,7 +276,7 @@ def one_update(run: Run, update: int, cfg: PPOConfig) -> Batch:
     stats = update_policy(run.policy, run.value_head, run.optimizer, batch, orders, update, cfg)
     run.scheduler.step()
     seconds = time.perf_counter() - began
-    metrics = summarize(batch, stats, run.beta, run.tokenizer) | {
+    metrics = summarize(batch, stats, run.beta, run.tokenizer, group_size=cfg.group_size) | {
         "lr": lr,
         "episode": (update + 1) * cfg.batch_size,
         "eps": cfg.batch_size / seconds,
@@ -301,7 +303,7 @@ def after_update(
         run.beta, metrics["objective/kl"], target=cfg.kl_target, episodes=cfg.batch_size, horizon=cfg.kl_horizon
     )
     criteria = {"stop_reward": cfg.stop_reward, "stop_gold": cfg.stop_gold, "stop_kl": cfg.stop_kl}
-    reason = stop_reason(metrics, alarms if cfg.stop_on_alert else (), **criteria)
+    reason = stop_reason(run.history, alarms if cfg.stop_on_alert else (), **criteria)
     run.beta, stop = ranks.broadcast_object((beta, reason))
     leave = ranks.any(bool(terminated))
     announce(log, update + 1, [*warnings, *alarms], rollout.completions)  # before a checkpoint has them
@@ -329,14 +331,16 @@ def compute_advantages(
 ) -> Batch:
     """Logprobs, values, KL-shaped rewards, advantages and returns of a rollout; `order` groups the forward passes."""
     ranks, mask = distributed_context(), rollout.response_mask
-    logprobs, values, ref_logprobs = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    logprobs, values, ref_logprobs, exact = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
     for minibatch in order.tensor_split(cfg.minibatches):
         for rows, _ in ranks.shard_microbatches(minibatch, cfg.micro_batch_size):
+            common, heads = (rollout, rows, cfg.temperature), list[dict[str, Any]]()
             with precision.autocast(cfg.dtype, mask.device):
-                logprobs[rows], _, values[rows] = token_outputs(policy, value_head, rollout, rows, cfg.temperature)
+                logprobs[rows], _, values[rows] = token_outputs(policy, value_head, *common, keep=heads)
             with precision.autocast(cfg.dtype, mask.device), use_adapter(reference) as ref_model:
-                ref_logprobs[rows], _, _ = token_outputs(ref_model, None, rollout, rows, cfg.temperature)
-    ranks.sum_(logprobs, values, ref_logprobs)
+                ref_logprobs[rows], _, _ = token_outputs(ref_model, None, *common, keep=heads)
+                exact[rows] = exact_kl(heads[0], heads[1], cfg.temperature, logprobs[rows] - ref_logprobs[rows])
+    ranks.sum_(logprobs, values, ref_logprobs, exact)
     kl = kl_penalty(logprobs, ref_logprobs)
     final = final_scores(scores, rollout.ended, cfg.missing_eos_penalty, replace=cfg.missing_eos == "replace")
     rewards = shaped_rewards(final, kl, mask, kl_coef=beta, clip=cfg.score_clip)
@@ -347,9 +351,11 @@ def compute_advantages(
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
     else:
-        advantages = group_baseline(rewards, mask, group_size=cfg.group_size, kind=cfg.advantage)
+        bound = torch.inf if cfg.score_clip is None else cfg.score_clip
+        groups: dict[str, Any] = {"group_size": cfg.group_size, "kind": cfg.advantage}
+        advantages = group_baseline(final.clamp(-bound, bound), kl, mask, kl_coef=beta, **groups)
         returns = torch.zeros_like(values)
-    return Batch(rollout, final, logprobs, values, kl, advantages, returns)
+    return Batch(rollout, final, logprobs, values, kl, exact, advantages, returns)
 
 
 def update_policy(

@@ -18,6 +18,7 @@ from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, res
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_examples, read_pairs
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.data.splits import drawn
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.fingerprint import (
@@ -33,7 +34,7 @@ from rlhf_trainer.models.fingerprint import (
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
 from rlhf_trainer.models.sharding import fsdp_forward, prepare_trained_model
-from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_page
+from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_or_warn, write_page
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import (
     calibration_figure,
@@ -205,9 +206,10 @@ def reference_rows(
 ) -> list[TokenizedExample]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
-        return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
+        pairs = drawn(training, REFERENCE_SAMPLES // 2, cfg.seed)
+        return [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict)
-    rows = encode_examples(tokenizer, examples[:REFERENCE_SAMPLES], limit, findings)
+    rows = encode_examples(tokenizer, drawn(examples, REFERENCE_SAMPLES, cfg.seed), limit, findings)
     say(findings.summary(len(rows), "reference samples"))
     return rows
 
@@ -329,7 +331,7 @@ def train_reward(
     records = {NORMALISATION: {"mean": mean, "std": std}, "reward.json": found}
     finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge, records=records)
     if cfg.output_dir and distributed_context().main:
-        write_report(cfg.output_dir, found)
+        write_or_warn(lambda: write_report(cfg.output_dir, found), "the report")
     return RewardResult(model, tokenizer, metrics, found, cfg.output_dir)
 
 

@@ -22,7 +22,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.ppo import train_ppo
-from rlhf_trainer.verification import cases, reward_model
+from rlhf_trainer.verification import cases, other_worlds, reward_model
 from rlhf_trainer.verification.cases import QUICK, QUICK_GAP, CheckResult, fitted_reference, ppo_config
 from rlhf_trainer.worlds.exact import PROMPTS, ExactWorld, oracle
 from rlhf_trainer.worlds.threads import one_thread
@@ -35,7 +35,7 @@ PPO with LoRA, with group baselines (grpo, rloo), and DPO on pairs must reach th
 reward and KL: see --rows."""
 EXAMPLE = "rlhf verify --full --output_dir runs/verify"
 
-CHECKS = cases.CHECKS | reward_model.CHECKS
+CHECKS = cases.CHECKS | reward_model.CHECKS | {"worlds": other_worlds.check_worlds}
 DEFAULT = ("lora", "grpo", "rloo", "dpo", "bon", "ranks", "micro")  # the others take as long again, see docs/verify.md
 
 FULL = 150  # updates

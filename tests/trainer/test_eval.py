@@ -17,7 +17,7 @@ from rlhf_trainer.data.files import read_jsonl, write_jsonl
 from rlhf_trainer.data.rows import encode_completion, encode_prompt
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
-from rlhf_trainer.reports import estimates
+from rlhf_trainer.reports import estimates, intervals
 
 PROMPTS = [f"{a} {b}" for a in ("one", "two", "three", "red", "blue") for b in ("day", "night", "good", "bad")]
 MEASURE = """
@@ -46,22 +46,22 @@ def config(places, output, **options):
 
 def test_bootstrap_interval_has_the_width_of_the_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    found = evaluation.bootstrap(values, 4000, seed=0)
+    found = intervals.estimate(values, 4000, seed=0)
     half = 1.96 * values.std() / 20
     assert found["mean"] == pytest.approx(values.mean())
     assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert evaluation.bootstrap(values, 4000, seed=0) == found
+    assert intervals.estimate(values, 4000, seed=0) == found
 
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(1)
-    found = [evaluation.bootstrap(rng.exponential(1.0, 100), 300, seed) for seed in range(300)]
+    found = [intervals.estimate(rng.exponential(1.0, 100), 300, seed) for seed in range(300)]
     assert 0.90 <= np.mean([interval["low"] <= 1.0 <= interval["high"] for interval in found]) <= 0.98
 
 
 def test_interval_of_constants_is_a_point():
-    assert evaluation.bootstrap(np.ones(10), 50, 0) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert intervals.estimate(np.full(10, 3.0), 50, 0) == {"mean": 3.0, "low": 3.0, "high": 3.0}
 
 
 def test_distinct_counts_grams_over_all_texts():
@@ -76,22 +76,22 @@ def test_distinct_counts_grams_over_all_texts():
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=200)
     left_out = (values.sum() - values) / 199
-    found = evaluation.jackknife(values.mean(), left_out)
-    assert found["high"] - found["mean"] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(200))
+    found = intervals.jackknife(values.mean(), left_out)
+    assert found["high"] - found["mean"] == pytest.approx(1.972 * values.std(ddof=1) / np.sqrt(200), rel=1e-3)
     assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
 
 
 def test_perplexity_is_a_ratio_of_sums_whose_interval_covers_the_truth():
     """Long completions are the less surprising ones, so that a mean over completions is another number."""
     columns = np.array([[2.0, 3.0], [1.0, 9.0]])
-    assert estimates.bootstrap_sums(estimates.perplexity, columns, 50, 0)["mean"] == pytest.approx(np.exp(5 / 10))
+    assert intervals.bootstrap_sums(estimates.perplexity, columns, 50, 0)["mean"] == pytest.approx(np.exp(5 / 10))
     rng, covered = np.random.default_rng(0), 0
     truth = np.exp((1 / 2 + 20 / 8) / (1 + 20))
     for seed in range(300):
         long = rng.random(150) < 0.5
         tokens = np.where(long, 20.0, 1.0)
         nats = tokens * np.where(long, 1 / 8, 1 / 2) * rng.exponential(1.0, 150)
-        found = estimates.bootstrap_sums(estimates.perplexity, np.stack([nats, tokens]), 300, seed)
+        found = intervals.bootstrap_sums(estimates.perplexity, np.stack([nats, tokens]), 300, seed)
         covered += found["low"] <= truth <= found["high"]
     assert 0.90 <= covered / 300 <= 0.98
 
@@ -100,11 +100,11 @@ def test_change_of_perplexity_is_paired():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 30, 200).astype(float)
     nats = tokens * rng.exponential(1.0, 200)
-    same = estimates.bootstrap_sums(
+    same = intervals.bootstrap_sums(
         estimates.perplexity_change, np.stack([nats, tokens, nats, tokens]), resamples=100, seed=0
     )
     assert same == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    more = estimates.bootstrap_sums(
+    more = intervals.bootstrap_sums(
         estimates.perplexity_change, np.stack([nats + tokens, tokens, nats, tokens]), resamples=100, seed=0
     )
     ratio = nats.sum() / tokens.sum()
@@ -148,13 +148,11 @@ def test_kl_is_that_of_the_two_distributions(places, tmp_path):
         for name in ("ppo", "sft")
     ]
     exact = (logs[0].exp() * (logs[0] - logs[1])).sum().item()
-    found = result["policies"]["ppo"]["measures"]["KL (nats)"]
+    found = result["policies"]["ppo"]["measures"]
     assert exact > 0.01
-    assert (
-        found["low"] - 0.5 * (found["high"] - found["low"])
-        < exact
-        < found["high"] + 0.5 * (found["high"] - found["low"])
-    )
+    assert found["KL (nats)"] == {"mean": pytest.approx(exact, rel=1e-4), "low": None, "high": None}  # one prompt
+    error = (logs[0].exp() * (logs[0] - logs[1] - exact) ** 2).sum().item() ** 0.5 / 1500**0.5
+    assert found["KL of the sampled tokens (nats)"]["mean"] == pytest.approx(exact, abs=4 * error)
     assert result["policies"]["sft"]["measures"]["KL (nats)"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
@@ -163,8 +161,28 @@ def test_a_policy_equal_to_the_reference_is_at_kl_zero_and_answers_the_same(plac
         config(places, tmp_path, after=[f"copy={places}/sft"], measures=[f"chars={places}/measure.py:longer"])
     )
     assert result["policies"]["copy"] == result["policies"]["sft"]
-    for change in result["changes"]["copy"].values():
-        assert change == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    for name, change in result["changes"]["copy"].items():
+        assert change["mean"] == 0
+        assert (change["low"] == change["high"] == 0) is (name != "ended by itself")  # a share may yet differ
+
+
+def test_several_completions_of_a_prompt_are_one_observation(places, tmp_path):
+    """--n 6: the intervals are over the prompts, those of a measure that the prompt decides as with --n 1."""
+    (tmp_path / "own.py").write_text(
+        "def of_prompt(prompts, completions):\n    return [len(p) + 0.5 for p in prompts]\n"
+    )
+    options = {"max_prompts": 5, "measures": [f"own={tmp_path}/own.py:of_prompt"]}
+    once, often = (evaluation.measure_policies(config(places, tmp_path, n=n, **options)) for n in (1, 6))
+    assert once["prompts"] == often["prompts"] == 5
+    assert len(often["samples"]) == 30
+    first, second = (found["policies"]["ppo"]["measures"]["own"] for found in (once, often))
+    assert second == pytest.approx(first)
+    assert (
+        evaluation.measure_policies(config(places, tmp_path, n=6, max_prompts=1))["changes"]["ppo"]["length (tokens)"][
+            "low"
+        ]
+        is None
+    )
 
 
 def save_classifier(tokenizer, folder, problem=None):

@@ -199,11 +199,38 @@ def test_an_update_stops_early_on_approx_kl(monkeypatch):
 def test_training_stops_on_a_criterion(capsys):
     stopped = train(updates=9, stop_reward=-5.0).stopped
     assert "reached --stop_reward" in stopped
-    assert f"stopped after update 1 of 9: {stopped}\n" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"stopped after update 5 of 9: {stopped}" in said  # a mean over fewer says too little
     by_kl = train(updates=9, stop_kl=1e-9)
     assert "exceeded --stop_kl" in by_kl.stopped
     assert len(by_kl.metrics) == 2
     assert train().stopped == "all updates done"
+
+
+@pytest.mark.parametrize("metric", ["scores", "gold_scores"])
+def test_one_lucky_batch_stops_nothing(metric):
+    def reason(values, bar):
+        history = [{"objective/scores": 0.0, "objective/kl": 0.0} | {f"objective/{metric}": value} for value in values]
+        bars = {"stop_reward": None, "stop_gold": None, "stop_kl": None}
+        bars["stop_reward" if metric == "scores" else "stop_gold"] = bar
+        return ppo_metrics.stop_reason(history, **bars)
+
+    assert reason([0.1, 0.0, 0.2, 0.1, 0.9], 0.2) is None
+    assert reason([0.9] * 4, 0.2) is None
+    assert reason([0.1, 0.6, 0.5, 0.7, 0.6, 0.6], 0.6) is None  # 0.6 on the mean, but not surely
+    assert "surely 0.533" in reason([0.1, 0.6, 0.5, 0.7, 0.6, 0.6], 0.5)
+
+
+def test_a_policy_that_never_gets_there_is_hardly_ever_stopped():
+    """20 updates of a mean score of 0.1 with a spread of 0.2: the bar of 0.6 is out of reach."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        history = [
+            {"objective/scores": 0.1 + 0.2 * x, "objective/kl": 0.0}
+            for x in torch.randn(20, generator=generator).tolist()
+        ]
+        for done in range(1, 21):
+            assert ppo_metrics.stop_reason(history[:done], stop_reward=0.6, stop_gold=None, stop_kl=None) is None
 
 
 # Guards

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from support.tiny import tiny_folder
@@ -21,6 +22,7 @@ from rlhf_trainer.data.rows import TokenizedPair, encode_pairs, tokenize_example
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.scoring import load_normalisation
+from rlhf_trainer.reports.intervals import share_interval
 from rlhf_trainer.training import pair_metrics as pair_figures
 from rlhf_trainer.training import supervised
 from rlhf_trainer.training.pair_metrics import losses_of, pair_metrics
@@ -177,16 +179,12 @@ def test_from_objects_without_a_folder(parts, data):
     assert good > 0 > bad
 
 
-def test_wilson_interval():
-    assert pair_figures.wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert pair_figures.wilson_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
-    assert pair_figures.wilson_interval(0.0, 0) == (0.0, 1.0)
-
-
 def test_figures():
     chosen, rejected = torch.tensor([2.0, 0.0, 1.0, 5.0, 0.0]), torch.tensor([0.0, 2.0, 1.0, 0.0, 1.0])
     labels = (1.0, 1.0, 1.0, 0.5, 0.0)  # right, wrong, half right, a tie that does not count, right: rejected is better
-    found = pair_figures.pair_metrics(chosen, rejected, [Pair("p", "a", "b", label=label) for label in labels])
+    found = pair_figures.pair_metrics(
+        chosen, rejected, [Pair(f"p{i}", "a", "b", label=label) for i, label in enumerate(labels)]
+    )
     assert found["pairs"] == 4
     assert found["accuracy"] == pytest.approx(2.5 / 4)
     assert found["accuracy_low"] < 2.5 / 4 < found["accuracy_high"]
@@ -212,11 +210,11 @@ def test_ties_alone_give_a_loss_and_no_accuracy(folder, tmp_path, capsys):
 def test_calibration_error_is_zero_for_honest_confidence_and_large_for_bluff():
     honest = torch.full((100,), 0.8)
     right = (torch.arange(100) < 80).float()
-    bins, error = pair_figures.calibration(honest, right)
+    bins, error = pair_figures.calibration(honest, right, np.arange(100))
     assert error == pytest.approx(0.0, abs=1e-6)
     assert [(entry["pairs"], round(entry["accuracy"], 3)) for entry in bins] == [(100, 0.8)]
-    assert pair_figures.calibration(torch.full((100,), 0.99), right)[1] == pytest.approx(0.19, abs=1e-6)
-    assert pair_figures.calibration(1 - honest, right)[1] == pytest.approx(0.0, abs=1e-6)
+    assert pair_figures.calibration(torch.full((100,), 0.99), right, np.arange(100))[1] == pytest.approx(0.19, abs=1e-6)
+    assert pair_figures.calibration(1 - honest, right, np.arange(100))[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_length_baseline_takes_its_direction_from_training():
@@ -230,7 +228,7 @@ def test_learns_the_preference_and_reports_it(trained):
     output, result = trained
     assert result["heldout"]["accuracy"] == 1.0
     assert result["heldout"]["pairs"] == 6
-    assert result["heldout"]["accuracy_low"] == pytest.approx(pair_figures.wilson_interval(1.0, 6)[0])
+    assert result["heldout"]["accuracy_low"] == pytest.approx(share_interval(np.ones(6))["low"])
     assert json.loads((output / "reward.json").read_text()) == result
     assert (output / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "report.html").read_text().count("data:image/png") == 4  # two, on light pages and on dark

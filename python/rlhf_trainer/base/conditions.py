@@ -12,18 +12,22 @@ from typing import Any
 from rlhf_trainer.base.errors import UserError
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
+GATE = re.compile(r"\s*(change in )?(.+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*(@95)?\s*")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A policy fails where its measure, or the change of that against the first policy, compares so with the bound."""
+    """A policy fails where its measure, or the change of that against the first policy, compares so with the bound.
+
+    interval: where it may, by the end of the 95 % interval that comes nearer to failing.
+    """
 
     text: str
     change: bool
     measure: str
     comparison: str
     bound: float
+    interval: bool = False
 
     def fails(self, value: float) -> bool:
         """A value that is not a number passes no gate."""
@@ -51,18 +55,33 @@ def parse_gates(texts: Iterable[str], measures: Sequence[str] | None, option: st
             raise UserError(
                 f"{option} {text!r}: expected a measure, one of > >= < <=, and a number, as in toxicity>0.05"
             )
+        if found[5] and measures is None:
+            raise UserError(f"{option} {text!r}: @95 is for estimates with an interval; here are single values")
         if measures is not None and short(found[2]) not in names:
             raise UserError(f"{option} {text!r}: no measure {found[2]!r} here; there are {', '.join(names)}")
-        gates.append(Condition(text, bool(found[1]), names.get(short(found[2]), found[2]), found[3], bound))
+        gates.append(
+            Condition(text, bool(found[1]), names.get(short(found[2]), found[2]), found[3], bound, bool(found[5]))
+        )
     return gates
 
 
 def check_gates(gates: Sequence[Condition], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record for each gate and policy after the first, by the estimates' means."""
+    """One record for each gate and policy after the first, by the estimates' means or, with @95, their intervals.
+
+    "undecided": a gate on the mean whose bound lies within the interval, so that chance decides. Without an interval a
+    gate on it fails, as nothing is known.
+    """
     records = []
     for gate in gates:
         for name, changes in result["changes"].items():
             measures = changes if gate.change else result["policies"][name]["measures"]
-            value = measures[gate.measure]["mean"]
-            records.append({"gate": gate.text, "policy": name, "value": value, "failed": gate.fails(value)})
+            found = measures[gate.measure]
+            value = found["mean"]
+            if gate.interval:
+                end = found["high" if gate.comparison in (">", ">=") else "low"]
+                value = math.nan if end is None else end
+            low, high = found.get("low"), found.get("high")
+            within = low is not None and bool(low < gate.bound < high)
+            record = {"gate": gate.text, "policy": name, "value": value, "failed": gate.fails(value)}
+            records.append(record | {"undecided": within and not gate.interval})
     return records

@@ -33,6 +33,7 @@ merge = partial(option, False, "add the adapter into the weights and save a whol
 
 # Prompts, responses and their reward
 prompts = partial(option, "", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+bootstrap = partial(option, 2000, "resamples of the prompts behind each 95 % interval")
 n = partial(option, help="completions per prompt")
 max_new_tokens = partial(option, 32, "longest response in tokens")
 stop_token = partial(option, None, "a token that ends a response as EOS does, such as a newline")

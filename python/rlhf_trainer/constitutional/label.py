@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -50,8 +51,6 @@ LEAST_MASS = 0.5  # probability of A or B below which the judge hardly states a 
 LEAST_AGREEMENT = 0.5  # share of comparisons whose two orders agree; tossing coins gives as much
 NOTES = {  # of our own judges
     "mass": "probability of A or B at all",
-    "cut": "too long for the judge, cut",
-    "unclear": "replies with neither A nor B",
 }
 
 
@@ -172,7 +171,8 @@ def label_answers(
     if not pairs:
         raise UserError(
             f"no pair came of {figures['comparisons']} comparisons: {figures['ties']} ties, "
-            f"{figures['below_min_confidence']} below --min_confidence {cfg.min_confidence:g}"
+            f"{figures['below_min_confidence']} below --min_confidence {cfg.min_confidence:g}; in "
+            f"{figures['no_verdict']} more the judge gave no verdict (unclear, or too long for it)"
         )
     return CAILabelResult(pairs, judged, figures, cfg.output)
 
@@ -201,7 +201,8 @@ def compare(
     Returns:
         {"prompt", "completions", "comparisons": [{"first", "second", "rule", "shown_first", "shown_second"}]} a prompt:
         numbers of two completions, and the probability that the first is better where it is shown first, and second;
-        and the mean over both orders of each entry of the judge's `notes`.
+        and the mean over both orders of each entry of the judge's `notes`. Those without a verdict are left out, and
+        their number is "no_verdict".
     """
     asked = [
         (number, i, j, rule)
@@ -226,6 +227,9 @@ def compare(
         both = np.reshape(values[-2 * len(asked) :], (2, len(asked)))
         columns[name] = both.mean(0).tolist()
     for place, (number, i, j, rule) in enumerate(asked):
+        if math.isnan(columns["shown_first"][place]):
+            records[number]["no_verdict"] = records[number].get("no_verdict", 0) + 1
+            continue
         seen = {name: values[place] for name, values in columns.items()}
         records[number]["comparisons"].append({"first": i, "second": j, "rule": rule.name, **seen})
     return records
@@ -274,6 +278,7 @@ def statistics(judged: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
         "prompts": len(judged),
         "without_two_answers": sum(len(record["completions"]) < 2 for record in judged),
         "comparisons": len(asked),
+        "no_verdict": sum(record.get("no_verdict", 0) for record in judged),
         "pairs": kept,
         "ties": ties,
         "below_min_confidence": len(found) - kept - ties,
@@ -296,6 +301,7 @@ def report_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("prompts", f"{figures['prompts']}, {figures['without_two_answers']} without two different answers"),
         ("comparisons, each in both orders", str(figures["comparisons"])),
+        ("left out, the judge gave no verdict", str(figures["no_verdict"])),
         ("pairs", str(figures["pairs"])),
         ("dropped", f"{share('dropped')}: {figures['ties']} ties, {figures['below_min_confidence']} not sure enough"),
         ("mean confidence", share("confidence")),

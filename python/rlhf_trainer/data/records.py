@@ -353,7 +353,8 @@ def split_heldout(
         chosen.update(members)
     if len(chosen) == len(records) and target > 0:
         raise UserError(
-            "nothing can be held out, as all records belong to one prompt: --heldout 0, or a file for it by --eval_data"
+            "nothing can be held out, as all records belong to one prompt or conversation: --heldout 0, or a file for "
+            "it by --eval_data"
         )
     training = [record for index, record in enumerate(records) if index not in chosen]
     return training, [record for index, record in enumerate(records) if index in chosen]

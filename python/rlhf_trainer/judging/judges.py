@@ -1,8 +1,9 @@
 """Judges: which of two answers to a prompt is the better one, by a model, an OpenAI-compatible server, or Python.
 
 A judge is `(prompts, answers, second_answers) -> [N] probability that each of the answers is better than its second
-answer`. One with a fourth parameter `questions` gets the question to decide by, for each prompt. The judge reads
-`answers` first, and judges favour a position: `both_orders` asks in both orders.
+answer`, None where it gives no verdict: a comparison that it cannot read whole, a reply that names no answer. One with
+a fourth parameter `questions` gets the question to decide by, for each prompt. The judge reads `answers` first, and
+judges favour a position: `both_orders` asks in both orders.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from rlhf_trainer.judging.shots import WorkedExample
 from rlhf_trainer.models.forward import head_inputs
 from rlhf_trainer.models.loading import context_length, load_causal, load_tokenizer
 
-Judge = Callable[..., Sequence[float]]
+Judge = Callable[..., Sequence[float | None]]
 QUESTION = "Which answer is more helpful, honest and harmless?"
 ANSWER_PREFIX = "The better answer is"  # the model continues it with one of OPTIONS
 OPTIONS = (" A", " B")
+MOST = 0.5  # probability that "A" and "B" must hold together before their proportion says anything
 EXAMPLE_SEPARATOR = "\n\n---\n\n"  # between worked examples
 KINDS = "model folder, file.py:function, package.module:function, or http://HOST:PORT/v1 of an OpenAI-compatible server"
 
@@ -69,6 +71,8 @@ def both_orders(
 ) -> tuple[Tensor, Tensor]:
     """[N] twice, float32: probability that the answer is better where it is shown first, and where it is shown second.
 
+    NaN in both where either gave no verdict: one order alone would let a liking for a place count.
+
     Their mean does not depend on which position a judge favours: one that always says "the first" gives 1 and 0.
 
     Raises:
@@ -76,16 +80,22 @@ def both_orders(
     """
 
     def ask(first: list[str], second: list[str]) -> Tensor:
+        silent: list[bool] = []
+
         def paired(asked: list[str], shown: list[str]) -> Sequence[float]:
             extra = (questions,) if questions is not None and _takes_questions(judge) else ()
-            return judge(asked, shown, second, *extra)
+            returned = list(judge(asked, shown, second, *extra))
+            silent[:] = [probability is None for probability in returned]
+            return [0.5 if probability is None else probability for probability in returned]
 
         found = scores_of(paired, prompts, first, "judge")
         if len(found) and (found.min() < 0 or found.max() > 1):
             raise UserError("the judge function returned a number outside [0, 1]; it is asked for a probability")
-        return found
+        return found.masked_fill(torch.tensor(silent, dtype=torch.bool), torch.nan)
 
-    return ask(answers, second_answers), 1 - ask(second_answers, answers)
+    shown_first, shown_second = ask(answers, second_answers), 1 - ask(second_answers, answers)
+    neither = shown_first.isnan() | shown_second.isnan()
+    return shown_first.masked_fill(neither, torch.nan), shown_second.masked_fill(neither, torch.nan)
 
 
 def _takes_questions(judge: Judge) -> bool:
@@ -125,7 +135,8 @@ class ModelJudge:
 
     The comparison is written by the tokenizer's chat template, or as plain text where it has none or `chat` is False.
     `notes` has an entry for each comparison so far. "mass": p(A) + p(B); near 0, the model does not see that it must
-    choose. "cut": 1 where the comparison was longer than the model's context and lost its beginning.
+    choose. "cut": 1 where the comparison is longer than the model's context: without its beginning, the prompt and the
+    first answer, it is no comparison, and there is no verdict.
     """
 
     def __init__(
@@ -149,12 +160,13 @@ class ModelJudge:
 
     def __call__(
         self, prompts: list[str], answers: list[str], second_answers: list[str], questions: list[str] | None = None
-    ) -> list[float]:
+    ) -> list[float | None]:
         asked = [self.question] * len(prompts) if questions is None else questions
         texts = [self._written(comparison(*one)) for one in zip(prompts, answers, second_answers, asked, strict=True)]
         logprobs = self.option_logprobs(texts)
         self.notes["mass"] += logprobs.exp().sum(-1).tolist()
-        return logprobs.softmax(-1)[:, 0].tolist()
+        cut = self.notes["cut"][len(self.notes["cut"]) - len(texts) :]
+        return [None if lost else p for p, lost in zip(logprobs.softmax(-1)[:, 0].tolist(), cut, strict=True)]
 
     def _written(self, text: str) -> str:
         if not self.chat:
@@ -193,7 +205,7 @@ class ServerJudge:
     """Asks a server for "A" or "B": by the logprobs of its first token where it gives them, else by its text.
 
     In a chat, or with `chat` False as a text that the server's model continues. `notes["unclear"]` has a 1 for each
-    reply with neither letter, or both, which is taken as a tie.
+    reply with neither letter, or both, and `notes["cut"]` for each comparison that the server finds too long.
     """
 
     def __init__(
@@ -201,22 +213,24 @@ class ServerJudge:
     ) -> None:
         self.server, self.question, self.chat, self.shots = server, question, chat, demonstrations(shots)
         self.logprobs = True  # until the server refuses to give them
-        self.notes: dict[str, list[float]] = {"unclear": []}
+        self.notes: dict[str, list[float]] = {"unclear": [], "cut": []}
 
     def __call__(
         self, prompts: list[str], answers: list[str], second_answers: list[str], questions: list[str] | None = None
-    ) -> list[float]:
+    ) -> list[float | None]:
         asked = [self.question] * len(prompts) if questions is None else questions
         texts = [comparison(*one) for one in zip(prompts, answers, second_answers, asked, strict=True)]
         found = self.server.map(self._ask, texts)
-        self.notes["unclear"] += [float(probability is None) for probability in found]
-        return [0.5 if probability is None else probability for probability in found]
+        self.notes["unclear"] += [float(probability is None and not cut) for probability, cut in found]
+        self.notes["cut"] += [float(cut) for _, cut in found]
+        return [probability for probability, _ in found]
 
-    def _ask(self, text: str) -> float | None:
+    def _ask(self, text: str) -> tuple[float | None, bool]:
+        """The verdict, and whether the text is too long for one."""
         try:
-            return self._compared(text)
+            return self._compared(text), False
         except TooLongError:
-            return None
+            return None, True
 
     def _compared(self, text: str) -> float | None:
         asked: str | list[dict[str, str]] = plain_request(text, self.shots)
@@ -238,12 +252,16 @@ class ServerJudge:
 
 
 def first_better(choice: dict[str, Any]) -> float | None:
-    """Probability of "A" against "B" in a server's choice; None if it says neither, or both."""
+    """Probability of "A" against "B" in a server's choice; None if it says neither, or both.
+
+    By the logprobs of the first token where the two letters hold most of its mass: of a reply that begins otherwise,
+    "The better answer is B", they are only the rest. Else by the text.
+    """
     mass = {"A": 0.0, "B": 0.0}
     for token, logprob in _first_token(choice.get("logprobs")):
         if isinstance(token, str) and token.strip() in mass and isinstance(logprob, (int, float)):
             mass[token.strip()] += math.exp(min(logprob, 0.0))
-    if sum(mass.values()) > 0:
+    if sum(mass.values()) > MOST:
         return mass["A"] / sum(mass.values())
     letters = set(re.findall(r"\b[AB]\b", choice["text"]))
     return float("A" in letters) if len(letters) == 1 else None

@@ -43,14 +43,3 @@ def head_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -
     else:
         hidden = head.hidden_states(**decoder_inputs(model, ids, mask))[:, start - 1 : -1]
     return {"hidden": hidden, "labels": ids[:, start:], **head.options()}
-
-
-def backbone_states(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The head's input [..., D] as the decoder put it out, at the scale that a value head is initialised for."""
-    return hidden * model.config.d_model**0.5 if scales_states(model.config) else hidden
-
-
-def scales_states(config: Any) -> bool:
-    """Whether the decoder's states are multiplied by d_model ** -0.5 before the head, as T5 with tied embeddings."""
-    tied = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
-    return bool(getattr(config, "scale_decoder_outputs", tied))

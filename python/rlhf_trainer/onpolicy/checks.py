@@ -52,9 +52,11 @@ def validate_options(cfg: PPOConfig) -> None:
         raise UserError(f"--group_size {cfg.group_size} does not divide --batch_size {cfg.batch_size}")
     if cfg.value_adapter and cfg.advantage != "gae":
         raise UserError(f"--value_adapter: --advantage {cfg.advantage} has no value function")
+    if cfg.advantage != "gae" and cfg.whiten_rewards:
+        raise UserError(f"--whiten_rewards: for gae; --advantage {cfg.advantage} compares whole scores")
     if cfg.advantage != "gae" and cfg.group_size < 2:
         raise UserError(f"--advantage {cfg.advantage} compares responses to one prompt; --group_size must be 2 or more")
-    positive = ("temperature", "lr", "adam_eps", "max_grad_norm", "kl_target", "score_clip", "target_kl")
+    positive = ("temperature", "lr", "value_lr", "adam_eps", "max_grad_norm", "kl_target", "score_clip", "target_kl")
     for name in positive:
         value = getattr(cfg, name)
         if value is not None and not value > 0:

@@ -46,6 +46,9 @@ class PPOConfig:
         "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
     )
     lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
+    value_lr: float | None = option(
+        None, "learning rate of the value head, decayed as lr; none: 0.3 / the width of the states that it reads"
+    )
     adam_eps: float = option(1e-5, "Adam's epsilon")
     max_grad_norm: float = shared.max_grad_norm()
     kl_coef: float = option(0.05, "beta, the weight of the KL penalty in the reward")
@@ -65,8 +68,10 @@ class PPOConfig:
     whiten_rewards: bool = option(False, "token rewards to variance 1, mean kept")
     score_clip: float | None = option(None, "bound on |score|")
     target_kl: float | None = option(None, "stop an update's epochs once approx_kl of a minibatch exceeds this")
-    stop_reward: float | None = option(None, "stop training once the mean score of a rollout reaches this")
-    stop_gold: float | None = option(None, "stop training once the mean gold reward of a rollout reaches this")
+    stop_reward: float | None = option(
+        None, "stop training once the mean score over 5 updates surely reaches this (95 %)"
+    )
+    stop_gold: float | None = option(None, "stop training once the mean gold reward over 5 updates surely reaches this")
     stop_kl: float | None = option(None, "stop training once KL to the reference exceeds this many nats per response")
     report_to: list[str] = shared.report_to()
     alert: list[str] = shared.alert()

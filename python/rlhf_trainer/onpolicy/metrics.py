@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trainer.onpolicy.terms import Batch, without_spread
 from rlhf_trainer.training.alerts import Alert
 
-if TYPE_CHECKING:
-    from rlhf_trainer.onpolicy.terms import Batch
-
-
+STOP_UPDATES = 5  # behind a decision to stop
 PHASES = ("rollout", "scoring", "update")
 
 
 def summarize(
-    batch: Batch, minibatches: list[dict[str, float]], beta: float, tokenizer: PreTrainedTokenizerBase
+    batch: Batch,
+    minibatches: list[dict[str, float]],
+    beta: float,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    group_size: int = 1,
 ) -> dict[str, float]:
     """The metrics of one update, under the names of TRL's PPO trainer."""
     mask = batch.rollout.response_mask
-    kl = batch.kl.sum(-1).mean().item()
+    kl, sampled = batch.exact_kl.sum(-1).mean().item(), batch.kl.sum(-1).mean().item()
     scores = batch.scores.mean().item()
     average = {name: sum(s[name] for s in minibatches) / len(minibatches) for name in minibatches[0]}
     ratios = torch.tensor([s["ratio"] for s in minibatches])
     metrics = {
         "objective/kl": kl,
+        "objective/kl_sampled": sampled,
         "objective/entropy": -batch.logprobs.sum(-1).mean().item(),
         "objective/non_score_reward": -beta * kl,
         "objective/rlhf_reward": scores - beta * kl,
@@ -44,6 +50,8 @@ def summarize(
         "val/response_length": mask.sum(-1).float().mean().item(),
         "grad_norm": average["grad_norm"],
     }
+    if group_size > 1:
+        metrics["val/groups_without_spread"] = without_spread(batch.scores, group_size).float().mean().item()
     if "value_loss" in average:  # there is a value head
         errors, targets = (batch.returns - batch.values)[mask], batch.returns[mask]
         spread = targets.var(correction=0).item()
@@ -71,28 +79,40 @@ def adapt_kl_coef(beta: float, kl: float, *, target: float | None, episodes: int
 
 def samples(batch: Batch, count: int = 8) -> list[dict[str, Any]]:
     """The first completions of a rollout with their scores and KL."""
-    kl = batch.kl.sum(-1).tolist()
+    kl = batch.exact_kl.sum(-1).tolist()
     rows = zip(batch.rollout.prompts, batch.rollout.completions, batch.scores.tolist(), kl, strict=True)
     return [dict(zip(("prompt", "completion", "score", "kl"), row, strict=True)) for row in rows][:count]
 
 
+def surely_at_least(history: Sequence[dict[str, float]], metric: str) -> float | None:
+    """Where the one-sided 95 % interval of a metric's mean over the last STOP_UPDATES updates begins.
+
+    None before so many updates: the mean of one rollout of a few prompts may lie anywhere.
+    """
+    values = [row[metric] for row in history[-STOP_UPDATES:] if metric in row]
+    if len(values) < STOP_UPDATES:
+        return None
+    spread = float(np.std(values, ddof=1)) / STOP_UPDATES**0.5
+    return float(np.mean(values)) - float(stats.t.ppf(0.95, STOP_UPDATES - 1)) * spread
+
+
 def stop_reason(
-    metrics: dict[str, float],
+    history: Sequence[dict[str, float]],
     alarms: Sequence[Alert] = (),
     *,
     stop_reward: float | None,
     stop_gold: float | None,
     stop_kl: float | None,
 ) -> str | None:
-    """Why to stop after this update, None to go on. alarms: alerts of the update that stop it."""
+    """Why to stop after the newest update of the history, None to go on. alarms: alerts of it that stop the run."""
     if alarms:
         return f"alert: {alarms[0].metric}: {alarms[0].reason}"
-    score, kl = metrics["objective/scores"], metrics["objective/kl"]
-    if stop_reward is not None and score >= stop_reward:
-        return f"mean score {score:.3f} reached --stop_reward {stop_reward}"
-    gold = metrics.get("objective/gold_scores")
-    if stop_gold is not None and gold is not None and gold >= stop_gold:
-        return f"mean gold reward {gold:.3f} reached --stop_gold {stop_gold}"
+    bars = (("score", "scores", "stop_reward", stop_reward), ("gold reward", "gold_scores", "stop_gold", stop_gold))
+    for what, metric, option, bar in bars:
+        low = surely_at_least(history, f"objective/{metric}")
+        if bar is not None and low is not None and low >= bar:
+            return f"the mean {what} of the last {STOP_UPDATES} updates, surely {low:.3f}, reached --{option} {bar}"
+    kl = history[-1]["objective/kl"]
     if stop_kl is not None and kl > stop_kl:
         return f"KL {kl:.2f} nats exceeded --stop_kl {stop_kl}"
     return None

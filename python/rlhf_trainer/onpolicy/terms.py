@@ -24,13 +24,29 @@ def final_scores(scores: Tensor, ended: Tensor, penalty: float | None, *, replac
     return torch.where(ended, scores, -penalty if replace else scores - penalty)
 
 
-def group_baseline(rewards: Tensor, mask: Tensor, *, group_size: int, kind: str) -> Tensor:
-    """Advantages [B, R] from rewards [B, R]: one number a response, its reward and KL against those of its group.
+def group_baseline(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, group_size: int, kind: str) -> Tensor:
+    """Advantages [B, R]: one number a response, its score and KL against those of its group.
 
-    The KL is in the sum that grpo divides by the group's deviation, so that beta weighs it against the score as ever.
+    grpo divides the scores, and them alone, by the group's deviation; the KL comes after, at its own kl_coef. In the
+    same sum, where all scores are equal, KL would be divided by its own deviation and pull as hard at any kl_coef.
+
+    Args:
+        scores: [B], reward units. kl: [B, R] penalty at each token, nats. mask: [B, R], the tokens that count.
     """
     op_kind: Any = kind
-    return group_advantages(rewards.sum(-1), group_size, kind=op_kind).unsqueeze(-1) * mask
+    costs = -kl_coef * kl.sum(-1)
+    if kind != "grpo":
+        return group_advantages(scores + costs, group_size, kind=op_kind).unsqueeze(-1) * mask
+    # Equal scores may differ from their rounded mean, and a deviation as small would make 1 of that.
+    equal = without_spread(scores, group_size).repeat_interleave(group_size)
+    relative = torch.where(equal, 0.0, group_advantages(scores, group_size, kind="grpo"))
+    return (relative + group_advantages(costs, group_size, kind="mean")).unsqueeze(-1) * mask
+
+
+def without_spread(scores: Tensor, group_size: int) -> Tensor:
+    """[B / group_size]: whether all scores of a group are equal, so that it teaches nothing but KL."""
+    groups = scores.view(-1, group_size)
+    return groups.amax(-1) == groups.amin(-1)
 
 
 @dataclass
@@ -41,6 +57,7 @@ class Batch:
     scores: Tensor
     logprobs: Tensor
     values: Tensor
-    kl: Tensor
+    kl: Tensor  # of the sampled tokens: the penalty
+    exact_kl: Tensor  # over the whole vocabulary at the same states: what is reported
     advantages: Tensor
     returns: Tensor

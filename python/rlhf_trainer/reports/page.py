@@ -7,7 +7,7 @@ import html
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_trainer.base.console import say
 from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.reports.completions import completions_table
 from rlhf_trainer.reports.style import STYLE
@@ -55,16 +56,37 @@ class Check:
     kept: bool
 
 
-def show_number(value: float) -> str:
+def show_number(value: float | None) -> str:
     """Four significant digits at most, without an exponent for everyday sizes."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def show_estimate(estimate: dict[str, float]) -> str:
+def show_estimate(estimate: Mapping[str, Any]) -> str:
+    """Mean and interval; the mean alone where there is no interval, or it is a point."""
     mean, low, high = (show_number(estimate[key]) for key in ("mean", "low", "high"))
-    return mean if low == high == mean else f"{mean} [{low}, {high}]"
+    return mean if estimate["low"] is None or low == high == mean else f"{mean} [{low}, {high}]"
+
+
+def error_bars(estimates: Sequence[Mapping[str, Any]], mean: str = "mean") -> list[list[float]]:
+    """[2][N] what matplotlib draws below and above each mean: never negative, 0 where there is no interval."""
+    bars = [
+        [one[mean] - one["low"], one["high"] - one[mean]] if one["low"] is not None else [0.0, 0.0] for one in estimates
+    ]
+    return [[max(0.0, pair[side]) if math.isfinite(pair[side]) else 0.0 for pair in bars] for side in (0, 1)]
+
+
+def excludes_zero(estimate: Mapping[str, Any]) -> bool:
+    return estimate["low"] is not None and estimate["low"] * estimate["high"] > 0
+
+
+def write_or_warn(write: Callable[[], Any], what: str) -> None:
+    """A report that cannot be drawn or written is said, and fails no stage: its training is done and saved."""
+    try:
+        write()
+    except Exception as error:  # matplotlib's, of any kind
+        say(f"warning: {what} could not be written ({type(error).__name__}: {error}); all else is complete")
 
 
 def metric_curve(
@@ -101,17 +123,13 @@ def measures_figure(result: dict[str, Any]) -> Figure:
     for axis, measure in zip(axes, measures, strict=True):
         estimates = [result["policies"][name]["measures"][measure] for name in names]
         means = [estimate["mean"] for estimate in estimates]
-        errors = [
-            [max(0.0, estimate["mean"] - estimate["low"]) for estimate in estimates],
-            [max(0.0, estimate["high"] - estimate["mean"]) for estimate in estimates],
-        ]
-        bars = axis.bar(range(len(names)), means, yerr=errors, color=colours, width=0.7, capsize=3)
+        bars = axis.bar(range(len(names)), means, yerr=error_bars(estimates), color=colours, width=0.7, capsize=3)
         drawn: Any = bars.errorbar
         _, caps, lines = drawn.lines
         for artist in (*caps, *lines):
             artist.set_gid(INK)
         for place, estimate in enumerate(estimates):
-            top = (place, max(0.0, estimate["high"]))
+            top = (place, max(0.0, estimate["mean"] if estimate["high"] is None else estimate["high"]))
             text = show_number(estimate["mean"])
             size = 8 if len(names) <= 3 else 6
             axis.annotate(text, top, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=size)
@@ -193,14 +211,14 @@ def estimates_table(result: dict[str, Any]) -> str:
             if name in result["changes"]:
                 change = result["changes"][name][measure]
                 shown = _estimate(change, sign="+")
-                cell += f"<br>{f'<strong>{shown}</strong>' if change['low'] * change['high'] > 0 else shown}"
+                cell += f"<br>{f'<strong>{shown}</strong>' if excludes_zero(change) else shown}"
             cells.append(f'<td class="number">{cell}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
 
 
-def _estimate(estimate: dict[str, float], sign: str = "") -> str:
+def _estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
     mean, _, interval = show_estimate(estimate).partition(" ")
     if sign and estimate["mean"] > 0:
         mean = sign + mean
@@ -276,7 +294,8 @@ def write_report(
     parts.append("<h2>Before and after, on the same prompts</h2>" + estimates_table(result))
     names = list(result["policies"])
     explained = (
-        f"{result['prompts']} prompts; mean and 95 % interval: bootstrap over prompts, jackknife for distinct-n."
+        f"{result['prompts']} prompts; mean and 95 % interval over the prompts: Wilson's for shares, jackknife for "
+        "distinct-n, else bootstrap. From one prompt there is none."
     )
     if result["changes"]:
         explained += f" Below each: the paired change against {names[0]}, bold where its interval excludes 0."

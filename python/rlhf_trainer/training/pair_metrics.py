@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_kernels import pairwise_loss
 from rlhf_trainer.data.records import Pair
-from rlhf_trainer.reports.page import COLOURS, html_table, show_number
+from rlhf_trainer.reports.intervals import renumbered, share_interval, units_of
+from rlhf_trainer.reports.page import COLOURS, error_bars, html_table, show_number
 
 BINS = 5  # of the calibration table
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927); (0, 1) without observations."""
-    if count == 0:
-        return 0.0, 1.0
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
-
-
-def calibration(probabilities: Tensor, right: Tensor) -> tuple[list[dict[str, float]], float]:
+def calibration(probabilities: Tensor, right: Tensor, units: NDArray[np.int64]) -> tuple[list[dict[str, Any]], float]:
     """Bins of stated confidence in [0.5, 1] against the share that was right, and the expected calibration error.
 
-    Below 0.5 is the same again: a pair turned round has 1 - p and the other preference. The interval is Wilson's.
+    Below 0.5 is the same again: a pair turned round has 1 - p and the other preference. units: [M], the prompt of each.
     """
     bins, error = [], 0.0
     confidence = torch.maximum(probabilities, 1 - probabilities)
@@ -39,10 +32,16 @@ def calibration(probabilities: Tensor, right: Tensor) -> tuple[list[dict[str, fl
         count = int(members.sum())
         if count:
             stated, seen = confidence[members].mean().item(), right[members].mean().item()
-            low, high = wilson_interval(seen, count)
-            bins.append({"confidence": stated, "accuracy": seen, "low": low, "high": high, "pairs": count})
+            interval = accuracy_interval(right[members], units[members.numpy()])
+            bins.append({"confidence": stated, "accuracy": seen, **interval, "pairs": count})
             error += abs(stated - seen) * count / len(right)
     return bins, error
+
+
+def accuracy_interval(right: Tensor, units: NDArray[np.int64]) -> dict[str, Any]:
+    """ "low" and "high" of the share of pairs that are right; pairs of one prompt are one unit."""
+    found = share_interval(right.double().numpy(), renumbered(units))
+    return {side: found[side] for side in ("low", "high")}
 
 
 def losses_of(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin: float = 0.0) -> Tensor:
@@ -73,15 +72,17 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, pairs: Sequence[Pair], margin
         "loss": losses_of(chosen, rejected, pairs, margin).mean().item(),
     }
     if not len(right):
-        names = ("accuracy", "accuracy_low", "accuracy_high", "margin", "calibration_error")
+        names = ("accuracy", "accuracy_low", "accuracy_high", "prompts", "margin", "calibration_error")
         return found | dict.fromkeys(names) | {"calibration": []}
     accuracy = right.mean().item()
-    low, high = wilson_interval(accuracy, len(right))
-    bins, error = calibration(difference.sigmoid(), right)
+    units = units_of([pair.prompt or pair for pair in pairs if pair.label != 0.5])
+    interval = accuracy_interval(right, units)
+    bins, error = calibration(difference.sigmoid(), right, units)
     return found | {
         "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
+        "accuracy_low": interval["low"],
+        "accuracy_high": interval["high"],
+        "prompts": int(units.max()) + 1,
         "margin": better.mean().item(),
         "calibration_error": error,
         "calibration": bins,
@@ -112,8 +113,10 @@ def summary(figures: dict[str, Any]) -> str:
     if not figures["pairs"]:
         return f"held-out loss {figures['loss']:.3f}; every held-out pair is a tie, so that there is no accuracy"
     low, high = figures["accuracy_low"], figures["accuracy_high"]
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     return (
-        f"held-out pair accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {figures['pairs']} pairs; "
+        f"held-out pair accuracy {figures['accuracy']:.3f}{interval} on {figures['pairs']} pairs of "
+        f"{figures['prompts']} prompts; "
         f"by length {figures['length_baseline']:.3f}, chance 0.500; mean margin {figures['margin']:.3f}; "
         f"calibration error {figures['calibration_error']:.3f}"
     )
@@ -121,7 +124,7 @@ def summary(figures: dict[str, Any]) -> str:
 
 def heldout_table(figures: dict[str, Any]) -> str:
     """The figures of `pair_metrics` with their length baseline as an HTML table."""
-    names = ("pairs", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
+    names = ("pairs", "prompts", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "length_baseline")
     rows = [[name.replace("_", " "), show_number(figures[name])] for name in (*names, "calibration_error")]
     return html_table(["", "value"], rows)
 
@@ -133,9 +136,10 @@ def calibration_figure(figures: dict[str, Any]) -> Figure:
     bins = figures["calibration"]
     stated = [one["confidence"] for one in bins]
     seen = [one["accuracy"] for one in bins]
-    spread = [[one["accuracy"] - one["low"] for one in bins], [one["high"] - one["accuracy"] for one in bins]]
     axes.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linestyle="--", linewidth=1, label="perfectly calibrated")
-    axes.errorbar(stated, seen, yerr=spread, color=COLOURS[1], marker="o", capsize=3, label="held-out pairs")
+    axes.errorbar(
+        stated, seen, yerr=error_bars(bins, "accuracy"), color=COLOURS[1], marker="o", capsize=3, label="held-out pairs"
+    )
     axes.set(ylabel="share of them preferred by the labellers", xlim=(0.48, 1.02), ylim=(0, 1.02))
     axes.set_title(f"expected calibration error {show_number(figures['calibration_error'])}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")

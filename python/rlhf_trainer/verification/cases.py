@@ -35,7 +35,7 @@ from rlhf_trainer.worlds.exact import (
 QUICK, QUICK_GAP = 60, 0.95  # updates of PPO, and what they must close of the gap
 BETA = 0.3  # of DPO's gate: at a smaller beta the reference hardly samples what pi* prefers, and its pairs lack it
 DPO_GAP = 0.95
-GROUP_GAP = 0.95
+GROUP_GAPS = {"grpo": 0.90, "rloo": 0.95}
 GROUP_UPDATES = 30
 GROUP_SIZE = 16
 COLD = 0.7  # a sampling temperature
@@ -239,9 +239,15 @@ def check_bon(seed: int) -> list[CheckResult]:
 
 
 def check_group(kind: str, seed: int) -> list[CheckResult]:
-    """PPO's loop with a group baseline in place of the value head, and half of PPO's quick updates."""
-    cfg = replace(ppo_config(GROUP_UPDATES, seed), advantage=kind, group_size=GROUP_SIZE)
-    return [gap_line(kind, cfg, *fitted_reference(seed), GROUP_GAP)]
+    """PPO's loop with a group baseline in place of the value head, and half of PPO's quick updates.
+
+    grpo divides the scores by their deviation and so has the optimum of beta times that: its kl_coef is beta by the
+    deviation at the optimum, where the two are one. Groups are a sample whose deviations differ: hence its own gate.
+    """
+    tokenizer, reference = fitted_reference(seed)
+    deviation = ExactWorld(reference, tokenizer, BETA, 1.0).score_deviation() if kind == "grpo" else 1.0
+    cfg = replace(ppo_config(GROUP_UPDATES, seed, BETA / deviation), advantage=kind, group_size=GROUP_SIZE)
+    return [gap_line(kind, cfg, tokenizer, reference, GROUP_GAPS[kind])]
 
 
 def check_ranks(seed: int) -> list[CheckResult]:

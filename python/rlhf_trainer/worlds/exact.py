@@ -11,7 +11,7 @@ could represent pi*.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from rlhf_trainer.models.seq2seq import force_eager_attention, is_encoder_decode
 LETTERS = "abcd"
 MAX_TOKENS = 5
 PROMPTS = ["a", "b", "c", "d", "ab", "bc", "cd", "da"]  # two lengths, so that left padding matters
+ExactReward = Callable[[Sequence[str], Sequence[str], Sequence[bool]], list[float]]  # prompts, responses, which ended
 
 
 def oracle(prompts: Sequence[str], completions: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]:
@@ -141,11 +142,11 @@ def fit_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, se
 
 
 def _sequences(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: Sequence[str]
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: Sequence[str], max_tokens: int = MAX_TOKENS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask and targets [B, L]: prompt + response + EOS (no EOS after 5 letters), targets true at the response."""
+    """ids, mask and targets [B, L]: prompt + response + EOS (none after max_tokens letters), and its targets."""
     heads = {prompt: encode_prompt(tokenizer, prompt) for prompt in PROMPTS}
-    tails = {text: encode_completion(tokenizer, text, eos=len(text) < MAX_TOKENS) for text in set(responses)}
+    tails = {text: encode_completion(tokenizer, text, eos=len(text) < max_tokens) for text in set(responses)}
     ids, mask = left_pad(
         [heads[prompt] + tails[text] for prompt, text in zip(prompts, responses, strict=True)], tokenizer.pad_token_id
     )
@@ -153,23 +154,30 @@ def _sequences(
     return ids, mask, torch.arange(ids.shape[1]) >= ids.shape[1] - counted.unsqueeze(1)
 
 
-def _logprobs(model: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Logprob of every target token [B, L - 1] ([B, 5] of an encoder-decoder model), 0 elsewhere."""
+def _logprobs(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    temperature: float,
+    max_tokens: int = MAX_TOKENS,
+) -> Tensor:
+    """Logprob of every target token [B, L - 1] ([B, max_tokens] of an encoder-decoder model), 0 elsewhere."""
     start = 1
     if is_encoder_decoder(model):
-        start = ids.shape[1] - MAX_TOKENS
-        ids, mask, targets = _responses_right(ids, mask, targets)
+        start = ids.shape[1] - max_tokens
+        ids, mask, targets = _responses_right(ids, mask, targets, max_tokens)
     return linear_logprobs(**head_inputs(model, ids, mask, start), mask=targets[:, start:], temperature=temperature)
 
 
-def _responses_right(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """ids, mask, targets [B, L] of `_sequences` with every response beginning at column L - 5, where its prompt ends.
+def _responses_right(ids: Tensor, mask: Tensor, targets: Tensor, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask, targets [B, L] of `_sequences` with responses beginning at column L - max_tokens.
 
-    Where a response has fewer than 5 tokens, padding on the left of its row moves to the right.
+    Where a response has fewer tokens, padding on the left of its row moves to the right.
     """
-    lacking = MAX_TOKENS - tensors[-1].sum(-1, keepdim=True)
-    columns = (torch.arange(tensors[0].shape[1]) + lacking) % tensors[0].shape[1]
-    return tuple(tensor.gather(1, columns) for tensor in tensors)
+    lacking = max_tokens - targets.sum(-1, keepdim=True)
+    columns = (torch.arange(ids.shape[1]) + lacking) % ids.shape[1]
+    return ids.gather(1, columns), mask.gather(1, columns), targets.gather(1, columns)
 
 
 @dataclass
@@ -184,16 +192,28 @@ class ExactMetrics:
 
 
 class ExactWorld:
-    """The enumerated world around a reference policy, at one beta and sampling temperature."""
+    """The enumerated world around a reference policy, at one beta and sampling temperature.
 
-    def __init__(self, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, beta: float, temperature: float):
-        self.tokenizer, self.beta, self.temperature = tokenizer, beta, temperature
-        texts = ["".join(t) for n in range(MAX_TOKENS + 1) for t in itertools.product(LETTERS, repeat=n)]
+    reward: as `oracle`, which is the standard one. max_tokens: the longest response.
+    """
+
+    def __init__(
+        self,
+        reference: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        beta: float,
+        temperature: float,
+        *,
+        reward: ExactReward = oracle,
+        max_tokens: int = MAX_TOKENS,
+    ):
+        self.tokenizer, self.beta, self.temperature, self.max_tokens = tokenizer, beta, temperature, max_tokens
+        texts = ["".join(t) for n in range(max_tokens + 1) for t in itertools.product(LETTERS, repeat=n)]
         self.pairs = [(prompt, text) for prompt in PROMPTS for text in texts]
         prompts, responses = [p for p, _ in self.pairs], [r for _, r in self.pairs]
-        self.inputs = _sequences(tokenizer, prompts, responses)
-        shape = (len(PROMPTS), len(texts))
-        self.rewards = torch.tensor(oracle(prompts, responses), dtype=torch.float64).view(shape)
+        self.inputs = _sequences(tokenizer, prompts, responses, max_tokens)
+        shape, ended = (len(PROMPTS), len(texts)), [len(response) < max_tokens for response in responses]
+        self.rewards = torch.tensor(reward(prompts, responses, ended), dtype=torch.float64).view(shape)
         self.lengths = torch.tensor([len(r) for r in responses], dtype=torch.float64).view(shape)
         self.reference = self.log_policy(reference)
         tilted = self.reference + self.rewards / beta
@@ -204,7 +224,7 @@ class ExactWorld:
     @torch.no_grad()
     def log_policy(self, model: PreTrainedModel) -> Tensor:
         """Log-probability of every response to every prompt [8, 1365], float64."""
-        total = _logprobs(model, *self.inputs, self.temperature).double().sum(-1)
+        total = _logprobs(model, *self.inputs, self.temperature, self.max_tokens).double().sum(-1)
         return total.view(self.rewards.shape)
 
     def measure(self, model: PreTrainedModel) -> ExactMetrics:
@@ -218,6 +238,12 @@ class ExactWorld:
         reward = mean(self.rewards)
         kl_to_optimum = mean(log_pi - self.optimum)
         return ExactMetrics(reward - self.beta * kl, kl_to_optimum, kl, reward, mean(self.lengths))
+
+    def score_deviation(self) -> float:
+        """Standard deviation of the rewards of the optimum's answers to a prompt, averaged over the prompts."""
+        pi = self.optimum.exp()
+        mean = (pi * self.rewards).sum(-1, keepdim=True)
+        return (pi * (self.rewards - mean) ** 2).sum(-1).sqrt().mean().item()
 
     def gap_closed(self, objective: float, at_reference: float) -> float:
         """Share of the way from J(ref) to J*: 0 at the reference, 1 at the optimum."""

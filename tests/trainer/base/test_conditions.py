@@ -74,9 +74,33 @@ def test_gates_are_checked_for_every_policy_after_the_first():
     }
     gates = parse_gates(["toxicity>0.5", "change in toxicity>-1"], ["toxicity"])
     assert eval_gates.check_gates(gates, result) == [
-        {"gate": "toxicity>0.5", "policy": "b", "value": 0.2, "failed": False},
-        {"gate": "change in toxicity>-1", "policy": "b", "value": -0.7, "failed": True},
+        {"gate": "toxicity>0.5", "policy": "b", "value": 0.2, "failed": False, "undecided": False},
+        {"gate": "change in toxicity>-1", "policy": "b", "value": -0.7, "failed": True, "undecided": False},
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high", "value", "failed", "undecided"),
+    [
+        ("toxicity>0.05", 0.0, 0.28, 0.0, False, True),
+        ("toxicity>0.05 @95", 0.0, 0.28, 0.28, True, False),
+        ("toxicity>0.05 @95", 0.0, 0.04, 0.04, False, False),
+        ("toxicity<0.5@95", 0.4, 0.9, 0.4, True, False),
+        ("toxicity>0.05", None, None, 0.0, False, False),
+        ("toxicity>0.05 @95", None, None, math.nan, True, False),
+    ],
+)
+def test_a_gate_may_ask_the_interval(text, low, high, value, failed, undecided):
+    estimate = {"mean": 0.0, "low": low, "high": high}
+    result = {"policies": {"b": {"measures": {"toxicity": estimate}}}, "changes": {"b": {}}}
+    (found,) = eval_gates.check_gates(parse_gates([text], ["toxicity"]), result)
+    assert found["value"] == pytest.approx(value, nan_ok=True)
+    assert (found["failed"], found["undecided"]) == (failed, undecided)
+
+
+def test_alerts_have_no_interval():
+    with pytest.raises(UserError, match="@95 is for estimates with an interval"):
+        parse_gates(["objective/kl>5 @95"], None, "--alert")
 
 
 def test_wins_count_ties_as_half():
@@ -95,7 +119,7 @@ def test_a_judge_that_favours_a_place_is_even():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("gates")
-    tiny_folder(root / "sft", seed=0)
+    tiny_folder(root / "sft", seed=0, max_length=512)  # it judges as well
     tiny_folder(root / "ppo", seed=1)
     (root / "prompts.txt").write_text("one day\ntwo good\nred night\nblue bad\n")
     (root / "judges.py").write_text(JUDGES)

@@ -125,7 +125,7 @@ def test_the_model_judges_itself_by_the_rules_question(parts, config):
         (one,) = record["comparisons"]
         assert [one["shown_first"], one["shown_second"]] == pytest.approx([side.item() for side in both], abs=1e-5)
     assert 0 < result.figures["mass"] < 1
-    assert result.figures["cut"] == 0
+    assert result.figures["no_verdict"] == 0
     masses = [one["mass"] for record in result.judged for one in record["comparisons"]]
     assert result.figures["mass"] == pytest.approx(sum(masses) / 5)
     assert len(result.pairs) == 5
@@ -197,7 +197,7 @@ def test_a_server_writes_and_judges_chats(config, tmp_path):
     with serving(answer) as (url, _):
         cfg = config(model="", server=f"{url}#m", batch_size=24)
         result = label_answers(cfg, prompts=chats, constitution=Constitution((KIND,)))
-    assert result.figures["unclear"] == 0.0
+    assert result.figures["no_verdict"] == 0
     assert 0 < len(result.pairs) == 12 - result.figures["without_two_answers"] < 12
     (chosen,), (rejected,) = result.pairs[0]["chosen"], result.pairs[0]["rejected"]
     assert chosen == {"role": "assistant", "content": "thanks"}
@@ -213,7 +213,7 @@ def test_a_server_writes_and_judges_chats(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("cai") / "m")
+    return tiny_folder(tmp_path_factory.mktemp("cai") / "m", max_length=8192)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,32 @@ def test_the_report_is_printed(tmp_path, capsys, folder):
     out, err = capsys.readouterr()
     assert "position: for the first shown" in out
     assert "(50 % is none)" in out
-    assert "too long for the judge, cut        100.0%" in out  # the folder's context is 64 tokens
+    assert "left out, the judge gave no verdict" in out
     assert "pairs; " in err
     assert "warning: A and B together have a probability of" in err
+
+
+def test_a_judge_that_can_read_none_of_it_says_so(tmp_path, capsys):
+    short = tiny_folder(tmp_path / "short", max_length=64)
+    (tmp_path / "p.txt").write_text("one day\ntwo\n")
+    given = ["--model", short, "--prompts", f"{tmp_path}/p.txt", "--output", f"{tmp_path}/l.jsonl"]
+    assert main(["cai", "label", *given, "--max_new_tokens", "5", "--device", "cpu"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no pair came of 0 comparisons" in said
+    assert "more the judge gave no verdict (unclear, or too long for it)" in said
+
+
+def test_comparisons_without_a_verdict_are_left_out_and_counted():
+    """One that is always silent makes no ties of them; the error says what became of all."""
+
+    def judge(prompts, answers, others):
+        return [
+            None if "two" in prompt else float(a < b) for prompt, a, b in zip(prompts, answers, others, strict=True)
+        ]
+
+    prompts = [make_prompt(text, None, False, "") for text in ("one", "two")]
+    records = compare(judge, prompts, [["a", "b"], ["c", "d"]], [[KIND], [KIND]])
+    assert [len(record["comparisons"]) for record in records] == [1, 0]
+    assert records[1]["no_verdict"] == 1
+    figures = statistics(records, [], 0)
+    assert (figures["comparisons"], figures["no_verdict"]) == (1, 1)

@@ -15,6 +15,7 @@ from rlhf_trainer.constitutional.constitution import load_constitution
 from rlhf_trainer.data.rows import encode_completion, encode_prompt
 from rlhf_trainer.judging.client import ServerClient
 from rlhf_trainer.judging.judges import OPTIONS, ModelJudge, ServerJudge, both_orders, first_better, load_judge
+from rlhf_trainer.judging.win_rates import preferred_by_judge
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
@@ -66,12 +67,13 @@ def test_a_chat_model_is_asked_by_its_template_with_examples(parts):
     assert plain.endswith("\n\nThe better answer is B\n\n---\n\nWhich?\n\nThe better answer is")
 
 
-def test_a_comparison_beyond_the_context_loses_its_beginning(parts):
+def test_a_comparison_beyond_the_context_has_no_verdict(parts):
     model, tokenizer = parts
     judge = ModelJudge(model, tokenizer)
-    (probability,) = judge(["good " * 600], ["one"], ["two"])
-    assert 0 < probability < 1
-    assert judge.notes["cut"] == [1.0]
+    found = judge(["good " * 600, "good"], ["one"] * 2, ["two"] * 2)
+    assert found[0] is None
+    assert 0 < found[1] < 1
+    assert judge.notes["cut"] == [1.0, 0.0]
 
 
 def test_encoder_decoder_models_judge_too():
@@ -135,12 +137,12 @@ def test_a_server_without_logprobs_is_asked_by_text():
 
     with serving(answer) as (url, seen):
         judge = ServerJudge(ServerClient(f"{url}#m", parallel=1))
-        assert judge(*ASKED) == [0.0, 0.5]
+        assert judge(*ASKED) == [0.0, None]
         assert judge.notes["unclear"] == [0.0, 1.0]
         assert [bool(payload.get("logprobs")) for _, payload, _ in seen] == [True, False, False]
 
 
-def test_a_comparison_that_a_server_finds_too_long_is_unclear():
+def test_a_comparison_that_a_server_finds_too_long_has_no_verdict():
     """One long answer must not end a run of thousands; another refusal must."""
 
     def answer(path, payload):
@@ -151,8 +153,8 @@ def test_a_comparison_that_a_server_finds_too_long_is_unclear():
 
     with serving(answer) as (url, _):
         judge = ServerJudge(ServerClient(f"{url}#m", parallel=1))
-        assert judge(["one day", "fine"], ["good", "a"], ["bad", "b"]) == [0.5, 1.0]
-        assert judge.notes["unclear"] == [1.0, 0.0]
+        assert judge(["one day", "fine"], ["good", "a"], ["bad", "b"]) == [None, 1.0]
+        assert judge.notes == {"unclear": [0.0, 0.0], "cut": [1.0, 0.0]}
         with pytest.raises(UserError, match="no such model"):
             judge(["two"], ["a"], ["b"])
 
@@ -175,7 +177,7 @@ def test_a_server_of_a_base_model_goes_on_with_the_text():
         assert payload["prompt"].endswith("Say A or B.\n\nThe better answer is")
         assert payload["logprobs"] == 5
         return 200, {
-            "choices": [{"text": " A", "logprobs": {"top_logprobs": [{" A": math.log(0.4), " B": math.log(0.1)}]}}]
+            "choices": [{"text": " A", "logprobs": {"top_logprobs": [{" A": math.log(0.48), " B": math.log(0.12)}]}}]
         }
 
     with serving(answer) as (url, _):
@@ -197,6 +199,14 @@ def test_a_server_of_a_base_model_goes_on_with_the_text():
             0.75,
         ),
         ({"text": ""}, None),
+        (  # the rest of a reply that begins otherwise
+            {
+                "text": "The better answer is B",
+                "logprobs": {"top_logprobs": [{"The": math.log(0.99), "A": math.log(3e-4)}]},
+            },
+            0.0,
+        ),
+        ({"text": "Hm", "logprobs": {"top_logprobs": [{"Hm": math.log(0.6), "A": math.log(0.3)}]}}, None),
         ({"text": "A", "logprobs": {"content": []}}, 1.0),
         ({"text": "A", "logprobs": {"content": [{"top_logprobs": None}]}}, 1.0),
         ({"text": "B", "logprobs": {"content": [{"top_logprobs": [{"token": "x", "logprob": -1.0}]}]}}, 0.0),
@@ -271,3 +281,25 @@ def test_load_judge_knows_folders_and_functions(tmp_path):
     assert load_judge(f"{tmp_path}/j.py:judge")(*ASKED) == [0.25, 0.25]
     with pytest.raises(UserError, match="no such tokenizer folder"):
         load_judge(f"{tmp_path}/nothing")
+
+
+def test_what_gets_no_verdict_in_one_order_has_none():
+    def judge(prompts, answers, others):
+        return [None if answer == "good" else 0.75 for answer in answers]
+
+    first, second = both_orders(judge, *ASKED)
+    assert first.isnan().tolist() == second.isnan().tolist() == [True, False]
+    assert (first[1].item(), second[1].item()) == (0.75, 0.25)
+
+
+def test_a_judge_that_is_mostly_silent_is_an_error_and_a_rare_silence_is_left_out():
+    prompts, after, before = (list(column) for column in (["p"] * 10, "abcdefghij", "ABCDEFGHIJ"))
+
+    def silent_for(*texts):
+        return lambda p, a, b: [None if {x, y} & {*texts} else float(x > y) for x, y in zip(a, b, strict=True)]
+
+    found = preferred_by_judge(silent_for("c"), prompts, after, before)
+    assert found[2] != found[2]
+    assert [x for i, x in enumerate(found) if i != 2] == [1.0] * 9
+    with pytest.raises(UserError, match="no verdict in 3 of 10 comparisons"):
+        preferred_by_judge(silent_for("c", "d", "e"), prompts, after, before)

@@ -319,17 +319,18 @@ def test_the_value_has_an_adapter_of_its_own(start, base, sft_adapter, tmp_path)
     # peft's folder holds the policy alone, and the next run goes on with the value that this one ended with
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(saved) == len(main)
-    again = ppo(tmp_path / "out", value_adapter=True, updates=1, lr=1e-9)
+    again = ppo(tmp_path / "out", value_adapter=True, updates=1, lr=1e-9, value_lr=1e-9)
     for name, parameter in adapters.parameters_of(again.policy, adapters.VALUE).items():
         torch.testing.assert_close(parameter, value[name], rtol=0, atol=1e-6)
     torch.testing.assert_close(again.value_head.linear.weight, result.value_head.linear.weight, rtol=0, atol=1e-6)
-    other = ppo(tmp_path / "out", updates=1, lr=1e-9)  # the head of other states is not taken over
+    other = ppo(tmp_path / "out", updates=1, lr=1e-9, value_lr=1e-9)  # the head of other states is not taken over
     assert not torch.allclose(other.value_head.linear.weight, result.value_head.linear.weight, atol=1e-3)
 
 
 def test_the_value_loss_moves_the_values_adapter_and_not_the_policys(base):
     policy = adapters.add_adapter(load_causal(base), PPOConfig(model=base, **LORA).lora)
     head = load_value_head(policy, torch.device("cpu"), folder="", own_adapter=True)
+    torch.nn.init.ones_(head.linear.weight)  # of zeros no gradient reaches the states
     ids = torch.tensor([[5, 6, 7, 8]])
     head.values(policy, torch.empty(0), ids, torch.ones_like(ids).bool(), 2).sum().backward()
     moved = {name for name, p in policy.named_parameters() if p.grad is not None and bool(p.grad.any())}

@@ -38,20 +38,47 @@ def test_every_prompt_stands_group_size_times_in_a_row():
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "mean"])
 def test_advantages_compare_reward_and_kl_within_the_group(kind):
     generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(8, 5, generator=generator)
+    scores, kl = torch.randn(8, generator=generator), torch.randn(8, 5, generator=generator)
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5, 5, 1])[:, None]
-    found = ppo.group_baseline(rewards * mask, mask, group_size=4, kind=kind)
-    returns = (rewards * mask).sum(-1)
+    found = ppo.group_baseline(scores, kl * mask, mask, kl_coef=0.3, group_size=4, kind=kind)
+    costs = -0.3 * (kl * mask).sum(-1)
+    returns = scores + costs
     for start in (0, 4):
+        own = slice(start, start + 4)
         for i in range(start, start + 4):
-            group = returns[start : start + 4]
             others = torch.cat([returns[start:i], returns[i + 1 : start + 4]])
+            relative = (scores[i] - scores[own].mean()) / (scores[own].std() + 1e-6)
             expected = {
-                "grpo": (returns[i] - group.mean()) / (group.std() + 1e-6),
+                "grpo": relative + costs[i] - costs[own].mean(),
                 "rloo": returns[i] - others.mean(),
-                "mean": returns[i] - group.mean(),
+                "mean": returns[i] - returns[own].mean(),
             }[kind]
             torch.testing.assert_close(found[i], torch.where(mask[i], expected, 0.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 1000.1, -3e-5])
+def test_where_all_scores_are_equal_kl_counts_as_much_as_beta_says(score):
+    """A KL divided by its own deviation would pull alike at every beta."""
+    kl = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    mask, scores = torch.ones(6, 5, dtype=torch.bool), torch.full((6,), score)
+    options = {"group_size": 6, "kind": "grpo"}
+    small, large = (ppo.group_baseline(scores, kl, mask, kl_coef=beta, **options) for beta in (1e-6, 0.5))
+    torch.testing.assert_close(large, small * 5e5, rtol=1e-4, atol=1e-6)
+    assert small.abs().max() < 1e-4
+    assert not ppo.group_baseline(scores, kl, mask, kl_coef=0.0, **options).any()
+
+
+def test_the_share_of_groups_that_teach_nothing_is_a_metric():
+    assert train(updates=1).metrics[0]["val/groups_without_spread"] < 0.5
+    flat = train_ppo(
+        config(updates=1, advantage="grpo"),
+        model=make_model(TOKENIZER, 0),
+        tokenizer=TOKENIZER,
+        reward=lambda prompts, completions: [float(prompt == "a") for prompt in prompts],
+        prompts=PROMPTS,
+    )
+    assert flat.metrics[0]["val/groups_without_spread"] == 1.0
+    assert "val/groups_without_spread" not in train(updates=1, advantage="gae", group_size=1).metrics[0]
 
 
 def test_the_advantage_of_a_response_is_its_score_minus_beta_kl(monkeypatch):
@@ -80,7 +107,7 @@ def test_there_is_no_value_head_anywhere(tmp_path):
     assert not list((tmp_path / "out").rglob("value_head*"))
     assert not {"loss/value_avg", "val/clipfrac_avg", "val/var_explained"} & result.metrics[0].keys()
     assert result.metrics[0]["val/ratio"] == pytest.approx(1.0, abs=0.1)
-    with_head = train(advantage="gae", updates=1)
+    with_head = train(advantage="gae", updates=1)  # of groups too
     assert with_head.metrics[0].keys() - result.metrics[0].keys() == {
         "loss/value_avg",
         "val/clipfrac_avg",
@@ -114,6 +141,10 @@ def test_resumed_run_ends_with_the_bits_of_one_never_stopped(tmp_path):
     [
         (["--advantage", "vtrace"], "--advantage vtrace: it takes gae, grpo, rloo, mean"),
         (["--advantage", "grpo"], "--advantage grpo compares responses to one prompt; --group_size must be 2 or more"),
+        (
+            ["--advantage", "rloo", "--group_size", "4", "--whiten_rewards"],
+            "--whiten_rewards: for gae; --advantage rloo compares whole scores",
+        ),
         (["--group_size", "3"], "--group_size 3 does not divide --batch_size 64"),
         (["--group_size", "0"], "--group_size 0: must be at least 1"),
     ],
