@@ -113,9 +113,9 @@ def kept(before, after, prompts, kl=1.0):
     for name, completions in texts.items():
         count = len(completions)
         ones = np.ones(count)
-        answers[name] = evaluation.Answers(completions, ones, ones, np.full(count, kl), ones)
+        answers[name] = evaluation.Answers(completions, ones, ones, np.full(count, kl), np.full(count, kl), ones)
         values[name] = evaluation.measure_all(answers[name], prompts, scorers, name == "sft")
-    result = evaluation.compare(evaluation.Config(bootstrap=50), values, answers)
+    result = evaluation.compare(evaluation.Config(bootstrap=50), prompts, values, answers)
     return [check.kept for check in demo.promises(result, demo.kind_diversity(prompts, 0))]
 
 
