@@ -16,8 +16,16 @@ from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.encoding import padding_id
 from rlhf_trainer.data.records import Pair, read_examples, read_pairs
-from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.data.rows import (
+    TokenizedExample,
+    TokenizedPair,
+    closed_by_eos,
+    encode_examples,
+    encode_pairs,
+    left_pad,
+)
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
@@ -185,13 +193,17 @@ def all_scores(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id:
 
 
 def reference_rows(
-    cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[TokenizedPair], limit: int
+    cfg: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Sequence[TokenizedPair],
+    limit: int,
+    closing: dict[str, Any],
 ) -> list[TokenizedExample]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
         return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
     examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict)
-    rows = encode_examples(tokenizer, examples[:REFERENCE_SAMPLES], limit, findings)
+    rows = encode_examples(tokenizer, examples[:REFERENCE_SAMPLES], limit, findings, **closing)
     say(findings.summary(len(rows), "reference samples"))
     return rows
 
@@ -266,7 +278,7 @@ def train_reward(
 
     Args:
         model, tokenizer: a sequence classifier with one output (trained in place), such as an earlier reward model, and
-            its tokenizer, which must have a pad token other than EOS.
+            its tokenizer.
         pairs: the training pairs; cfg.heldout of them are held out.
 
     Without cfg.output_dir nothing is written.
@@ -285,11 +297,13 @@ def train_reward(
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
     restored = cfg.merge or model is not None
     model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
-    limit, pad_id = length_limit(cfg.max_length, model), tokenizer.pad_token_id
-    rows = encode_pairs(tokenizer, training, limit, findings)
-    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    limit, pad_id = length_limit(cfg.max_length, model), padding_id(tokenizer)
+    closing = closed_by_eos(tokenizer, model)
+    rows = encode_pairs(tokenizer, training, limit, findings, **closing)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings, **closing)
+    training, heldout = [row.pair for row in rows], [row.pair for row in heldout_rows]
     split.say("pairs", training=len(training), heldout=len(heldout))
-    samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
+    samples = reference_rows(cfg, tokenizer, rows, limit, closing)  # read now: a bad file fails before training
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):
         reference = all_scores(model, samples, pad_id, cfg.batch_size)

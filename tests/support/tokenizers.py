@@ -121,7 +121,7 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
     "unigram_no_prefix": lambda: _unigram("never", True),
     "word_piece": _word_piece,
 }
-AFFIXES = {"nothing": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}
+AFFIXES = {"nothing": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>", "eos_twice": "</s> $A </s>"}
 
 
 @cache

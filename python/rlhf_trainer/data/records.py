@@ -13,10 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.chats import render_prompt, render_turn
 from rlhf_trainer.data.files import is_jsonl, is_table, read_jsonl, read_lines
 
 Record = TypeVar("Record")
@@ -110,42 +110,11 @@ def messages_of(value: Any, key: str, where: str) -> list[dict[str, str]]:
     return value
 
 
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str, answer: bool) -> str:
-    """Text of a chat by the tokenizer's template; with `answer`, up to where the assistant begins to speak."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(f"{where}: chat messages need a tokenizer with a chat template, and this one has none")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is the user's program
-        raise UserError(f"{where}: the tokenizer's chat template failed: {error}") from None
-
-
-def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text without the BOS that a template wrote, if the tokenizer will put one before it anyway."""
-    bos = tokenizer.bos_token if tokenizer else None
-    if tokenizer and bos and text.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text[len(bos) :]
-    return text
-
-
 def chat_turn(
     messages: list[dict[str, str]], end: int, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> Example:
-    """Message `end` as a completion of all before it, without the EOS that training and scoring append themselves."""
-    prompt = _render(messages[:end], tokenizer, where, answer=True)
-    whole = _render(messages[: end + 1], tokenizer, where, answer=False)
-    if not whole.startswith(prompt):
-        raise UserError(f"{where}: with this chat template an answer does not continue its prompt")
-    completion = whole[len(prompt) :]
-    eos = tokenizer.eos_token if tokenizer else None
-    if eos and completion.rstrip().endswith(eos):
-        completion = completion.rstrip().removesuffix(eos)
-    return Example(_without_bos(prompt, tokenizer), completion)
-
-
-def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
-    """Text of a chat up to where the assistant begins to speak, without the BOS that the tokenizer puts before it."""
-    return _without_bos(_render(messages, tokenizer, where, answer=True), tokenizer)
+    """Message `end` as a completion of all before it; see `render_turn`."""
+    return Example(*render_turn(messages, end, tokenizer, where))
 
 
 def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str, str]]]]:

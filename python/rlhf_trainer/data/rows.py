@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.chats import turn_end
 from rlhf_trainer.data.encoding import (
     close,
     continue_text,
@@ -42,6 +43,11 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: 
     """Ids of a completion alone, followed by EOS."""
     ids = encode_text(tokenizer, completion)
     return close(tokenizer, ids, end_ids(tokenizer), always_eos=False) if eos else ids
+
+
+def closed_by_eos(tokenizer: PreTrainedTokenizerBase, model: Any) -> dict[str, Any]:
+    """Options of `tokenize_completions` for what a reward model reads: EOS closes an answer, whatever closed it."""
+    return {"ends": [*end_ids(tokenizer, model), *turn_end(tokenizer)], "always_eos": True}
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
