@@ -22,7 +22,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.data.stages import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.reports.estimates import bootstrap

@@ -22,8 +22,9 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.encoding import end_ids, padding_id
-from rlhf_trainer.data.records import Pair, read_pairs
+from rlhf_trainer.data.records import Pair
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
+from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses

@@ -17,7 +17,7 @@ from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.encoding import padding_id
-from rlhf_trainer.data.records import Pair, read_examples, read_pairs
+from rlhf_trainer.data.records import Pair
 from rlhf_trainer.data.rows import (
     TokenizedExample,
     TokenizedPair,
@@ -26,6 +26,7 @@ from rlhf_trainer.data.rows import (
     encode_pairs,
     left_pad,
 )
+from rlhf_trainer.data.stages import read_examples, read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
@@ -202,7 +203,7 @@ def reference_rows(
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
         return [row for pair in training[: REFERENCE_SAMPLES // 2] for row in (pair.chosen, pair.rejected)]
-    examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict)
+    examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict, cfg.ignore_fields)
     rows = encode_examples(tokenizer, examples[:REFERENCE_SAMPLES], limit, findings, **closing)
     say(findings.summary(len(rows), "reference samples"))
     return rows

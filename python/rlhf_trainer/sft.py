@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base.config import require
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.data.encoding import end_ids, padding_id
-from rlhf_trainer.data.records import Example, read_examples
+from rlhf_trainer.data.records import Example
 from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
+from rlhf_trainer.data.stages import read_examples
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses

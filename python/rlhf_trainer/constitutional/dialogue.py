@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.chats import render_prompt
-from rlhf_trainer.data.records import prompt_records, shown_prompt
+from rlhf_trainer.data.records import shown_prompt
+from rlhf_trainer.data.stages import prompt_records
 from rlhf_trainer.judging.judges import EXAMPLE_SEPARATOR
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 

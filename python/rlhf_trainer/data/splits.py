@@ -42,23 +42,24 @@ def load_train_and_heldout(
     heldout: float,
     seed: int,
     strict: bool,
+    ignore_fields: Sequence[str] = (),
     given: Sequence[Record] | None = None,
 ) -> Split[Record]:
     """The records of `data`, or those `given`, and of `eval_data`; without it a part of the first is held out.
 
-    All records of a prompt are on one side. heldout, seed: see `split_heldout`. strict: see `DataReport`.
+    All records of a prompt are on one side. heldout, seed: see `split_heldout`; strict, ignore_fields: `DataReport`.
 
     Raises:
         UserError: a file cannot be read, or nothing is left to train on.
     """
     if given is None:
-        records, report = read(data, tokenizer, strict)
+        records, report = read(data, tokenizer, strict, ignore_fields)
     else:
         records, report = list(given), DataReport("data", strict)
         if not records:
             raise UserError("no training records were given; at least one is needed")
     if eval_data:
-        other, other_report = read(eval_data, tokenizer, strict)
+        other, other_report = read(eval_data, tokenizer, strict, ignore_fields)
         return Split(records, other, report, other_report)
     training, other = split_heldout(records, heldout, seed, group=lambda record: record.prompt or record)
     return Split(training, other, report, report)

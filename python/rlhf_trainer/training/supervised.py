@@ -61,6 +61,7 @@ class SupervisedConfig:
     resume: bool = shared.resume()
     overwrite: bool = shared.overwrite()
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
+    ignore_fields: list[str] = option([], "fields of the data that are known not to be used, and are not counted")
     lora_r: int = shared.lora_r()
     lora_alpha: int = shared.lora_alpha()
     lora_dropout: float = option(0.0, "dropout before LoRA's A, while training")
@@ -86,6 +87,7 @@ class SupervisedConfig:
             heldout=self.heldout,
             seed=self.seed,
             strict=self.strict,
+            ignore_fields=self.ignore_fields,
             given=given,
         )
 

@@ -16,7 +16,7 @@ from rlhf_trainer.constitutional import writer
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import critique_request, make_prompt, revision_request
 from rlhf_trainer.constitutional.writer import truncate_at_stop
-from rlhf_trainer.data.records import read_examples
+from rlhf_trainer.data.stages import read_examples
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
