@@ -32,7 +32,11 @@ load_in_4bit = partial(
 merge = partial(option, False, "add the adapter into the weights and save a whole model, not the adapter")
 
 # Prompts, responses and their reward
-prompts = partial(option, "", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+prompts = partial(
+    option,
+    "",
+    "file of prompts: one a line (.txt), or records with `prompt`, `messages` or `instruction` (JSON lines, a table)",
+)
 n = partial(option, help="completions per prompt")
 max_new_tokens = partial(option, 32, "longest response in tokens")
 stop_token = partial(option, None, "a token that ends a response as EOS does, such as a newline")

@@ -39,7 +39,7 @@ class SupervisedConfig:
     """Options that sft, reward and dpo share."""
 
     model: str = option("", "folder (or hub name) of the model to start from")
-    data: str = option("", "training data, JSON lines or one JSON array (.gz too)")
+    data: str = option("", "training data: JSON lines, a JSON array or a table (.gz too), or Parquet")
     eval_data: str | None = option(None, "held-out data of the same kind; none: a part of --data, see --heldout")
     heldout: float = option(0.05, "held out of --data: a share below 1, or a number of records; 0: nothing")
     output_dir: str = option("", "folder for the trained model, metrics.jsonl, TensorBoard and checkpoints")
