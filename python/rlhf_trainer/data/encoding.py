@@ -76,15 +76,23 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
+def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer's own post-processing puts before and after a text."""
+    for probe in ("a", "0", ".", "\n"):  # the first that it has a token for
+        inner, whole = tokenizer(probe, add_special_tokens=False)["input_ids"], tokenizer(probe)["input_ids"]
+        for start in range(len(whole)) if inner else ():
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+    return [], []
+
+
 def _conventions(tokenizer: PreTrainedTokenizerBase) -> _Conventions:
     names = ("add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id")
     state = (len(tokenizer), *(getattr(tokenizer, name, None) for name in names))
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != state:
-        inner, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
         ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
-        made = _Conventions(whole[:start], whole[start + len(inner) :], special_tokens(tokenizer), frozenset(ids))
+        made = _Conventions(*_affixes(tokenizer), special_tokens(tokenizer), frozenset(ids))
         _KNOWN[tokenizer] = known = (state, made)
     return known[1]
 
@@ -168,7 +176,7 @@ def _following(
 ) -> tuple[list[int], bool]:
     """(ids of `text` after `head`, whether both decode to `wanted`); if none do, the ids of the text alone."""
     for ids in _candidates(tokenizer, text, plain, after):
-        if decode(tokenizer, head + ids) == wanted:
+        if ids and decode(tokenizer, head + ids) == wanted:  # none: an unknown word took the text in
             return ids, True
     return _ids(tokenizer, text, plain), False
 
@@ -184,14 +192,16 @@ def continue_text(
     parts = _parts(tokenizer, whole_text)
     if len(parts) == 1:  # one call writes the whole as the tokenizer itself does
         whole = _ids(tokenizer, *parts[0])
-        if whole[: len(head)] == head:
+        if whole[: len(head)] == head and (len(whole) > len(head) or not completion):
             return len(head), whole[len(head) :]
         wanted = decode(tokenizer, whole)
         after = str(prompt)[-1:] or ANCHORS[0]
         ids, found = _following(tokenizer, head, completion, plain=parts[0][1], after=after, wanted=wanted)
-        if found:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+        )
+        if found or same == len(whole):  # an unknown word took the completion in
             return len(head), ids
-        same = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), len(whole))
         return same, whole[same:]
     ids, done = [], str(prompt)
     for part, plain in _parts(tokenizer, completion):

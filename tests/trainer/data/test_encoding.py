@@ -8,6 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.tokenizers import AFFIXES, FAMILIES, family
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.chats import turn_end
@@ -63,7 +65,9 @@ def test_tokens_decode_to_prompt_and_completion(name, affixes, prompt, completio
     for row, completion in zip(rows, completions, strict=True):
         whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
         ids = inner(tokenizer, row.ids)
-        assert decode(tokenizer, ids) == decode(tokenizer, whole)
+        if tokenizer.unk_token_id not in whole:  # which stands for any text
+            assert decode(tokenizer, ids) == decode(tokenizer, whole)
+        assert row.ids[row.prompt_length : -1] or not encode_text(tokenizer, completion)
         assert row.ids[-1] == tokenizer.eos_token_id
         assert row.ids.count(tokenizer.eos_token_id) == 1
         assert row.ids.count(tokenizer.bos_token_id) == ("<s>" in AFFIXES[affixes])
@@ -175,3 +179,33 @@ def test_pairs_equal_as_tokens_are_dropped_and_counted():
     beyond = [Pair("day", " yes yes no", " yes yes yes", line=1)]
     with pytest.raises(UserError, match="in every pair chosen and rejected are the same tokens"):
         encode_pairs(tokenizer, beyond, 4, DataReport("file"))
+
+
+def test_a_token_that_crosses_the_border_belongs_to_the_completion():
+    """`played` is one word of this vocabulary, which has no way to write `ed` after `play`."""
+    words = ["<unk>", "<s>", "</s>", "they", "play", "played", "yes"]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    rows, _ = tokenize_completions(tokenizer, "they play", ["ed", " yes"], 100)
+    assert [tokenizer.convert_ids_to_tokens(row.ids) for row in rows] == [
+        ["they", "played", "</s>"],
+        ["they", "play", "yes", "</s>"],
+    ]
+    assert [row.prompt_length for row in rows] == [1, 1]
+
+
+def test_a_completion_that_an_unknown_word_would_take_in_keeps_its_tokens():
+    tokenizer = family("word_piece")
+    assert tokenizer.tokenize("x1ing") == tokenizer.tokenize("x1") == ["<unk>"]
+    row, _ = tokenize_example(tokenizer, "x1", "ing", 100)
+    assert row.ids[row.prompt_length : -1] == encode_text(tokenizer, "ing") != []
+
+
+def test_a_tokenizer_without_the_letter_a_has_its_own_bos_and_eos():
+    made = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "0": 2, "1": 3}, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    assert encode_prompt(tokenizer, "0 1") == [0, 2, 3]
+    assert encode_prompt(tokenizer, "<s>0 1</s>") == [0, 2, 3, 1]
