@@ -23,7 +23,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.data.stages import read_prompts
 from rlhf_trainer.judging.rewards import RewardFunction, load_reward, scores_of
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.reports.intervals import estimate, units_of

@@ -21,7 +21,7 @@ from rlhf_trainer.base.config import option, save_config
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.files import write_jsonl
 from rlhf_trainer.data.rankings import pairs_from_rankings, read_rankings
-from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.data.stages import read_prompts
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.reports.page import Check, Curve, metric_curve, print_report, show_estimate, write_report
 from rlhf_trainer.sampling.rollout import generate

@@ -21,8 +21,10 @@ from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import Pair, read_pairs
+from rlhf_trainer.data.encoding import end_ids, padding_id
+from rlhf_trainer.data.records import Pair
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
+from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.fingerprint import (
     Fingerprint,
@@ -287,7 +289,7 @@ def train_dpo(
     """Train a policy on preference pairs. What is not passed as an object is loaded from what cfg names.
 
     Args:
-        model, tokenizer: the policy (trained in place) and its tokenizer, which must have a pad token other than EOS.
+        model, tokenizer: the policy (trained in place) and its tokenizer.
         ref_model: the frozen reference; None: cfg.ref_model, or the policy as it is now, without a second copy of it.
         pairs: the training pairs; cfg.heldout of them are held out.
 
@@ -314,14 +316,16 @@ def train_dpo(
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
         precision.to_bf16(ref_model, cfg.dtype, include_trainable=True)
     limit = length_limit(cfg.max_length, policy)
-    rows = encode_pairs(tokenizer, training, limit, findings)
-    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    ends, pad_id = end_ids(tokenizer, policy), padding_id(tokenizer)
+    rows = encode_pairs(tokenizer, training, limit, findings, ends=ends)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings, ends=ends)
+    training, heldout = [row.pair for row in rows], [row.pair for row in heldout_rows]
     for pair in training:
         if pair.margin:
             findings.count("margin, which DPO does not use", pair.line)
     split.say("pairs", training=len(training), heldout=len(heldout))
     reference = policy if ref_model is None else prepare_model(ref_model, device)
-    pad_id, part = tokenizer.pad_token_id, reference_part(reference) if cfg.output_dir else {}
+    part = reference_part(reference) if cfg.output_dir else {}
     items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], pad_id, part)
     del reference, ref_model  # one that was loaded here takes no memory in training
 

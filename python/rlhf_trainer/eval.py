@@ -21,7 +21,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import read_shown_prompts
+from rlhf_trainer.data.stages import read_shown_prompts
 from rlhf_trainer.judging.judges import KINDS, QUESTION, Judge, load_judge
 from rlhf_trainer.judging.rewards import RewardFunction, is_function, label_index, load_function, load_reward, scores_of
 from rlhf_trainer.judging.win_rates import preferred_by_judge, wins

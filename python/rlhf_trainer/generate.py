@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trainer.base.config import require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import resolve_device
-from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.data.stages import read_prompts
 from rlhf_trainer.models.loading import load_causal, load_tokenizer, on_device
 from rlhf_trainer.sampling.batches import BatchFile, sample_batches
 from rlhf_trainer.sampling.options import SamplingConfig

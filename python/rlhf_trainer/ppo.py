@@ -84,8 +84,7 @@ def train_ppo(
     """Train a policy with PPO. What is not passed as an object is loaded from the folder or file that cfg names.
 
     Args:
-        model, tokenizer: the policy (trained in place; lora_r puts an adapter on it) and its tokenizer, which must
-            have a pad token other than EOS.
+        model, tokenizer: the policy (trained in place; lora_r puts an adapter on it) and its tokenizer.
         ref_model: the frozen reference; None: the policy as it is now (with LoRA on the same base, not a copy).
         reward: `(prompts, completions) -> scores`, one finite number each.
         prompts: the texts to answer.
@@ -267,7 +266,7 @@ def one_update(run: Run, update: int, cfg: PPOConfig) -> Batch:
     rolled = time.perf_counter()
     # Old logprobs see the rows grouped as the first epoch will: same shapes, same bits, first ratio exactly 1.
     orders = [torch.randperm(cfg.batch_size, generator=run.generator, device=device) for _ in range(cfg.epochs)]
-    raw_scores = shared_scores(run.reward, rollout, cfg.group_size).to(device)
+    raw_scores = shared_scores(run.reward, rollout, run.tokenizer, cfg.group_size).to(device)
     batch = compute_advantages(run.policy, run.reference, run.value_head, rollout, raw_scores, orders[0], run.beta, cfg)
     if update == 0:
         check_first_kl(batch.kl, run.reference_is_policy)
@@ -286,7 +285,7 @@ def one_update(run: Run, update: int, cfg: PPOConfig) -> Batch:
         "seconds/update": time.perf_counter() - scored,
     }
     if run.gold is not None:
-        gold_scores = shared_scores(run.gold, rollout, cfg.group_size, "gold reward")
+        gold_scores = shared_scores(run.gold, rollout, run.tokenizer, cfg.group_size, "gold reward")
         metrics["objective/gold_scores"] = gold_scores.mean().item()
     run.history.append(metrics)
     return batch

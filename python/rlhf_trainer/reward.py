@@ -16,9 +16,18 @@ from rlhf_trainer.base.config import option, require
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import Pair, read_examples, read_pairs
-from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
+from rlhf_trainer.data.encoding import padding_id
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.rows import (
+    TokenizedExample,
+    TokenizedPair,
+    closed_by_eos,
+    encode_examples,
+    encode_pairs,
+    left_pad,
+)
 from rlhf_trainer.data.splits import drawn
+from rlhf_trainer.data.stages import read_examples, read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.fingerprint import (
@@ -202,14 +211,18 @@ def all_scores(model: PreTrainedModel, rows: Sequence[TokenizedExample], pad_id:
 
 
 def reference_rows(
-    cfg: RewardConfig, tokenizer: PreTrainedTokenizerBase, training: Sequence[TokenizedPair], limit: int
+    cfg: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Sequence[TokenizedPair],
+    limit: int,
+    closing: dict[str, Any],
 ) -> list[TokenizedExample]:
     """The samples whose scores are brought to mean 0 and std 1."""
     if not cfg.reference_data:
         pairs = drawn(training, REFERENCE_SAMPLES // 2, cfg.seed)
         return [row for pair in pairs for row in (pair.chosen, pair.rejected)]
-    examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict)
-    rows = encode_examples(tokenizer, drawn(examples, REFERENCE_SAMPLES, cfg.seed), limit, findings)
+    examples, findings = read_examples(cfg.reference_data, tokenizer, cfg.strict, cfg.ignore_fields)
+    rows = encode_examples(tokenizer, drawn(examples, REFERENCE_SAMPLES, cfg.seed), limit, findings, **closing)
     say(findings.summary(len(rows), "reference samples"))
     return rows
 
@@ -289,7 +302,7 @@ def train_reward(
 
     Args:
         model, tokenizer: a sequence classifier with one output (trained in place), such as an earlier reward model, and
-            its tokenizer, which must have a pad token other than EOS.
+            its tokenizer.
         pairs: the training pairs; cfg.heldout of them are held out.
 
     Without cfg.output_dir nothing is written.
@@ -308,11 +321,13 @@ def train_reward(
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
     restored = cfg.merge or model is not None
     model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
-    limit, pad_id = length_limit(cfg.max_length, model), tokenizer.pad_token_id
-    rows = encode_pairs(tokenizer, training, limit, findings)
-    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
+    limit, pad_id = length_limit(cfg.max_length, model), padding_id(tokenizer)
+    closing = closed_by_eos(tokenizer, model)
+    rows = encode_pairs(tokenizer, training, limit, findings, **closing)
+    heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings, **closing)
+    training, heldout = [row.pair for row in rows], [row.pair for row in heldout_rows]
     split.say("pairs", training=len(training), heldout=len(heldout))
-    samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
+    samples = reference_rows(cfg, tokenizer, rows, limit, closing)  # read now: a bad file fails before training
 
     def others() -> Fingerprint:
         return {"tokenizer": tokenizer_part(tokenizer), "reference_data": rows_part(samples)}

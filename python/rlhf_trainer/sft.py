@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import require
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
-from rlhf_trainer.data.records import Example, read_examples
+from rlhf_trainer.data.encoding import end_ids, padding_id
+from rlhf_trainer.data.records import Example
 from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
+from rlhf_trainer.data.stages import read_examples
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.fingerprint import rows_part, tokenizer_part
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
@@ -72,8 +74,7 @@ def train_sft(
     """Fine-tune a language model on completions. What is not passed as an object is loaded from what cfg names.
 
     Args:
-        model, tokenizer: the model (trained in place; lora_r puts an adapter on it) and its tokenizer, which must have
-            a pad token other than EOS.
+        model, tokenizer: the model (trained in place; lora_r puts an adapter on it) and its tokenizer.
         examples: the training examples; cfg.heldout of them are held out.
 
     Without cfg.output_dir nothing is written.
@@ -97,17 +98,18 @@ def train_sft(
     model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
     quantised.check_adapter(cfg.load_in_4bit, model)
     limit = length_limit(cfg.max_length, model)
-    rows = encode_examples(tokenizer, training, limit, findings)
-    heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
+    ends, pad_id = end_ids(tokenizer, model), padding_id(tokenizer)
+    rows = encode_examples(tokenizer, training, limit, findings, ends=ends)
+    heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings, ends=ends)
     split.say("examples", training=len(training), heldout=len(heldout))
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:
             return {}
-        return {"heldout/loss": mean_loss(model, heldout_rows, tokenizer.pad_token_id, cfg.batch_size)}
+        return {"heldout/loss": mean_loss(model, heldout_rows, pad_id, cfg.batch_size)}
 
     task = TrainingObjective(
-        losses=lambda batch: completion_losses(model, batch, tokenizer.pad_token_id),
+        losses=lambda batch: completion_losses(model, batch, pad_id),
         units=counted_tokens,
         length=lambda row: len(row.ids),
         line=lambda row: row.line,

@@ -13,7 +13,7 @@ from support.tiny import tiny_folder
 from rlhf_trainer import BonConfig, best_of_n, bon, generate
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
-from rlhf_trainer.data.records import read_examples, read_pairs
+from rlhf_trainer.data.stages import read_examples, read_pairs
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 
 PROMPTS = ["one two", "red", "blue night", "a good day", "bad"]

@@ -10,7 +10,8 @@ import torch
 
 from rlhf_trainer import CAILabelConfig, DPOConfig, label_answers, train_dpo
 from rlhf_trainer.constitutional.constitution import load_constitution
-from rlhf_trainer.data.records import Pair, read_examples, read_pairs, read_prompts
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.stages import read_examples, read_pairs, read_prompts
 from rlhf_trainer.judging.judges import load_judge
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.sampling.rollout import generate

@@ -12,7 +12,7 @@ from rlhf_trainer import demo
 from rlhf_trainer import eval as evaluation
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.rankings import read_rankings
-from rlhf_trainer.data.records import read_examples, read_pairs, read_prompts
+from rlhf_trainer.data.stages import read_examples, read_pairs, read_prompts
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.worlds import demo as world
 

@@ -363,7 +363,6 @@ def test_the_command_writes_an_ordinary_folder(folders, capsys):
         ({"reward": "/no/such.py:f"}, "/no/such.py: no such Python file"),
         ({"kl_estimator": "k3"}, "only k1 has the gradient"),
         ({"max_new_tokens": 32}, "longer than the model's context of 32"),
-        ({"pad_token": "<eos>"}, "pads with its EOS token"),
         ({"device": "gpu"}, "--device gpu: not a device"),
     ],
 )

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.data.records import Pair, read_pairs
+from rlhf_trainer.data.records import Pair
+from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.labelling.instructions import CRITERIA, instructions
 
 

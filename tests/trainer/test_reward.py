@@ -17,8 +17,9 @@ from rlhf_trainer import RewardConfig, dpo, reward, train_reward
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import DataReport, Pair, read_pairs
+from rlhf_trainer.data.records import DataReport, Pair
 from rlhf_trainer.data.rows import TokenizedPair, encode_pairs, tokenize_example
+from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.scoring import load_normalisation

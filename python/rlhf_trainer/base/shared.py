@@ -12,7 +12,7 @@ from rlhf_trainer.base.config import option
 
 # The model, and the machine
 device = partial(option, "auto", "auto, cpu or cuda")
-pad_token = partial(option, None, "pad token to add to a tokenizer that has none or pads with EOS")
+pad_token = partial(option, None, "pad token to give the tokenizer; none is needed, for rows are masked by length")
 trust_remote_code = partial(option, False, "run code that comes with the model folder")
 ref_model = partial(option, None, "folder of the frozen reference; none: the policy as it is at the start")
 dtype = partial(option, "float32", "float32, or bfloat16: mixed precision, what is trained stays in float32")
@@ -32,7 +32,11 @@ load_in_4bit = partial(
 merge = partial(option, False, "add the adapter into the weights and save a whole model, not the adapter")
 
 # Prompts, responses and their reward
-prompts = partial(option, "", "file of prompts: JSONL with a `prompt` field, or a prompt a line (.txt); .gz too")
+prompts = partial(
+    option,
+    "",
+    "file of prompts: one a line (.txt), or records with `prompt`, `messages` or `instruction` (JSON lines, a table)",
+)
 bootstrap = partial(option, 2000, "resamples of the prompts behind each 95 % interval")
 n = partial(option, help="completions per prompt")
 max_new_tokens = partial(option, 32, "longest response in tokens")

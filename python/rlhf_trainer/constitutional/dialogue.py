@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import prompt_records, render_prompt, shown_prompt
+from rlhf_trainer.data.chats import render_prompt
+from rlhf_trainer.data.encoding import plain_text
+from rlhf_trainer.data.records import shown_prompt
+from rlhf_trainer.data.stages import prompt_records
 from rlhf_trainer.judging.judges import EXAMPLE_SEPARATOR
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 
@@ -105,12 +108,12 @@ def _talk(prompt: Prompt, answer: str, shots: Sequence[WorkedExample]) -> Messag
 
 
 def _written(shots: Sequence[WorkedExample], parts: dict[str, str]) -> str:
-    """Headings and texts, after the worked examples; the last one is left open."""
+    """Headings and texts, after the worked examples; the last one is left open. No special token in it is control."""
     texts = []
     for shot in shots:
         requests = (shot.rule.critique, shot.critique, shot.rule.revision, shot.revision)
         texts.append(_section(dict(zip(HEADINGS, (shot.prompt, shot.answer, *requests), strict=True))))
-    return EXAMPLE_SEPARATOR.join([*texts, _section(parts)])
+    return plain_text(EXAMPLE_SEPARATOR.join([*texts, _section(parts)]))
 
 
 def _section(parts: dict[str, str]) -> str:

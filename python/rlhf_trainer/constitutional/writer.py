@@ -17,7 +17,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.base.writing import write_text
 from rlhf_trainer.constitutional.constitution import Constitution, load_constitution
 from rlhf_trainer.constitutional.dialogue import Prompt, Request, read_dialogues
-from rlhf_trainer.data.records import render_prompt
+from rlhf_trainer.data.chats import render_prompt
 from rlhf_trainer.judging.client import ServerClient, TooLongError
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.loading import load_causal, load_tokenizer

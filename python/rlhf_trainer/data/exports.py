@@ -234,6 +234,20 @@ def _label_studio(record: Record, where: str, line: int, options: Options) -> It
     yield from _ranked(prompt, completions, rankings, where, line, options)
 
 
+def _ranked_bucket(order: Any, where: str) -> Any:
+    """The list of a Ranker that is in order: without buckets the only one, else the one bucket that holds anything.
+
+    "_" is the pool from which items are moved into buckets; what is left there nobody ranked.
+    """
+    if not isinstance(order, dict) or len(order) == 1:
+        return next(iter(order.values())) if isinstance(order, dict) else order
+    filled = {name: items for name, items in order.items() if items and name != "_"}
+    if len(filled) != 1:
+        found = ", ".join(filled) or "none"
+        raise UserError(f"{where}: a Ranker of several buckets, filled: {found}; a ranking is one bucket in order")
+    return next(iter(filled.values()))
+
+
 def _label_studio_ranks(results: Sequence[Any], names: Sequence[str], where: str) -> tuple[Rank, ...]:
     ratings: dict[str, float] = {}
     for result in results:
@@ -244,9 +258,7 @@ def _label_studio_ranks(results: Sequence[Any], names: Sequence[str], where: str
                 return (1.0, 2.0) if selected == "left" else (2.0, 1.0)
             return (1.0, 1.0)  # neither side selected
         if kind == "ranker":
-            order = value.get("ranker")
-            lists = order.values() if isinstance(order, dict) else [order]
-            ranks = _ranks_by_name(max(lists, key=lambda entry: len(entry or []), default=None))
+            ranks = _ranks_by_name(_ranked_bucket(value.get("ranker"), where))
             if ranks is not None:
                 return _by_field(ranks, names, where)
         if kind == "choices" and len(value.get("choices", [])) == 1:

@@ -123,10 +123,5 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def is_table(path: str | Path) -> bool:
-    """Whether the name is that of a table, whose lines are neither texts nor JSON."""
-    return str(path).removesuffix(".gz").endswith((".csv", ".tsv", ".parquet", ".arrow"))
-
-
 def is_jsonl(path: str | Path) -> bool:
     return str(path).removesuffix(".gz").endswith((".jsonl", ".json"))

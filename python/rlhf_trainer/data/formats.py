@@ -170,7 +170,8 @@ def _number_of_cell(value: Any) -> Any:
         return value
 
 
-def _pair(record: Record, where: str, line: int, options: Options) -> Iterable[Item]:
+def read_pair(record: Record, where: str, line: int, options: Options) -> Pair:
+    """The pair of a record in any of the formats that have both answers in one record."""
     record = our_names(record, options.columns, where)
     numbers = {key: _number_of_cell(record[key]) for key in ("label", "margin") if record.get(key, "") != ""}
     label = number_field(numbers, "label", where, 1.0, 0.0, 1.0)
@@ -181,12 +182,15 @@ def _pair(record: Record, where: str, line: int, options: Options) -> Iterable[I
     prompt, chosen, rejected = prompt_of(record, where), record["chosen"], record["rejected"]
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         shared = transcript_prompt(chosen, rejected, where, options.markers)
-        yield Pair(shared, chosen[len(shared) :], rejected[len(shared) :], label, margin, line)
-        return
+        return Pair(shared, chosen[len(shared) :], rejected[len(shared) :], label, margin, line)
     (one, chosen), (other, rejected) = (turn(prompt, side, where, options) for side in (chosen, rejected))
     if one != other:
         raise UserError(f"{where}: 'chosen' and 'rejected' differ before their last message")
-    yield Pair(one, chosen, rejected, label, margin, line)
+    return Pair(one, chosen, rejected, label, margin, line)
+
+
+def _pair(record: Record, where: str, line: int, options: Options) -> Iterable[Item]:
+    yield read_pair(record, where, line, options)
 
 
 def _ranked(record: Record, where: str, line: int, options: Options) -> Iterable[Item]:

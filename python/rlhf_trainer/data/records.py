@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.files import is_jsonl, is_table, read_jsonl, read_lines
+from rlhf_trainer.data.chats import render_turn
 
 Record = TypeVar("Record")
 HH_TURN = "\n\nAssistant:"
@@ -45,10 +44,13 @@ class Pair:
 
 
 class DataReport:
-    """What is odd in one file: each finding and its lines. With `strict` a warning is an error."""
+    """What is odd in one file: each finding and its lines. With `strict` a warning is an error.
 
-    def __init__(self, path: str | Path, strict: bool = False) -> None:
-        self.path = path
+    ignore_fields: those that may be unused without a word.
+    """
+
+    def __init__(self, path: str | Path, strict: bool = False, ignore_fields: Sequence[str] = ()) -> None:
+        self.path, self.ignored = path, frozenset(ignore_fields)
         self.strict = strict
         self.lines: dict[str, list[int]] = {}
 
@@ -110,93 +112,11 @@ def messages_of(value: Any, key: str, where: str) -> list[dict[str, str]]:
     return value
 
 
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str, answer: bool) -> str:
-    """Text of a chat by the tokenizer's template; with `answer`, up to where the assistant begins to speak."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(f"{where}: chat messages need a tokenizer with a chat template, and this one has none")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is the user's program
-        raise UserError(f"{where}: the tokenizer's chat template failed: {error}") from None
-
-
-def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text without the BOS that a template wrote, if the tokenizer will put one before it anyway."""
-    bos = tokenizer.bos_token if tokenizer else None
-    if tokenizer and bos and text.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text[len(bos) :]
-    return text
-
-
 def chat_turn(
     messages: list[dict[str, str]], end: int, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> Example:
-    """Message `end` as a completion of all before it, without the EOS that training and scoring append themselves."""
-    prompt = _render(messages[:end], tokenizer, where, answer=True)
-    whole = _render(messages[: end + 1], tokenizer, where, answer=False)
-    if not whole.startswith(prompt):
-        raise UserError(f"{where}: with this chat template an answer does not continue its prompt")
-    completion = whole[len(prompt) :]
-    eos = tokenizer.eos_token if tokenizer else None
-    if eos and completion.rstrip().endswith(eos):
-        completion = completion.rstrip().removesuffix(eos)
-    return Example(_without_bos(prompt, tokenizer), completion)
-
-
-def render_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
-    """Text of a chat up to where the assistant begins to speak, without the BOS that the tokenizer puts before it."""
-    return _without_bos(_render(messages, tokenizer, where, answer=True), tokenizer)
-
-
-def prompt_records(path: str | Path) -> Iterator[tuple[str, str | list[dict[str, str]]]]:
-    """("file:line", prompt as text or chat messages): one a line of a text file, or JSON lines with "prompt" (text, or
-    chat messages) or "messages" (without the assistant's last one). UserError for an unreadable file, a malformed
-    line, an empty prompt."""
-    if is_table(path):
-        raise UserError(
-            f"{path}: a table; prompts come as JSON lines with a `prompt` field, or one a line of a .txt file"
-        )
-    for number, line in [] if is_jsonl(path) else read_lines(path):
-        if not line.strip():
-            raise UserError(f"{path}:{number}: empty prompt")
-        yield f"{path}:{number}", line
-    for number, record in read_jsonl(path) if is_jsonl(path) else []:
-        where = f"{path}:{number}"
-        key = "messages" if "messages" in record else "prompt"
-        if isinstance(record.get(key), list):
-            messages = messages_of(record[key], key, where)
-            if key == "messages" and messages[-1]["role"] == "assistant":  # sft's data: the answer is no prompt
-                messages = messages[:-1]
-            if not messages:
-                raise UserError(f"{where}: no message to answer")
-            yield where, messages
-            continue
-        prompt = text_field(record, key, where)
-        if not prompt.strip():
-            raise UserError(f"{where}: empty prompt")
-        yield where, prompt
-
-
-def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """The prompts of a file (see prompt_records) as text, chats written by the tokenizer's template.
-
-    Raises:
-        UserError: an unreadable file, a malformed line, an empty prompt, or no prompt at all.
-    """
-    return [text for text, _ in read_shown_prompts(path, tokenizer)]
-
-
-def read_shown_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[str, str]]:
-    """(text, `shown_prompt`) of each prompt: what a model and what a person reads. Raises as `read_prompts`."""
-    prompts = []
-    for where, prompt in prompt_records(path):
-        text = prompt if isinstance(prompt, str) else render_prompt(prompt, tokenizer, where)
-        if not text.strip():
-            raise UserError(f"{where}: empty prompt")
-        prompts.append((text, shown_prompt(prompt)))
-    if not prompts:
-        raise UserError(f"{path}: no prompt in it")
-    return prompts
+    """Message `end` as a completion of all before it; see `render_turn`."""
+    return Example(*render_turn(messages, end, tokenizer, where))
 
 
 def shown_prompt(prompt: str | list[dict[str, str]]) -> str:
@@ -214,49 +134,6 @@ def instruction_prompt(record: dict[str, Any], where: str) -> str:
     return f"{instruction}\n\n{extra}\n\n" if extra else f"{instruction}\n\n"
 
 
-def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> list[Example]:
-    if "messages" in record:
-        messages = messages_of(record["messages"], "messages", where)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        if not turns:
-            raise UserError(f"{where}: no assistant message to learn from")
-        return [chat_turn(messages, turn, tokenizer, where) for turn in turns]
-    if "instruction" in record:
-        return [Example(instruction_prompt(record, where), text_field(record, "output", where))]
-    return [Example(text_field(record, "prompt", where), text_field(record, "completion", where))]
-
-
-def read_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
-) -> tuple[list[Example], DataReport]:
-    """SFT examples from JSON lines of {"prompt", "completion"}, {"instruction", "input", "output"} or {"messages"}.
-
-    A chat gives one example for each assistant message. An empty completion is dropped; an empty prompt and a
-    duplicate are kept and counted. A text file gives one example a line, with an empty prompt.
-    """
-    report, examples, seen = DataReport(path, strict), [], set()
-    if is_table(path):
-        raise UserError(f"{path}: a table; examples are JSON lines of prompts and completions, instructions or chats")
-    if is_jsonl(path):
-        found = ((number, _examples_of(record, tokenizer, f"{path}:{number}")) for number, record in read_jsonl(path))
-    else:
-        found = ((number, [Example("", line)]) for number, line in read_lines(path))
-    for number, records in found:
-        for example in records:
-            if not example.completion.strip():
-                report.warn("empty completion, dropped", number)
-                continue
-            if is_jsonl(path) and not example.prompt.strip():
-                report.warn("empty prompt", number)
-            if example in seen:
-                report.warn("duplicate", number)
-            seen.add(example)
-            examples.append(replace(example, line=number))
-    if not examples:
-        raise UserError(f"{path}: no example in it")
-    return examples, report
-
-
 def transcript_prompt(chosen: str, rejected: str, where: str, markers: Sequence[str] = (HH_TURN,)) -> str:
     """The beginning that two transcripts share, up to the end of its last marker, where both answers begin."""
     shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
@@ -267,33 +144,15 @@ def transcript_prompt(chosen: str, rejected: str, where: str, markers: Sequence[
     return chosen[: max(found)[0]]
 
 
-def _pair_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, where: str) -> Pair:
-    label = number_field(record, "label", where, 1.0, 0.0, 1.0)
-    margin = number_field(record, "margin", where, 0.0, -math.inf, math.inf)
-    if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
-        context = messages_of(record["prompt"], "prompt", where) if "prompt" in record else []
-        sides = [
-            chat_turn(chat, len(chat) - 1, tokenizer, where)
-            for chat in (context + messages_of(record[key], key, where) for key in ("chosen", "rejected"))
-        ]
-        if sides[0].prompt != sides[1].prompt:
-            raise UserError(f"{where}: 'chosen' and 'rejected' differ before their last message")
-        return Pair(sides[0].prompt, sides[0].completion, sides[1].completion, label, margin)
-    chosen, rejected = text_field(record, "chosen", where), text_field(record, "rejected", where)
-    if "prompt" in record:
-        return Pair(text_field(record, "prompt", where), chosen, rejected, label, margin)
-    prompt = transcript_prompt(chosen, rejected, where)
-    return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], label, margin)
-
-
-def check_pairs(found: Iterable[tuple[Pair, DataReport]], seen: set[tuple[str, str, str]] | None = None) -> list[Pair]:
+def check_pairs(found: Iterable[tuple[Pair, DataReport]]) -> list[Pair]:
     """The pairs that can be learned from; what is odd about each is counted in the report that comes with it.
 
     An empty or the same answer is dropped; an empty prompt, a duplicate and a contradiction (the same two answers, the
-    other one preferred) are kept: repeated and opposed judgements are information.
+    other one preferred, or neither) are kept: repeated and opposed judgements are information. Which is preferred, is
+    said by the label: (a, b) with label 0 is (b, a) with label 1.
     """
     pairs = []
-    seen = set() if seen is None else seen
+    seen: dict[tuple[str, ...], set[int]] = {}
     for pair, report in found:
         if not pair.chosen.strip() or not pair.rejected.strip():
             report.warn("empty answer, dropped", pair.line)
@@ -303,31 +162,16 @@ def check_pairs(found: Iterable[tuple[Pair, DataReport]], seen: set[tuple[str, s
             continue
         if not pair.prompt.strip():
             report.warn("empty prompt", pair.line)
-        if (pair.prompt, pair.chosen, pair.rejected) in seen:
+        verdict = (pair.label > 0.5) - (pair.label < 0.5)
+        verdict = verdict if pair.chosen < pair.rejected else -verdict
+        earlier = seen.setdefault((pair.prompt, *sorted((pair.chosen, pair.rejected))), set())
+        if verdict in earlier:
             report.warn("duplicate", pair.line)
-        if (pair.prompt, pair.rejected, pair.chosen) in seen:
+        if earlier - {verdict}:
             report.warn("contradicts an earlier pair", pair.line)
-        seen.add((pair.prompt, pair.chosen, pair.rejected))
+        earlier.add(verdict)
         pairs.append(pair)
     return pairs
-
-
-def read_pairs(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, strict: bool = False
-) -> tuple[list[Pair], DataReport]:
-    """Preference pairs: JSON lines of {"prompt", "chosen", "rejected"}, HH-RLHF transcripts without "prompt", or chats.
-
-    Optional fields: "label" (probability that chosen is better) and "margin". What check_pairs finds odd is counted.
-    `rlhf prefs` turns every other format into this one.
-    """
-    if is_table(path):
-        raise UserError(f"{path}: a table; `rlhf prefs {path} --output pairs.jsonl` makes pairs of it")
-    report = DataReport(path, strict)
-    records = ((replace(_pair_of(r, tokenizer, f"{path}:{line}"), line=line), report) for line, r in read_jsonl(path))
-    pairs = check_pairs(records)
-    if not pairs:
-        raise UserError(f"{path}: no pair in it")
-    return pairs, report
 
 
 def split_heldout(

@@ -88,25 +88,26 @@ def load_train_and_heldout(
     heldout: float,
     seed: int,
     strict: bool,
+    ignore_fields: Sequence[str] = (),
     given: Sequence[Record] | None = None,
 ) -> Split[Record]:
     """The records of `data`, or those `given`, and of `eval_data`; without it a part of the first is held out.
 
     All records of a conversation are on one side; those of `eval_data` that training knows are counted.
-    heldout, seed: see `split_heldout`. strict: see `DataReport`.
+    heldout, seed: see `split_heldout`. strict, ignore_fields: see `DataReport`.
 
     Raises:
         UserError: a file cannot be read, or nothing is left to train on.
     """
     if given is None:
-        records, report = read(data, tokenizer, strict)
+        records, report = read(data, tokenizer, strict, ignore_fields)
     else:
         records, report = list(given), DataReport("data", strict)
         if not records:
             raise UserError("no training records were given; at least one is needed")
     count_respelled(records, report)
     if eval_data:
-        other, other_report = read(eval_data, tokenizer, strict)
+        other, other_report = read(eval_data, tokenizer, strict, ignore_fields)
         groups = conversations([record.prompt for record in records] + [record.prompt for record in other])
         known = set(groups[: len(records)])
         for record, group in zip(other, groups[len(records) :], strict=True):

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_kernels import linear_logprobs
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import render_prompt
-from rlhf_trainer.data.rows import encode_completion, left_pad, tokenize_example
+from rlhf_trainer.data.chats import render_prompt
+from rlhf_trainer.data.encoding import continue_text, encode_text, padding_id, plain_text
+from rlhf_trainer.data.rows import left_pad, tokenize_example
 from rlhf_trainer.judging.client import RefusedError, ServerClient, TooLongError, is_url
 from rlhf_trainer.judging.rewards import is_function, load_function, scores_of
 from rlhf_trainer.judging.shots import WorkedExample
@@ -152,7 +153,8 @@ class ModelJudge:
         self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self.shots = demonstrations(shots)
-        first, second = (encode_completion(tokenizer, text, eos=False) for text in OPTIONS)
+        before = encode_text(tokenizer, ANSWER_PREFIX)
+        first, second = (continue_text(tokenizer, ANSWER_PREFIX, before, text)[1] for text in OPTIONS)
         if first[:-1] != second[:-1] or first[-1] == second[-1]:
             raise UserError(f"this tokenizer has no tokens of their own for {OPTIONS[0]!r} and {OPTIONS[1]!r}")
         self.options = (first, second)
@@ -170,7 +172,7 @@ class ModelJudge:
 
     def _written(self, text: str) -> str:
         if not self.chat:
-            return plain_request(text, self.shots)
+            return plain_text(plain_request(text, self.shots))
         return render_prompt(chat_request(text, self.shots), self.tokenizer, "the judge's question") + ANSWER_PREFIX
 
     @torch.no_grad()
@@ -191,7 +193,7 @@ class ModelJudge:
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """[b, 2] for rows of ids. The options differ in their last token alone, so that one pass serves both."""
         (first, second), device = self.options, next(self.model.parameters()).device
-        prompts, mask = left_pad(rows, self.tokenizer.pad_token_id)
+        prompts, mask = left_pad(rows, padding_id(self.tokenizer))
         tail = torch.tensor(first).expand(len(rows), -1)
         ids, mask = torch.cat([prompts, tail], 1), torch.cat([mask, torch.ones_like(tail, dtype=torch.bool)], 1)
         inputs = head_inputs(self.model, ids.to(device), mask.to(device), prompts.shape[1])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.rows import cut_rows
 from rlhf_trainer.judging.functions import RewardFunction, limited, scores_of
 from rlhf_trainer.models.adapters import (
     REWARD,
@@ -26,9 +28,9 @@ from rlhf_trainer.models.adapters import (
     use_adapter,
 )
 from rlhf_trainer.models.fingerprint import Part, essential, model_part, sha256, tensors_digest, tokenizer_part
-from rlhf_trainer.models.loading import fit_vocabulary, load_reward_model, load_tokenizer
+from rlhf_trainer.models.loading import context_length, fit_vocabulary, load_reward_model, load_tokenizer
 from rlhf_trainer.models.precision import autocast, to_bf16
-from rlhf_trainer.models.scoring import load_normalisation, score_sequences
+from rlhf_trainer.models.scoring import classifier_outputs, load_normalisation, row_outputs
 from rlhf_trainer.models.seq2seq import is_encoder_decoder
 from rlhf_trainer.models.sharding import all_weights_gathered, prepare_model
 
@@ -87,15 +89,15 @@ def load_reward(
         prepare_model(model, torch.device(device))
 
     return ModelReward(
-        model,
-        tokenizer,
-        head,
+        model=model,
+        tokenizer=tokenizer,
+        head=head,
         label=index,
         mean=mean,
         std=std,
         completion_only=completion_only,
+        device=torch.device(device),
         batch_size=batch_size,
-        device=device,
         dtype=dtype,
     )
 
@@ -114,16 +116,13 @@ class ModelReward:
     mean: float
     std: float
     completion_only: bool
+    device: torch.device
     batch_size: int
-    device: torch.device | str
     dtype: str
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         shown = [""] * len(prompts) if self.completion_only else prompts
-        options: dict[str, Any] = {"label": self.label, "batch_size": self.batch_size, "head": self.head}
-        with use_adapter(self.model) as scorer, all_weights_gathered(scorer), autocast(self.dtype, self.device):
-            raw = score_sequences(scorer, self.tokenizer, shown, completions, **options)
-        return ((raw - self.mean) / self.std).tolist()
+        return self._scores(lambda model, **how: classifier_outputs(model, self.tokenizer, shown, completions, **how))
 
     def fingerprint(self) -> Part:
         """Of an adapter on the policy's base that adapter alone: the base is the policy's."""
@@ -134,6 +133,27 @@ class ModelReward:
             tensors = tensors_of(self.model.model, REWARD) | self.head.state_dict(prefix="head.")
             return part | {"config": sha256(essential(lora.to_dict())), "weights": tensors_digest(tensors)}
         return part | model_part(self.model)
+
+    def reads_ids(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the ids of `tokenizer` mean the same here, so that nothing needs to be written as text and read."""
+        decoder = self.head is not None or score_head(cast(PreTrainedModel, self.model)) is not None
+        return decoder and not self.completion_only and tokenizer.get_vocab() == self.tokenizer.get_vocab()
+
+    def score_ids(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Scores of (prompt's ids, response's ids without its end), which EOS closes as in training."""
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+
+        def outputs(model: PreTrainedModel, **how: Any) -> torch.Tensor:
+            limit = context_length(model) or sys.maxsize
+            cut = [cut_rows(prompt, [[*response, eos]], limit, bos) for prompt, response in rows]
+            return row_outputs(model, self.tokenizer, [(row[0], was_cut) for row, was_cut in cut], **how)
+
+        return self._scores(outputs)
+
+    def _scores(self, outputs: Callable[..., torch.Tensor]) -> list[float]:
+        with use_adapter(self.model) as scorer, all_weights_gathered(scorer), autocast(self.dtype, self.device):
+            raw = outputs(scorer, batch_size=self.batch_size, head=self.head)[:, self.label]
+        return ((raw - self.mean) / self.std).tolist()
 
 
 def label_index(config: Any, label: str | None, source: str, option: str = "--reward_label") -> int:
@@ -186,9 +206,24 @@ def load_function(source: str) -> RewardFunction:
     return function
 
 
-def shared_scores(reward: RewardFunction, rollout: Rollout, group_size: int, what: str = "reward") -> torch.Tensor:
-    """The scores [B] of a rollout; each rank calls the function for its share of the rows, in whole groups."""
+def shared_scores(
+    reward: RewardFunction,
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    group_size: int,
+    what: str = "reward",
+) -> torch.Tensor:
+    """The scores [B] of a rollout; each rank calls the function for its share of the rows, in whole groups.
+
+    A reward model of the same tokenizer as the policy's reads the sampled ids themselves.
+    """
     ranks, count = distributed_context(), len(rollout.prompts)
     shard = ranks.contiguous_shard(count, group_size)
+    if isinstance(reward, ModelReward) and reward.reads_ids(tokenizer):
+        model, rows = reward, rollout.token_rows(shard)
+
+        def reward(prompts: list[str], completions: list[str]) -> list[float]:
+            return model.score_ids(rows)
+
     mine = scores_of(reward, rollout.prompts[shard], rollout.completions[shard], what, shard.start)
     return ranks.all_gather_rows(shard, mine, count)

@@ -52,11 +52,11 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, left-padding.
 
-    pad_token: added where the tokenizer has none, or pads with EOS. generates: False for a BERT-like classifier's
-    tokenizer, which is taken as it is.
+    pad_token: becomes its pad token. None is needed: rows are masked by length, so that any id fills them up.
+    generates: False for a BERT-like classifier's tokenizer, which is taken as it is.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, or has no pad token other than EOS.
+        UserError: it cannot be loaded, or has no EOS.
     """
     tokenizer = _load(AutoTokenizer, path, "tokenizer", trust_remote_code=trust_remote_code)
     if not generates:
@@ -65,13 +65,6 @@ def load_tokenizer(
         tokenizer.add_special_tokens({"pad_token": pad_token})
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so that no answer could ever end")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no pad token; pass --pad_token '<pad>' to add one")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"{path}: the tokenizer pads with its EOS token {tokenizer.eos_token!r}, which would hide where answers "
-            f"end; pass --pad_token '<pad>' to add one"
-        )
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -136,7 +129,10 @@ def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, trust
 
 @torch.no_grad()
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """New tokens get the mean row, not a random one: an adapter's base grows the same way each time it is loaded."""
+    """New tokens get the mean row, not a random one: an adapter's base grows the same way each time it is loaded.
+
+    The config's PAD stays as it was loaded, unless the tokenizer's is new or the config of a classifier has none.
+    """
     if tokenizer is not None:
         embedding: Any = model.get_input_embeddings()
         before = embedding.weight.shape[0]
@@ -147,7 +143,9 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 for parameter in [] if layer is None else layer.parameters():
                     parameter[before:] = parameter[:before].mean(0)
-        model.config.pad_token_id = tokenizer.pad_token_id
+            model.config.pad_token_id = tokenizer.pad_token_id
+        if model.config.pad_token_id is None and score_head(model) is not None:
+            model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 

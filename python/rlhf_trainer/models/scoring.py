@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.rows import left_pad, tokenize_example
+from rlhf_trainer.data.encoding import padding_id, plain_text
+from rlhf_trainer.data.rows import TokenizedExample, left_pad, tokenize_example
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.forward import hidden_states
@@ -88,19 +89,44 @@ def classifier_outputs(
         tokenizer.truncation_side = "left"
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            encoded = tokenizer(batch, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
+            encoded = tokenizer(
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                split_special_tokens=True,  # what a text names is text
+                return_tensors="pt",
+            ).to(device)
             if encoded["input_ids"].shape[1] >= limit:
                 _say_cut(model, limit)
             outputs[start : start + batch_size] = model(**encoded).logits.float().cpu()
         return outputs
-    encoded_rows = [tokenize_example(tokenizer, *texts, limit) for texts in zip(prompts, completions, strict=True)]
+    encoded_rows = [
+        tokenize_example(tokenizer, prompt, plain_text(completion), limit)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return row_outputs(model, tokenizer, encoded_rows, batch_size=batch_size, head=head)
+
+
+@torch.no_grad()
+def row_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded_rows: Sequence[tuple[TokenizedExample, bool]],
+    *,
+    batch_size: int = 64,
+    head: nn.Linear | None = None,
+) -> Tensor:
+    """`classifier_outputs` of a decoder for rows of ids, each with whether it was cut."""
     if any(cut for _, cut in encoded_rows):
-        _say_cut(model, limit)
-    rows = [row.ids for row, _ in encoded_rows]
+        _say_cut(model, context_length(model) or sys.maxsize)
+    device, rows = next(model.parameters()).device, [row.ids for row, _ in encoded_rows]
+    columns: Any = model.config.num_labels if head is None else head.out_features
+    outputs = torch.empty(len(rows), columns)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids, mask = left_pad([rows[i] for i in chosen], tokenizer.pad_token_id)
+        ids, mask = left_pad([rows[i] for i in chosen], padding_id(tokenizer))
         outputs[chosen] = last_token_scores(model, ids.to(device), mask.to(device), head).cpu()
     return outputs
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.config import require
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.data.records import read_prompts
+from rlhf_trainer.data.stages import read_prompts
 from rlhf_trainer.judging.functions import RewardFunction, limited
 from rlhf_trainer.judging.rewards import load_reward
 from rlhf_trainer.models import precision

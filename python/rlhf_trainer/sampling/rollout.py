@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_kernels import sample_tokens
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.encoding import completion_text, continue_text, encode_text, end_ids, padding_id
 from rlhf_trainer.data.rows import encode_prompt, left_pad
 from rlhf_trainer.models import seq2seq
 from rlhf_trainer.models.forward import position_ids
@@ -32,6 +33,15 @@ class Rollout:
     ended: Tensor  # [B] bool, true where EOS or a stop token was sampled
     prompts: list[str]
     completions: list[str]  # text of the responses, without EOS and stop token
+
+    def token_rows(self, rows: slice) -> list[tuple[list[int], list[int]]]:
+        """(prompt's ids, response's ids) of some rows, without padding and the token that ended the response."""
+        found, start = [], self.prompt_length
+        some = self.ids[rows].cpu(), self.mask[rows].cpu(), self.ended[rows].tolist()
+        for ids, real, ended in zip(*some, strict=True):
+            prompt, response = ids[:start][real[:start]].tolist(), ids[start:][real[start:]].tolist()
+            found.append((prompt, response[:-1] if ended else response))
+        return found
 
     @property
     def responses(self) -> Tensor:
@@ -116,7 +126,7 @@ def generate(
     group_size: int = 1,
     gather: bool = True,
 ) -> Rollout:
-    """Sample responses of at most `max_new_tokens` tokens, each ending at EOS or `stop_token`, with a KV cache.
+    """Sample responses of at most `max_new_tokens` tokens, each ending at one of `stop_ids`, with a KV cache.
 
     With `batch_size` that many at a time, prompts of similar length together; the result is in the order of `prompts`.
     All random numbers are drawn at the beginning, one for each row and step: a row's tokens depend on no other row.
@@ -127,8 +137,8 @@ def generate(
     shape = (max_new_tokens, len(prompts))
     uniform = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
-    stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
-    longest, pad_id = max(map(len, encoded)), tokenizer.pad_token_id
+    stops = stop_ids(model, tokenizer, stop_token)
+    longest, pad_id = max(map(len, encoded)), padding_id(tokenizer)
     ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -218,9 +228,17 @@ def decode_batch(
     return ids, mask, ended
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token: str | None) -> list[int]:
+    """The ids that end a response: every EOS that tokenizer, model and generation config name, and the stop token."""
+    return [*end_ids(tokenizer, model), *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
+
+
 def stop_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """The id of a stop token; UserError unless the text is exactly one token."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # In the middle of a text, as it is written: a tokenizer may begin a text with a token of its own.
+    _, ids = continue_text(tokenizer, "a", encode_text(tokenizer, "a"), text)
+    if len(ids) != 1:
+        ids = encode_text(tokenizer, text)
     if len(ids) != 1:
         raise UserError(f"--stop_token {text!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
     return ids[0]
@@ -229,11 +247,13 @@ def stop_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, prompt_length: int, stops: list[int]
 ) -> list[str]:
-    """The text of every response, without the token that ended it."""
+    """The text that every response adds to its prompt, without EOS, PAD and stop tokens: all else was written."""
+    dropped = {*stops, tokenizer.pad_token_id}
     texts: list[str] = []
-    for row, real in zip(ids[:, prompt_length:].tolist(), mask[:, prompt_length:].tolist(), strict=True):
-        tokens = [token for token, counted in zip(row, real, strict=True) if counted]
-        if tokens and tokens[-1] in stops:
-            tokens.pop()
-        texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)))
+    for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
+        halves = zip(row, real, strict=True)
+        tokens = [(place, token) for place, (token, counted) in enumerate(halves) if counted]
+        prompt = [token for place, token in tokens if place < prompt_length]
+        response = [token for place, token in tokens if place >= prompt_length]
+        texts.append(completion_text(tokenizer, prompt, response, dropped))
     return texts

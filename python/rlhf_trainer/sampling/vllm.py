@@ -19,11 +19,12 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.encoding import padding_id
 from rlhf_trainer.data.rows import left_pad
 from rlhf_trainer.models import adapters, precision
 from rlhf_trainer.models.seq2seq import is_encoder_decoder
 from rlhf_trainer.sampling import rollout
-from rlhf_trainer.sampling.rollout import Rollout, decode, encode_prompts, stop_token_id
+from rlhf_trainer.sampling.rollout import Rollout, decode, encode_prompts, stop_ids
 
 ENGINES = ("hf", "vllm")
 
@@ -129,7 +130,7 @@ class VllmEngine:
         """Like `rollout.generate`, each request with a seed drawn from `generator`."""
         self.load(policy)
         rows = encode_prompts(policy, tokenizer, prompts, max_new_tokens)
-        stops = [tokenizer.eos_token_id, *([] if stop_token is None else [stop_token_id(tokenizer, stop_token)])]
+        stops = stop_ids(policy, tokenizer, stop_token)
         device = next(policy.parameters()).device
         seeds = torch.randint(2**31, (len(rows),), generator=generator, device=device).tolist()
         options = {"temperature": temperature, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "max_tokens": max_new_tokens}
@@ -164,10 +165,11 @@ def to_rollout(
     device: torch.device,
 ) -> Rollout:
     """Ids of prompts and answers -> the padded rollout; an answer ended if its last token is one of `stops`."""
-    ids, mask = left_pad(rows, tokenizer.pad_token_id)
-    backwards, real = left_pad([answer[::-1] for answer in answers], tokenizer.pad_token_id)
+    pad_id = padding_id(tokenizer)
+    ids, mask = left_pad(rows, pad_id)
+    backwards, real = left_pad([answer[::-1] for answer in answers], pad_id)
     if backwards.shape[1] == 0:  # every answer is empty: a column that does not count keeps the shapes
-        backwards, real = pad(backwards, (0, 1), value=tokenizer.pad_token_id), pad(real, (0, 1))
+        backwards, real = pad(backwards, (0, 1), value=pad_id), pad(real, (0, 1))
     ended = torch.tensor([bool(answer) and answer[-1] in stops for answer in answers], device=device)
     length = ids.shape[1]
     ids, mask = torch.cat([ids, backwards.flip(1)], 1).to(device), torch.cat([mask, real.flip(1)], 1).to(device)

@@ -42,7 +42,7 @@ class SupervisedConfig:
     """Options that sft, reward and dpo share."""
 
     model: str = option("", "folder (or hub name) of the model to start from")
-    data: str = option("", "training data, JSON lines or one JSON array (.gz too)")
+    data: str = option("", "training data: JSON lines, a JSON array or a table (.gz too), or Parquet")
     eval_data: str | None = option(None, "held-out data of the same kind; none: a part of --data, see --heldout")
     heldout: float = option(0.05, "held out of --data: a share below 1, or a number of records; 0: nothing")
     output_dir: str = option("", "folder for the trained model, metrics.jsonl, TensorBoard and checkpoints")
@@ -65,6 +65,7 @@ class SupervisedConfig:
     accept_changes: list[str] = shared.accept_changes()
     overwrite: bool = shared.overwrite()
     strict: bool = option(False, "make every oddity of the data (duplicates, empty texts, cut ones) an error")
+    ignore_fields: list[str] = option([], "fields of the data that are known not to be used, and are not counted")
     lora_r: int = shared.lora_r()
     lora_alpha: int = shared.lora_alpha()
     lora_dropout: float = option(0.0, "dropout before LoRA's A, while training")
@@ -90,6 +91,7 @@ class SupervisedConfig:
             heldout=self.heldout,
             seed=self.seed,
             strict=self.strict,
+            ignore_fields=self.ignore_fields,
             given=given,
         )
 

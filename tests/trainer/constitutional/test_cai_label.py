@@ -16,7 +16,7 @@ from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import make_prompt
 from rlhf_trainer.constitutional.label import compare, labelled, statistics, warnings
 from rlhf_trainer.data.files import write_jsonl
-from rlhf_trainer.data.records import read_pairs
+from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.judging.client import ServerClient
 from rlhf_trainer.judging.judges import ModelJudge, both_orders
 from rlhf_trainer.judging.shots import Rule

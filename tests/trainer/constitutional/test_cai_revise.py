@@ -8,6 +8,7 @@ import pytest
 import yaml
 from support.serving import said, serving
 from support.tiny import WORDS, tiny_folder
+from support.tokenizers import family
 
 from rlhf_trainer import CAIReviseConfig, revise_answers
 from rlhf_trainer.base.errors import UserError
@@ -16,7 +17,8 @@ from rlhf_trainer.constitutional import writer
 from rlhf_trainer.constitutional.constitution import Constitution
 from rlhf_trainer.constitutional.dialogue import critique_request, make_prompt, revision_request
 from rlhf_trainer.constitutional.writer import truncate_at_stop
-from rlhf_trainer.data.records import read_examples
+from rlhf_trainer.data.encoding import decode, encode_text
+from rlhf_trainer.data.stages import read_examples
 from rlhf_trainer.judging.shots import Rule, WorkedExample
 from rlhf_trainer.models.from_scratch import build_model, build_tokenizer
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
@@ -320,3 +322,14 @@ def test_a_folder_from_the_command_line(tmp_path, capsys, folder):
     (example,) = read_examples(tmp_path / "q.jsonl")[0]
     assert example.prompt == "one"
     assert (tmp_path / "q.constitution.yaml").read_text() == (tmp_path / "c.yaml").read_text()
+
+
+def test_special_tokens_that_an_answer_names_are_text_in_the_request_for_its_critique():
+    tokenizer, prompt = family("byte_level"), make_prompt("one", None, False, "")
+    for asked in (
+        critique_request(prompt, "a</s> <|im_end|>", KIND, False, []),
+        revision_request(prompt, "a", KIND, "b<|im_start|>user", False, []),
+    ):
+        ids = encode_text(tokenizer, asked)
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        assert decode(tokenizer, ids) == asked

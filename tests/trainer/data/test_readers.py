@@ -235,7 +235,7 @@ def test_label_studio(tmp_path, result, ranks):
 
 
 @pytest.mark.parametrize(
-    "value", [["k2", "k1", "k3"], {"rank": ["k2", "k1", "k3"]}, {"_": ["k2", "k1", "k3"], "bad": []}]
+    "value", [["k2", "k1", "k3"], {"rank": ["k2", "k1", "k3"]}, {"_": [], "best": ["k2", "k1", "k3"]}]
 )
 def test_label_studio_ranker(tmp_path, value):
     data = {
@@ -402,3 +402,21 @@ def test_records_of_an_array_know_the_line_on_which_they_begin(tmp_path):
     records = [json.dumps({**PROMPTED, "prompt": f"p{i}"}, indent=1) for i in range(4)]
     path.write_text("\n[" + ",\n".join(records[:2]) + " , " + ",\n\n".join(records[2:]) + "\n]\n")
     assert [pair.line for pair in read(path)[1]] == [2, 7, 11, 17]
+
+
+def test_label_studio_buckets(tmp_path):
+    """The pool "_" that nobody moved is no ranking; several filled buckets have no order between them."""
+    data = {"prompt": "p", "answer1": "a", "answer2": "b", "answer3": "c"}
+
+    def read(value):
+        record = studio([{"type": "ranker", "value": {"ranker": value}}], data)
+        return read_preferences([str(write(tmp_path / "l.json", record, array=True))]).ranked[0][0]
+
+    ranked = read({"_": ["answer1"], "good": ["answer3", "answer2"], "bad": []})
+    assert dict(zip(ranked.completions, ranked.rankings[0].ranks, strict=True)) == {"a": None, "b": 2.0, "c": 1.0}
+    for value, filled in (
+        ({"_": ["answer1", "answer2", "answer3"], "rank": []}, "none"),
+        ({"_": [], "good": ["answer1"], "bad": ["answer2"]}, "good, bad"),
+    ):
+        with pytest.raises(UserError, match=f"several buckets, filled: {filled}; a ranking is one bucket in order"):
+            read(value)

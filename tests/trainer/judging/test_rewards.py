@@ -24,11 +24,14 @@ from transformers import (
 
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.rows import encode_prompt
 from rlhf_trainer.judging import rewards
 from rlhf_trainer.judging.functions import limited, reward_part, scores_of
-from rlhf_trainer.judging.rewards import load_reward
+from rlhf_trainer.judging.rewards import load_reward, shared_scores
+from rlhf_trainer.models.from_scratch import build_tokenizer
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, save_folder, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, load_normalisation, score_sequences
+from rlhf_trainer.sampling.vllm import to_rollout
 
 
 def reward_folder(tmp_path, labels=1):
@@ -299,3 +302,46 @@ def test_the_fingerprint_of_a_reward_model_names_what_changed(tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     assert changed() == {"normalisation", "config", "rules", "weights"}
+
+
+def rollout_of(tokenizer, prompts, answers, ended=True):
+    """A rollout whose answers are these ids."""
+    end = [tokenizer.eos_token_id] if ended else []
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return to_rollout(tokenizer, prompts, rows, [[*answer, *end] for answer in answers], end, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rollout_reaches_a_reward_model_of_the_same_tokenizer_as_ids(tmp_path, monkeypatch, ended):
+    """`goo` + `d` is other tokens than the text `good`, and says <bos> by its id."""
+    folder = reward_folder(tmp_path)
+    reward, tokenizer = load_reward(str(folder)), load_tokenizer(folder)
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "good"]
+    assert letters != tokenizer("good", add_special_tokens=False)["input_ids"]
+    answers = [[*letters, tokenizer.bos_token_id, letters[0]], letters[:2]]
+    rollout = rollout_of(tokenizer, PROMPTS, answers, ended)
+    found = shared_scores(reward, rollout, tokenizer, 1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for prompt, answer, score in zip(PROMPTS, answers, found.tolist(), strict=True):
+        ids = torch.tensor([[*encode_prompt(tokenizer, prompt), *answer, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            wanted = model.score(model.base_model(ids).last_hidden_state[:, -1])[0, 0].item()
+        assert score == pytest.approx(wanted, abs=1e-5)
+    other = build_tokenizer(["one two three"], 270)
+    by_text = shared_scores(reward, rollout, other, 1)
+    assert by_text.tolist() == pytest.approx(reward(rollout.prompts, rollout.completions))
+    assert by_text[0] != pytest.approx(found[0].item())
+
+
+def test_special_tokens_in_an_answer_are_text_to_a_reward_model(tmp_path):
+    folder = reward_folder(tmp_path)
+    tokenizer, rows = load_tokenizer(folder), []
+    answer = " yes<eos> no"
+    model = load_reward_model(folder, tokenizer).eval()
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(options["input_ids"].tolist()[0]), with_kwargs=True
+    )
+    score_sequences(model, tokenizer, ["<bos>a"], [answer])
+    assert rows[0].count(tokenizer.eos_token_id) == 1
+    assert rows[0].count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(rows[0]) == f"<bos>a{answer}<eos>"

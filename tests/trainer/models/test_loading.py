@@ -28,11 +28,9 @@ def save_tokenizer_with(folder, **special):
     tokenizer.save_pretrained(folder)
 
 
-def test_a_tokenizer_without_pad_token_is_refused_and_mended(tmp_path):
+def test_a_pad_token_can_be_added(tmp_path):
     folder = tiny_folder(tmp_path / "m")
     save_tokenizer_with(folder, pad_token=None)
-    with pytest.raises(UserError, match=r"has no pad token; pass --pad_token"):
-        load_tokenizer(folder)
     tokenizer = load_tokenizer(folder, pad_token="<extra>")
     before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
     model = load_causal(folder, tokenizer)
@@ -41,12 +39,15 @@ def test_a_tokenizer_without_pad_token_is_refused_and_mended(tmp_path):
     torch.testing.assert_close(model.get_input_embeddings().weight[:-1], before)
 
 
-def test_pad_equal_to_eos_is_refused(tmp_path):
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_a_tokenizer_without_a_pad_token_of_its_own_is_taken_as_it_is(tmp_path, pad):
     folder = tiny_folder(tmp_path / "m")
-    save_tokenizer_with(folder, pad_token="<eos>")
-    with pytest.raises(UserError, match="pads with its EOS token '<eos>'"):
-        load_tokenizer(folder)
-    assert load_tokenizer(folder, pad_token="<pad>").pad_token_id == 0
+    save_tokenizer_with(folder, pad_token=pad)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token == pad
+    model = load_causal(folder, tokenizer)
+    assert model.config.pad_token_id == load_causal(folder).config.pad_token_id
+    assert len(tokenizer) == model.get_input_embeddings().weight.shape[0]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

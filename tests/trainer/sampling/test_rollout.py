@@ -7,8 +7,11 @@ import itertools
 import pytest
 import torch
 from support.tiny import tiny_folder
+from support.tokenizers import family
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.data.rows import encode_prompt, tokenize_example
+from rlhf_trainer.models.from_scratch import build_model
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.ppo import token_outputs
 from rlhf_trainer.sampling import rollout as rollout_module
@@ -142,3 +145,42 @@ def test_real_architectures(arch, tmp_path, monkeypatch):
         inputs = tokenizer(prompt, return_tensors="pt")
         theirs = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
         assert mine[: len(theirs)] == theirs.tolist()
+
+
+@pytest.fixture(scope="module")
+def chat_parts():
+    """A model whose generation config ends answers with <|im_end|> as well, as Gemma, Phi and Llama 3 do."""
+    tokenizer = family("byte_level")
+    model = build_model("llama", tokenizer, seed=0, hidden_size=32, layers=1, heads=2, max_length=64).eval()
+    model.generation_config.eos_token_id = [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+def test_a_response_ends_at_each_eos_that_tokenizer_or_model_names(chat_parts, monkeypatch, end):
+    model, tokenizer = chat_parts
+    said = tokenizer(f" yes{end}", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(rollout_module, "sample", scripted(itertools.cycle(said)))
+    result = run(model, tokenizer, ["a day"], max_new_tokens=20)
+    assert result.responses.tolist() == [said]
+    assert result.ended.all()
+    assert result.completions == [" yes"]
+
+
+def test_only_eos_pad_and_stop_tokens_are_taken_out_of_a_completion(chat_parts, monkeypatch):
+    model, tokenizer = chat_parts
+    said = tokenizer("<s><|im_start|>no blue</s>", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(rollout_module, "sample", scripted(iter(said)))
+    result = run(model, tokenizer, ["a day"], max_new_tokens=20)
+    assert result.completions == ["<s><|im_start|>no blue"]
+    assert result.token_rows(slice(0, 1)) == [(encode_prompt(tokenizer, "a day"), said[:-1])]
+
+
+@pytest.mark.parametrize("name", ["byte_fallback_dummy_prefix", "metaspace_first", "unigram_always", "word_piece"])
+def test_a_completion_is_the_text_that_its_tokens_add_to_the_prompt(name, monkeypatch):
+    """Alone, ` thanks` is decoded without the space that stands between prompt and completion."""
+    tokenizer = family(name)
+    model = build_model("llama", tokenizer, seed=0, hidden_size=32, layers=1, heads=2, max_length=64).eval()
+    row, _ = tokenize_example(tokenizer, "a good day", " thanks", 100)
+    monkeypatch.setattr(rollout_module, "sample", scripted(iter(row.ids[row.prompt_length :])))
+    assert run(model, tokenizer, ["a good day"], max_new_tokens=20).completions == [" thanks"]
