@@ -24,6 +24,7 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.records import Pair, read_pairs
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
 from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_model, prepare_trained_model
@@ -288,12 +289,14 @@ def train_dpo(
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
     adapters.add_adapter(policy, cfg.lora, output_dir=cfg.output_dir)
     restored = cfg.merge or model is not None
-    policy = prepare_trained_model(policy, device, dtype=cfg.dtype, restored=restored).train()
+    policy = prepare_trained_model(policy, device, dtype=cfg.dtype, restored=restored)
     quantised.check_adapter(cfg.load_in_4bit, policy)
     if ref_model is None and cfg.ref_model is not None:
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
         precision.to_bf16(ref_model, cfg.dtype, include_trainable=True)
+    elif ref_model is not None:
+        precision.widen(ref_model, cfg.dtype)
     limit = length_limit(cfg.max_length, policy)
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
@@ -301,10 +304,15 @@ def train_dpo(
         if pair.margin:
             findings.count("margin, which DPO does not use", pair.line)
     split.say("pairs", training=len(training), heldout=len(heldout))
+    chosen, pad_id = [pair.chosen for pair in rows], tokenizer.pad_token_id
+    with precision.autocast(cfg.dtype, device):
+        check_forward(policy, lambda some: completion_losses(policy, some, pad_id), chosen)
     reference = policy if ref_model is None else prepare_model(ref_model, device)
-    items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], tokenizer.pad_token_id)
+    items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], pad_id)
+    if reference is not policy:
+        precision.narrow(reference)
     del reference, ref_model  # one that was loaded here takes no memory in training
-    metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], tokenizer.pad_token_id)
+    metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], pad_id)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:
         result["heldout"] = figures | {"length_baseline": length_baseline(training, heldout)}

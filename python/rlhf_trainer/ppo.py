@@ -120,6 +120,8 @@ def train_ppo(
         tensors = {}
     saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
     finish(run.policy, run.tokenizer, tensors=tensors, **saved)
+    if ref_model is not None:
+        precision.narrow(ref_model)
     return PPOResult(run.policy, run.value_head, run.tokenizer, run.history, stopped, cfg.output_dir)
 
 

@@ -20,6 +20,7 @@ from rlhf_trainer.data.records import Pair, read_examples, read_pairs
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, encode_examples, encode_pairs, left_pad
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.loading import load_reward_model, load_tokenizer, suppress_transformers_warnings
 from rlhf_trainer.models.scoring import NORMALISATION, last_token_scores, score_sequences
 from rlhf_trainer.models.sharding import fsdp_forward, prepare_trained_model
@@ -284,11 +285,13 @@ def train_reward(
     training, heldout, findings, heldout_findings = split.training, split.heldout, split.report, split.heldout_report
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
     restored = cfg.merge or model is not None
-    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored)
     limit, pad_id = length_limit(cfg.max_length, model), tokenizer.pad_token_id
     rows = encode_pairs(tokenizer, training, limit, findings)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings)
     split.say("pairs", training=len(training), heldout=len(heldout))
+    with precision.autocast(cfg.dtype, device):
+        check_forward(model, lambda some: score_rows(model, some, pad_id), [pair.chosen for pair in rows])
     samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):

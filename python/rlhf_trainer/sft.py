@@ -13,7 +13,8 @@ from rlhf_trainer.base.config import require
 from rlhf_trainer.base.distributed import distributed_context, on_all_ranks, resolve_device
 from rlhf_trainer.data.records import Example, read_examples
 from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
-from rlhf_trainer.models import adapters, quantised
+from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_trained_model
@@ -93,12 +94,14 @@ def train_sft(
     start = load_causal(cfg.model, tokenizer, **options) if model is None else model
     adapters.add_adapter(start, cfg.lora, output_dir=cfg.output_dir)
     restored = cfg.merge or model is not None
-    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored)
     quantised.check_adapter(cfg.load_in_4bit, model)
     limit = length_limit(cfg.max_length, model)
     rows = encode_examples(tokenizer, training, limit, findings)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings)
     split.say("examples", training=len(training), heldout=len(heldout))
+    with precision.autocast(cfg.dtype, device):
+        check_forward(model, lambda some: completion_losses(model, some, tokenizer.pad_token_id), rows)
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:

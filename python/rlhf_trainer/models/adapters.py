@@ -137,6 +137,8 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, name: str, trained: bool) 
     own = parameters_of(model, name)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(trained if key in own else flags.get(key, False))
+        if key in own:  # peft gives it the base's dtype, in whose 16 bits an optimizer's steps would be lost
+            parameter.data = parameter.data.float()
     _switch(model, MAIN)
 
 

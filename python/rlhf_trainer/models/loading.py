@@ -78,14 +78,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def _without_dropout(config: Any) -> Any:
-    """Every dropout probability set to 0: PPO's ratios compare two forward passes of the same weights."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
-    return config
-
-
 def load_causal(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -93,7 +85,7 @@ def load_causal(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The folder's causal or encoder-decoder LM without dropout; its embedding grows if the tokenizer gained tokens.
+    """The folder's causal or encoder-decoder LM; its embedding grows if the tokenizer gained tokens.
 
     An adapter folder gives the base that it names with the adapter on it, which alone is trained. `options` go to
     from_pretrained, as `quantised.load_options` makes them.
@@ -111,7 +103,7 @@ def load_causal(
         loader,
         base,
         "language model",
-        config=_without_dropout(config),
+        config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         **options,
@@ -160,7 +152,7 @@ def _load_classifier(
     **options: Any,
 ) -> PreTrainedModel:
     """A folder of a whole model as `AutoModelForSequenceClassification`."""
-    config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
+    config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
     if num_labels is not None:
         config.num_labels = num_labels
     model, loading = _load(

@@ -22,6 +22,7 @@ from rlhf_trainer.data.records import DataReport
 from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.loading import context_length
+from rlhf_trainer.models.modes import train_mode
 from rlhf_trainer.models.sharding import unsharded_tensor
 from rlhf_trainer.training.alerts import SHOWN, Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, stop_on_signals
@@ -203,6 +204,7 @@ def train_loop(
     total = len(batches)
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(model)
+    train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = distributed_context()
     if ranks.rank:
@@ -228,10 +230,10 @@ def train_loop(
             scheduler.step()
             metrics |= task.observe() | {"lr": lr, "epoch": epoch}
             if step in evaluations:
-                model.eval()  # LoRA's dropout is the only one there can be
+                model.eval()
                 with precision.autocast(cfg.dtype, parameters[0].device):
                     metrics |= task.evaluate()
-                model.train()
+                train_mode(model)
             if log is not None:
                 log.step(step, metrics, _note(metrics))
             alarms = alerts.check(metrics)
