@@ -27,11 +27,11 @@ def count_letters(_: list[str], completions: list[str]) -> list[float]:
 
 
 def train_stage(
-    stage: str, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, **options: Any
+    stage: str, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, model_name: str = "", **options: Any
 ) -> PreTrainedModel:
-    """The model that the stage trained in two steps; `model` None: it is loaded from options["model"]."""
+    """The model that the stage trained in two steps; `model` None: it is loaded from `model_name`."""
     supervised: dict[str, Any] = {"epochs": 1, "batch_size": 2, "heldout": 0, "warmup": 0.0, "report_to": ["none"]}
-    supervised |= {"lr": 1e-2, "device": "cpu", **options}
+    supervised |= {"lr": 1e-2, "device": "cpu", "model": model_name, **options}
     given: dict[str, Any] = {"model": model, "tokenizer": tokenizer}
     pairs = [Pair(prompt, f" yes {prompt}", " sorry fool", line=i + 1) for i, prompt in enumerate(PROMPTS)]
     if stage == "sft":
@@ -47,6 +47,6 @@ def train_stage(
         minibatches=1,
         epochs=1,
         max_new_tokens=4,
-        **{"lr": 1e-2, "device": "cpu", "report_to": ["none"], **options},
+        **{"lr": 1e-2, "device": "cpu", "report_to": ["none"], "model": model_name, **options},
     )
     return train_ppo(cfg, reward=count_letters, prompts=PROMPTS, **given).policy

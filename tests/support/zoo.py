@@ -80,7 +80,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
     "t5": T5,
     "umt5": T5,
-    "bart": ENCODER_DECODER | {"forced_bos_token_id": 1},
+    "bart": ENCODER_DECODER,
     "marian": ENCODER_DECODER,
     "pegasus": ENCODER_DECODER | {"decoder_start_token_id": 0},
 }
@@ -105,6 +105,8 @@ def zoo_model(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> P
     torch.manual_seed(seed)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = loader.from_config(config)
+    if name == "bart":
+        model.generation_config.forced_bos_token_id = tokenizer.bos_token_id
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -28,7 +28,7 @@ from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
-from rlhf_trainer.models.seq2seq import force_eager_attention
+from rlhf_trainer.models.seq2seq import first_tokens, force_eager_attention
 from rlhf_trainer.models.sharding import gathered, is_sharded
 
 # Loading and saving
@@ -136,6 +136,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         before = embedding.weight.shape[0]
         if len(tokenizer) > before:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            vars(model)[adapters.GROWN] = len(tokenizer) - before
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 for parameter in [] if layer is None else layer.parameters():
                     parameter[before:] = parameter[:before].mean(0)
@@ -217,6 +218,20 @@ def suppress_transformers_warnings() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+# What belongs to a model or its tokenizer, under the names that transformers, peft and this trainer give it.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model.h5", "flax_model.msgpack", "adapter_*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "source.spm", "target.spm"),
+    *("value_head.safetensors", "reward_normalisation.json"),
+)
+
+
+def _model_files(folder: Path) -> set[str]:
+    return {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
 def save_folder(
     folder: str | Path,
     model: PreTrainedModel,
@@ -228,7 +243,8 @@ def save_folder(
 
     Of a model with an adapter only the adapter is written.
 
-    It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
+    It is written beside its place and renamed. Of a folder that stood there the files of model and tokenizer are
+    replaced as a set: an adapter beside a whole model, or shards of another one, would be loaded with it. Logs and
     checkpoints in it stay. Of several ranks the first one writes.
 
     Raises:
@@ -257,11 +273,11 @@ def save_folder(
         for name, record in (records or {}).items():
             (temporary / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
+            kept = {file.name for file in temporary.iterdir()}
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
-            if not adapters.has_adapter(model):  # an earlier run's would come first in loading
-                for name in (adapters.CONFIG, adapters.WEIGHTS):
-                    (folder / name).unlink(missing_ok=True)
+            for stale in _model_files(folder) - kept:
+                (folder / stale).unlink()
         else:
             os.replace(temporary, folder)
     finally:
@@ -279,12 +295,21 @@ def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model's positions reach, None if it does not say."""
-    if getattr(model.config, "relative_attention_num_buckets", None):
+    config = model.config
+    if getattr(config, "relative_attention_num_buckets", None):
         return None  # T5: its n_positions is what it was trained on, and no limit
+    if getattr(config, "relative_attention", False) and not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa
+    # RoBERTa and its kin count positions from padding_idx + 1 on, in a table of max_position_embeddings rows.
+    tables = (module for name, module in model.named_modules() if name.endswith("embeddings.position_embeddings"))
+    for table in tables:
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    forced = len(first_tokens(model)) - 1 if config.is_encoder_decoder else 0
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(model.config, key, None)
+        value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - forced
     return None
 
 
