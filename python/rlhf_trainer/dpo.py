@@ -32,6 +32,7 @@ from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_
 from rlhf_trainer.training.checkpoint import refuse_leftovers, weights_digest
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, length_baseline, pair_metrics, summary
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
     SupervisedConfig,
@@ -47,13 +48,15 @@ Data as `rlhf reward` reads it. The reference's logprobs are computed once, befo
 EXAMPLE = "rlhf dpo --model runs/sft --data pairs.jsonl --output_dir runs/dpo --beta 0.1 --lr 5e-6"
 REFERENCE_CACHE = "reference_logprobs.safetensors"
 
+FULL_LR = 5e-6
+
 
 @dataclass
 class DPOConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label"; HH-RLHF transcripts; chats."""
 
     heldout: float = shared.heldout_pairs()
-    lr: float = shared.lr(5e-6)
+    lr: float | None = shared.lr(FULL_LR)
     ref_model: str | None = shared.ref_model()
     beta: float = option(0.1, "strength of the pull towards the reference, the KL penalty's beta")
     loss_type: str = option("sigmoid", "`sigmoid` (DPO) or `ipo`, which does not drive certain pairs without bound")
@@ -312,6 +315,7 @@ def train_dpo(
     if reference is not policy:
         precision.narrow(reference)
     del reference, ref_model  # one that was loaded here takes no memory in training
+    cfg = with_lr(cfg, policy, FULL_LR)
     metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], pad_id)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:

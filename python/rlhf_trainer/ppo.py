@@ -28,7 +28,7 @@ from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import Adapter, use_adapter
 from rlhf_trainer.models.sharding import load_device, prepare_model, prepare_trained_model, unsharded_tensor
 from rlhf_trainer.onpolicy.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
-from rlhf_trainer.onpolicy.config import PPOConfig
+from rlhf_trainer.onpolicy.config import FULL_LR, PPOConfig
 from rlhf_trainer.onpolicy.inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.onpolicy.metrics import adapt_kl_coef, phase_times, samples, stop_reason, summarize
 from rlhf_trainer.onpolicy.terms import Batch, final_scores, group_baseline, kl_penalty
@@ -40,6 +40,7 @@ from rlhf_trainer.sampling.vllm import load_engine
 from rlhf_trainer.training.alerts import Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, StopRequest, stop_on_signals
 from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import RunLog
 
 SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
@@ -173,6 +174,7 @@ def set_up(
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         prepare_model(separate, device)
+    cfg = with_lr(cfg, policy, FULL_LR)
     optimizer, scheduler = make_optimizer(cfg, [policy, *heads.values()], device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     modules, data = {"policy": policy, **heads}, {"prompts": prompts}
@@ -233,6 +235,7 @@ def make_optimizer(
     policy, *heads = modules
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     parameters = [*trained, *(parameter for head in heads for parameter in head.parameters())]
+    assert cfg.lr is not None  # `with_lr` has chosen one
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=cfg.adam_eps, fused=device.type in ("cpu", "cuda"))
     return optimizer, get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=cfg.updates)
 

@@ -35,6 +35,7 @@ from rlhf_trainer.training.pair_metrics import (
     pair_metrics,
     summary,
 )
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
     SupervisedConfig,
@@ -48,6 +49,8 @@ SUMMARY = "Train a reward model on preference pairs, starting from a language mo
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"
 REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken from
 
+FULL_LR = 5e-5
+
 
 @dataclass
 class RewardConfig(SupervisedConfig):
@@ -55,7 +58,7 @@ class RewardConfig(SupervisedConfig):
 
     heldout: float = shared.heldout_pairs()
     batch_size: int = option(32, "pairs per optimizer step; those of a prompt stay together, so that a step may differ")
-    lr: float = shared.lr(5e-5)
+    lr: float | None = shared.lr(FULL_LR)
     margin: float = option(0.0, "reward units by which the better answer shall win, added to each pair's own margin")
     reference_data: str | None = option(
         None, "examples whose scores become mean 0 and std 1; none: the answers of the training pairs"
@@ -293,6 +296,7 @@ def train_reward(
     with precision.autocast(cfg.dtype, device):
         check_forward(model, lambda some: score_rows(model, some, pad_id), [pair.chosen for pair in rows])
     samples = reference_rows(cfg, tokenizer, rows, limit)  # read now: a bad file fails before training
+    cfg = with_lr(cfg, model, FULL_LR)
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id)
     with precision.autocast(cfg.dtype, device):
         reference = all_scores(model, samples, pad_id, cfg.batch_size)

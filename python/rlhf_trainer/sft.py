@@ -19,7 +19,9 @@ from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_trained_model
 from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.supervised import (
+    FULL_LR,
     SupervisedConfig,
     TrainingObjective,
     length_limit,
@@ -116,6 +118,7 @@ def train_sft(
         text=lambda row: str(tokenizer.decode(row.ids, skip_special_tokens=True)),
         evaluate=evaluate,
     )
+    cfg = with_lr(cfg, model, FULL_LR)
     metrics = train_loop(cfg, "sft", model, rows, task)
     finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge)
     return SFTResult(model, tokenizer, metrics, cfg.output_dir)

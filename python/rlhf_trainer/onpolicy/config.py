@@ -8,6 +8,8 @@ from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option
 from rlhf_trainer.models import adapters
 
+FULL_LR = 1e-5
+
 
 @dataclass
 class PPOConfig:
@@ -43,7 +45,7 @@ class PPOConfig:
     missing_eos: str = option(
         "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
     )
-    lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
+    lr: float | None = shared.lr(FULL_LR)  # of Adam, decayed linearly to 0
     adam_eps: float = option(1e-5, "Adam's epsilon")
     max_grad_norm: float = shared.max_grad_norm()
     kl_coef: float = option(0.05, "beta, the weight of the KL penalty in the reward")

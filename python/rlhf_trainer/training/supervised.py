@@ -30,6 +30,7 @@ from rlhf_trainer.training.runlog import RunLog
 from rlhf_trainer.training.trackers import chosen_trackers
 
 Item = TypeVar("Item")
+FULL_LR = 1e-4  # sft's; reward and dpo have their own
 SCHEDULES = ("cosine", "linear", "constant")
 LONGEST = 1024  # tokens, where neither the user nor the model sets a limit below
 LARGEST_GROUP = 36  # items: all pairs of nine completions, the most that InstructGPT's labellers ranked of a prompt
@@ -47,7 +48,7 @@ class SupervisedConfig:
     epochs: int = option(1, "passes over the data")
     batch_size: int = option(32, "records per optimizer step")
     micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
-    lr: float = shared.lr(1e-4)
+    lr: float | None = shared.lr(FULL_LR)
     schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
     warmup: float = option(0.03, "share of the steps over which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's weight decay")
@@ -110,7 +111,7 @@ def validate_options(cfg: SupervisedConfig) -> None:
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):
-        if not getattr(cfg, name) > 0:
+        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
     for name, high in (("warmup", 1.0), ("weight_decay", math.inf), ("heldout", math.inf), ("save_every", math.inf)):
         if not 0 <= getattr(cfg, name) <= high:
@@ -209,6 +210,7 @@ def train_loop(
     ranks = distributed_context()
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
+    assert cfg.lr is not None  # `with_lr` has chosen one
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     warmup, data = round(cfg.warmup * total), {"data": [task.text(item) for item in items]}
     scheduler = get_scheduler(cfg.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
