@@ -15,6 +15,7 @@ _PROBES = (1.0, 4096.0)
 _FINAL_BIAS = "final_logits_bias"  # BART's, Marian's and their kin's, added to the head's output
 # Factors found by probes. Layers and parameters are looked up anew each time: adapters come, go and are merged.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], float]] = WeakKeyDictionary()
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 _FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
@@ -61,7 +62,8 @@ class ModelHead:
     ) -> None:
         self.model, self.layer = model, layer
         self._bias_owner: Any = next((module for module in model.modules() if _FINAL_BIAS in module._buffers), None)
-        self.softcap = softcap or getattr(config, "final_logit_softcapping", None)
+        caps = (getattr(config, name, None) for name in _SOFTCAPS)
+        self.softcap = softcap or next(filter(None, caps), None)
         factors = [getattr(config, name, None) for name in _FACTORS]
         known = [float(x) for x in factors if isinstance(x, int | float) and x > 0]
         # Granite divides by what HyperCLOVA multiplies with, under one name: the probe decides.

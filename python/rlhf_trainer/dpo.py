@@ -26,6 +26,7 @@ from rlhf_trainer.data.records import Pair
 from rlhf_trainer.data.rows import TokenizedExample, TokenizedPair, counted_tokens, encode_pairs
 from rlhf_trainer.data.stages import read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.fingerprint import (
     Fingerprint,
     Part,
@@ -41,6 +42,7 @@ from rlhf_trainer.reports.page import curves_figure, embed, metric_curve, write_
 from rlhf_trainer.training.checkpoint import refuse_leftovers
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.pair_metrics import heldout_metrics, heldout_table, length_baseline, pair_metrics, summary
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
     SupervisedConfig,
@@ -56,13 +58,15 @@ Data as `rlhf reward` reads it. The reference's logprobs are computed once, befo
 EXAMPLE = "rlhf dpo --model runs/sft --data pairs.jsonl --output_dir runs/dpo --beta 0.1 --lr 5e-6"
 REFERENCE_CACHE = "reference_logprobs.safetensors"
 
+FULL_LR = 5e-6
+
 
 @dataclass
 class DPOConfig(SupervisedConfig):
     """Data: {"prompt", "chosen", "rejected"} a line, optionally "label"; HH-RLHF transcripts; chats."""
 
     heldout: float = shared.heldout_pairs()
-    lr: float = shared.lr(5e-6)
+    lr: float | None = shared.lr(FULL_LR)
     ref_model: str | None = shared.ref_model()
     beta: float = option(0.1, "strength of the pull towards the reference, the KL penalty's beta")
     loss_type: str = option("sigmoid", "`sigmoid` (DPO) or `ipo`, which does not drive certain pairs without bound")
@@ -309,12 +313,14 @@ def train_dpo(
     policy = load_causal(cfg.model, tokenizer, **options) if model is None else model
     adapters.add_adapter(policy, cfg.lora, output_dir=cfg.output_dir)
     restored = cfg.merge or model is not None
-    policy = prepare_trained_model(policy, device, dtype=cfg.dtype, restored=restored).train()
+    policy = prepare_trained_model(policy, device, dtype=cfg.dtype, restored=restored)
     quantised.check_adapter(cfg.load_in_4bit, policy)
     if ref_model is None and cfg.ref_model is not None:
         check_vocabulary(cfg.ref_model, tokenizer, cfg.trust_remote_code)
         ref_model = load_causal(cfg.ref_model, tokenizer, **options)
         precision.to_bf16(ref_model, cfg.dtype, include_trainable=True)
+    elif ref_model is not None:
+        precision.widen(ref_model, cfg.dtype)
     limit = length_limit(cfg.max_length, policy)
     ends, pad_id = end_ids(tokenizer, policy), padding_id(tokenizer)
     rows = encode_pairs(tokenizer, training, limit, findings, ends=ends)
@@ -324,14 +330,20 @@ def train_dpo(
         if pair.margin:
             findings.count("margin, which DPO does not use", pair.line)
     split.say("pairs", training=len(training), heldout=len(heldout))
+    chosen = [pair.chosen for pair in rows]
+    with precision.autocast(cfg.dtype, device):
+        check_forward(policy, lambda some: completion_losses(policy, some, pad_id), chosen)
     reference = policy if ref_model is None else prepare_model(ref_model, device)
     part = reference_part(reference) if cfg.output_dir else {}
     items = reference_logprobs(cfg, reference, [*rows, *heldout_rows], pad_id, part)
+    if reference is not policy:
+        precision.narrow(reference)
     del reference, ref_model  # one that was loaded here takes no memory in training
 
     def others() -> Fingerprint:
         return {"tokenizer": tokenizer_part(tokenizer), "reference": part}
 
+    cfg = with_lr(cfg, policy, FULL_LR)
     metrics, figures = fit_pairs(cfg, policy, items[: len(rows)], items[len(rows) :], pad_id, others)
     result: dict[str, Any] = {"train_pairs": len(training)}
     if heldout:

@@ -30,7 +30,7 @@ from rlhf_trainer.models.adapters import Adapter, use_adapter
 from rlhf_trainer.models.fingerprint import Fingerprint, model_part, sha256, tokenizer_part
 from rlhf_trainer.models.sharding import load_device, prepare_model, prepare_trained_model, unsharded_tensor
 from rlhf_trainer.onpolicy.checks import check_finite, check_first_kl, check_first_ratio, check_shares, validate_options
-from rlhf_trainer.onpolicy.config import PPOConfig
+from rlhf_trainer.onpolicy.config import FULL_LR, PPOConfig
 from rlhf_trainer.onpolicy.inputs import load_inputs, prompt_batch, starts_equal
 from rlhf_trainer.onpolicy.metrics import adapt_kl_coef, phase_times, samples, stop_reason, summarize
 from rlhf_trainer.onpolicy.terms import Batch, final_scores, group_baseline, kl_penalty
@@ -43,6 +43,7 @@ from rlhf_trainer.training.alerts import Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, StopRequest, stop_on_signals
 from rlhf_trainer.training.finish import finish
 from rlhf_trainer.training.history import History
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import RunLog
 
 SUMMARY = "Align a policy with PPO: reward minus KL to the frozen reference, value head, clipped updates."
@@ -122,6 +123,8 @@ def train_ppo(
         tensors = {}
     saved: dict[str, Any] = {"output_dir": cfg.output_dir, "dtype": cfg.dtype, "merge": cfg.merge}
     finish(run.policy, run.tokenizer, tensors=tensors, **saved)
+    if ref_model is not None:
+        precision.narrow(ref_model)
     return PPOResult(run.policy, run.value_head, run.tokenizer, list(run.history), stopped, cfg.output_dir)
 
 
@@ -173,6 +176,7 @@ def set_up(
     separate = None if isinstance(reference, Adapter) else reference  # else among the policy's frozen weights
     if separate is not None:
         prepare_model(separate, device)
+    cfg = with_lr(cfg, policy, FULL_LR)
     optimizer, scheduler = make_optimizer(cfg, policy, value_head, device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
 
@@ -240,6 +244,7 @@ def make_optimizer(
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("every parameter of the policy is frozen (requires_grad is False); there is nothing to train")
+    assert cfg.lr is not None  # `with_lr` has chosen one
     groups: list[dict[str, Any]] = [{"params": trained, "lr": cfg.lr}]
     if value_head is not None:
         rate = value_head.learning_rate() if cfg.value_lr is None else cfg.value_lr

@@ -30,6 +30,7 @@ from rlhf_trainer.data.splits import drawn
 from rlhf_trainer.data.stages import read_examples, read_pairs
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.adapters import score_head
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.fingerprint import (
     Fingerprint,
     Part,
@@ -54,6 +55,7 @@ from rlhf_trainer.training.pair_metrics import (
     pair_metrics,
     summary,
 )
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.runlog import read_metrics
 from rlhf_trainer.training.supervised import (
     SupervisedConfig,
@@ -67,6 +69,8 @@ SUMMARY = "Train a reward model on preference pairs, starting from a language mo
 EXAMPLE = "rlhf reward --model runs/sft --data pairs.jsonl --output_dir runs/reward --heldout 312"
 REFERENCE_SAMPLES = 2000  # completions at most that the normalisation is taken from
 
+FULL_LR = 5e-5
+
 
 @dataclass
 class RewardConfig(SupervisedConfig):
@@ -74,7 +78,7 @@ class RewardConfig(SupervisedConfig):
 
     heldout: float = shared.heldout_pairs()
     batch_size: int = option(32, "pairs per optimizer step; those of a prompt stay together, so that a step may differ")
-    lr: float = shared.lr(5e-5)
+    lr: float | None = shared.lr(FULL_LR)
     margin: float = option(0.0, "reward units by which the better answer shall win, added to each pair's own margin")
     reference_data: str | None = option(
         None, "examples whose scores become mean 0 and std 1; none: the answers of the training pairs"
@@ -320,18 +324,21 @@ def train_reward(
     training, heldout, findings, heldout_findings = split.training, split.heldout, split.report, split.heldout_report
     start = prepare(cfg, load_for_training(cfg, tokenizer) if model is None else model)
     restored = cfg.merge or model is not None
-    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored)
     limit, pad_id = length_limit(cfg.max_length, model), padding_id(tokenizer)
     closing = closed_by_eos(tokenizer, model)
     rows = encode_pairs(tokenizer, training, limit, findings, **closing)
     heldout_rows = encode_pairs(tokenizer, heldout, limit, heldout_findings, **closing)
     training, heldout = [row.pair for row in rows], [row.pair for row in heldout_rows]
     split.say("pairs", training=len(training), heldout=len(heldout))
+    with precision.autocast(cfg.dtype, device):
+        check_forward(model, lambda some: score_rows(model, some, pad_id), [pair.chosen for pair in rows])
     samples = reference_rows(cfg, tokenizer, rows, limit, closing)  # read now: a bad file fails before training
 
     def others() -> Fingerprint:
         return {"tokenizer": tokenizer_part(tokenizer), "reference_data": rows_part(samples)}
 
+    cfg = with_lr(cfg, model, FULL_LR)
     metrics, figures = fit_pairs(cfg, model, rows, heldout_rows, pad_id, others)
     with precision.autocast(cfg.dtype, device):
         reference = all_scores(model, samples, pad_id, cfg.batch_size)

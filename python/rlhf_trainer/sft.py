@@ -15,13 +15,16 @@ from rlhf_trainer.data.encoding import end_ids, padding_id
 from rlhf_trainer.data.records import Example
 from rlhf_trainer.data.rows import TokenizedExample, counted_tokens, encode_examples
 from rlhf_trainer.data.stages import read_examples
-from rlhf_trainer.models import adapters, quantised
+from rlhf_trainer.models import adapters, precision, quantised
+from rlhf_trainer.models.checks import check_forward
 from rlhf_trainer.models.fingerprint import rows_part, tokenizer_part
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
 from rlhf_trainer.models.sharding import prepare_trained_model
 from rlhf_trainer.training.finish import finish
+from rlhf_trainer.training.rates import with_lr
 from rlhf_trainer.training.supervised import (
+    FULL_LR,
     SupervisedConfig,
     TrainingObjective,
     length_limit,
@@ -95,13 +98,15 @@ def train_sft(
     start = load_causal(cfg.model, tokenizer, **options) if model is None else model
     adapters.add_adapter(start, cfg.lora, output_dir=cfg.output_dir)
     restored = cfg.merge or model is not None
-    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored).train()
+    model = prepare_trained_model(start, device, dtype=cfg.dtype, restored=restored)
     quantised.check_adapter(cfg.load_in_4bit, model)
     limit = length_limit(cfg.max_length, model)
     ends, pad_id = end_ids(tokenizer, model), padding_id(tokenizer)
     rows = encode_examples(tokenizer, training, limit, findings, ends=ends)
     heldout_rows = encode_examples(tokenizer, heldout, limit, heldout_findings, ends=ends)
     split.say("examples", training=len(training), heldout=len(heldout))
+    with precision.autocast(cfg.dtype, device):
+        check_forward(model, lambda some: completion_losses(model, some, pad_id), rows)
 
     def evaluate() -> dict[str, float]:
         if not heldout_rows:
@@ -121,6 +126,7 @@ def train_sft(
             "heldout_data": rows_part(heldout_rows),
         },
     )
+    cfg = with_lr(cfg, model, FULL_LR)
     metrics = train_loop(cfg, "sft", model, rows, task)
     finish(model, tokenizer, output_dir=cfg.output_dir, dtype=cfg.dtype, merge=cfg.merge)
     return SFTResult(model, tokenizer, metrics, cfg.output_dir)

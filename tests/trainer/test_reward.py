@@ -128,7 +128,7 @@ def test_all_pairs_of_a_prompt_are_learned_from_in_one_step(folder, parts, monke
     real_step, real_scores = supervised._optimizer_step, reward.score_rows
     monkeypatch.setattr(supervised, "_optimizer_step", lambda *a: steps.append(a[3]) or real_step(*a))
     monkeypatch.setattr(reward, "score_rows", lambda *a: forwards.append(a[1]) or real_scores(*a))
-    cfg = reward.Config(model=folder, batch_size=7, epochs=3)
+    cfg = reward.Config(model=folder, batch_size=7, epochs=3, lr=5e-5)
     rows = encode_pairs(tokenizer, pairs, 64, DataReport("pairs", False))
     reward.fit_pairs(cfg, reward.load_for_training(cfg, tokenizer), rows, [], tokenizer.pad_token_id)
     for batch, scored in zip(steps, forwards, strict=True):

@@ -1,12 +1,13 @@
 """Options that several stages share, each with its text and default written once; a stage says where they stand.
 
 `device: str = shared.device()` in a stage's dataclass is one `config.option`. Where the stages' defaults differ, each
-gives its own: `lr: float = shared.lr(1e-4)`.
+gives its own: `lr: float | None = shared.lr(1e-4)`.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from rlhf_trainer.base.config import option
 
@@ -48,8 +49,15 @@ reward_workers = partial(option, 1, "parts of a batch for which a reward functio
 reward_completion_only = partial(option, False, "show the reward model the completion without its prompt")
 
 # Training
+LORA_TIMES = 10  # an adapter's best rate over that of all weights (Schulman et al. 2025, "LoRA Without Regret")
 heldout_pairs = partial(option, 0.1, "held out of --data: a share below 1, or a number of pairs; 0: nothing")
-lr = partial(option, help="AdamW's peak learning rate")
+
+
+def lr(full: float) -> Any:
+    """The learning rate, whose default `training.rates` chooses; full: the one for training every weight."""
+    return option(None, f"peak learning rate; none: {full:g}, or with LoRA {LORA_TIMES * full:g}")
+
+
 max_grad_norm = partial(option, 1.0, "gradients are scaled down to this norm")
 report_to = partial(
     option,

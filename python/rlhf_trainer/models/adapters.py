@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.models.folders import check_base, check_safetensors, checked_folder, write_base_record
 
@@ -30,6 +31,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # peft's name for the only one, and ours for its neighbours
 MAIN, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
+GROWN = "grown"  # attribute of a model: how many rows its vocabulary grew by since it was loaded
 PREFIX = "base_model.model."  # of every name in peft's files
 HEADS = ("score", "classification_head")  # a reward model's head by architecture, kept beside its adapter
 
@@ -72,8 +74,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter."""
-    named = model.named_parameters()
-    return {key: parameter for key, parameter in named if f".{name}." in key and ".lora_" in key}
+    named = model.named_parameters()  # an embedding's end with the adapter's name, others go on after it
+    return {key: parameter for key, parameter in named if name in key.split(".") and ".lora_" in key}
 
 
 # Making adapters
@@ -104,12 +106,14 @@ def add_adapter(
 
     A new adapter adds exactly 0. UserError where the model carries one already, or peft knows no targets for it.
     """
+    if has_adapter(model):
+        _check_config(model.peft_config[MAIN], "the model")
+    if lora.rank and has_adapter(model):
+        raise UserError(f"--lora_r {lora.rank}: the model is an adapter already; without --lora_r it is trained on")
+    if output_dir and (lora.rank or has_adapter(model)) and os.path.abspath(output_dir) == base_name(model):
+        raise UserError(f"--output_dir {output_dir}: the adapter needs its base, which lies there; name another one")
     if not lora.rank:
         return model
-    if has_adapter(model):
-        raise UserError(f"--lora_r {lora.rank}: the model is an adapter already; without --lora_r it is trained on")
-    if output_dir and os.path.abspath(output_dir) == base_name(model):
-        raise UserError(f"--output_dir {output_dir}: the adapter needs its base, which lies there; name another one")
     targets = lora.targets or None
     config = LoraConfig(
         r=lora.rank,
@@ -121,6 +125,18 @@ def add_adapter(
         base_model_name_or_path=base_name(model),
     )
     _inject(model, config, MAIN, trained=True)
+    if vars(model).get(GROWN):
+        say(
+            f"the tokenizer has {vars(model)[GROWN]} tokens that the base {base_name(model)} has not: their rows are "
+            "the mean of the others, frozen, and not in the adapter's folder. If they shall be learned, train without "
+            "--lora_r once, or name the embedding in --lora_targets; with --merge the folder holds the rows"
+        )
+    targets_of = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if model.config.is_encoder_decoder and any(_shares_weight(model, layer) for layer in targets_of):
+        raise UserError(
+            "--lora_targets: names a head or an embedding whose weight encoder, decoder and head share; an adapter on "
+            "one of them would leave the others; take it out"
+        )
     return model
 
 
@@ -145,6 +161,8 @@ def _inject(
     own = parameters_of(model, name)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(trained if key in own else flags.get(key, False))
+        if key in own:  # peft gives it the base's dtype, in whose 16 bits an optimizer's steps would be lost
+            parameter.data = parameter.data.float()
     _switch(model, MAIN)
 
 
@@ -173,14 +191,16 @@ def load_adapter_weights(model: PreTrainedModel, name: str, tensors: dict[str, T
 
 
 def is_zero(model: nn.Module, name: str) -> bool:
-    """Whether the adapter leaves the base's outputs as they are: every B is 0."""
-    return not any(bool(p.any()) for key, p in parameters_of(model, name).items() if ".lora_B." in key)
+    """Whether the adapter leaves the base's outputs as they are: of every pair A, B one is 0."""
+    own = parameters_of(model, name)
+    pairs = [(p, own[key.replace("_B.", "_A.")]) for key, p in own.items() if "_B." in key]
+    return not any(bool(b.any()) and bool(a.any()) for b, a in pairs)
 
 
 def same_adapters(model: nn.Module, first: str, second: str) -> bool:
     """Whether two adapters of a model are equal, bit by bit."""
-    a = {key.replace(f".{first}.", "."): p for key, p in parameters_of(model, first).items()}
-    b = {key.replace(f".{second}.", "."): p for key, p in parameters_of(model, second).items()}
+    a = {key.replace(f".{first}", ""): p for key, p in parameters_of(model, first).items()}
+    b = {key.replace(f".{second}", ""): p for key, p in parameters_of(model, second).items()}
     return a.keys() == b.keys() and all(torch.equal(a[key].to(b[key].dtype), b[key]) for key in a)
 
 
@@ -223,10 +243,19 @@ def _read_config(path: str | Path) -> LoraConfig:
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA is supported")
     if not config.base_model_name_or_path:
         raise UserError(f"{path}/{CONFIG} names no base model; write its folder to base_model_name_or_path")
+    _check_config(config, str(path))
+    return config
+
+
+def _check_config(config: Any, name: str) -> None:
+    """UserError for an adapter with more than LoRA's matrices: the base with the adapter off is the reference."""
     replaced = set(config.modules_to_save or [])
     if replaced - set(HEADS):
-        raise UserError(f"{path}: besides LoRA it replaces {sorted(replaced)}; merge it with peft first")
-    return config
+        raise UserError(f"{name}: besides LoRA it replaces {sorted(replaced)}; merge it with peft first")
+    if config.bias != "none":
+        raise UserError(f"{name}: its adapter trains biases of the base, the reference's too; merge it with peft first")
+    if config.trainable_token_indices:
+        raise UserError(f"{name}: besides LoRA it replaces rows of the embedding; merge it with peft first")
 
 
 def base_name(model: PreTrainedModel) -> str:
@@ -304,13 +333,29 @@ def save_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor
 
 
 def merge(model: PreTrainedModel) -> None:
-    """Add the main adapter, if there is one, into the base's weights, in place; an ordinary model is left."""
+    """Add the main adapter, if there is one, into the base's weights, in place; an ordinary model is left.
+
+    A weight that another layer shares, as a tied head, becomes the layer's own: the other one has no adapter.
+    """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            if _shares_weight(model, base):
+                base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+                model.config.tie_word_embeddings = False
             layer.merge(safe_merge=True, adapter_names=[MAIN])
             model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def _shares_weight(model: nn.Module, layer: nn.Module) -> bool:
+    return sum(getattr(module, "weight", None) is getattr(layer, "weight", None) for module in _plain(model)) > 1
+
+
+def _plain(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules without peft's wrappers, which show their base's weight as theirs."""
+    return (module for module in model.modules() if not isinstance(module, BaseTunerLayer))
 
 
 def score_head(model: nn.Module) -> nn.Module | None:

@@ -39,7 +39,7 @@ def head_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -
     """
     head = head_of(model)
     if seq2seq.is_encoder_decoder(model):
-        hidden = head.hidden_states(**seq2seq.inputs(model, ids, mask, start))
+        hidden = head.hidden_states(**seq2seq.inputs(model, ids, mask, start))[:, start - ids.shape[1] :]
     else:
         hidden = head.hidden_states(**decoder_inputs(model, ids, mask))[:, start - 1 : -1]
     return {"hidden": hidden, "labels": ids[:, start:], **head.options()}

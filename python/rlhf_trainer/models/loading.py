@@ -30,7 +30,7 @@ from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
 from rlhf_trainer.models.folders import checked_folder
-from rlhf_trainer.models.seq2seq import force_eager_attention
+from rlhf_trainer.models.seq2seq import first_tokens, force_eager_attention
 from rlhf_trainer.models.sharding import gathered, is_sharded
 
 # Loading and saving
@@ -69,14 +69,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def _without_dropout(config: Any) -> Any:
-    """Every dropout probability set to 0: PPO's ratios compare two forward passes of the same weights."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
-    return config
-
-
 def load_causal(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -84,7 +76,7 @@ def load_causal(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The folder's causal or encoder-decoder LM without dropout; its embedding grows if the tokenizer gained tokens.
+    """The folder's causal or encoder-decoder LM; its embedding grows if the tokenizer gained tokens.
 
     An adapter folder gives the base that it names with the adapter on it, which alone is trained. `options` go to
     from_pretrained, as `quantised.load_options` makes them.
@@ -102,7 +94,7 @@ def load_causal(
         loader,
         base,
         "language model",
-        config=_without_dropout(config),
+        config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         **options,
@@ -140,6 +132,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
             name = model.config.name_or_path or type(model).__name__
             say_once(f"{name}: its embedding grows from {before} to {len(tokenizer)} rows, for the tokenizer has more")
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            vars(model)[adapters.GROWN] = len(tokenizer) - before
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 for parameter in [] if layer is None else layer.parameters():
                     parameter[before:] = parameter[:before].mean(0)
@@ -158,7 +151,7 @@ def _load_classifier(
     **options: Any,
 ) -> PreTrainedModel:
     """A folder of a whole model as `AutoModelForSequenceClassification`."""
-    config = _without_dropout(_load(AutoConfig, path, "model", trust_remote_code=trust_remote_code))
+    config = _load(AutoConfig, path, "model", trust_remote_code=trust_remote_code)
     if num_labels is not None:
         config.num_labels = num_labels
     model, loading = _load(
@@ -223,6 +216,20 @@ def suppress_transformers_warnings() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+# What belongs to a model or its tokenizer, under the names that transformers, peft and this trainer give it.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model.h5", "flax_model.msgpack", "adapter_*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "source.spm", "target.spm"),
+    *("value_head.safetensors", "reward_normalisation.json"),
+)
+
+
+def _model_files(folder: Path) -> set[str]:
+    return {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
 def save_folder(
     folder: str | Path,
     model: PreTrainedModel,
@@ -234,7 +241,8 @@ def save_folder(
 
     Of a model with an adapter only the adapter is written.
 
-    It is written beside its place and renamed; a folder that stood there is replaced file by file, so that logs and
+    It is written beside its place and renamed. Of a folder that stood there the files of model and tokenizer are
+    replaced as a set: an adapter beside a whole model, or shards of another one, would be loaded with it. Logs and
     checkpoints in it stay. Of several ranks the first one writes.
 
     Raises:
@@ -263,11 +271,11 @@ def save_folder(
         for name, record in (records or {}).items():
             (temporary / name).write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
+            kept = {file.name for file in temporary.iterdir()}
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
-            if not adapters.has_adapter(model):  # an earlier run's would come first in loading
-                for name in (adapters.CONFIG, adapters.WEIGHTS):
-                    (folder / name).unlink(missing_ok=True)
+            for stale in _model_files(folder) - kept:
+                (folder / stale).unlink()
         else:
             os.replace(temporary, folder)
     finally:
@@ -285,12 +293,21 @@ def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model's positions reach, None if it does not say."""
-    if getattr(model.config, "relative_attention_num_buckets", None):
+    config = model.config
+    if getattr(config, "relative_attention_num_buckets", None):
         return None  # T5: its n_positions is what it was trained on, and no limit
+    if getattr(config, "relative_attention", False) and not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa
+    # RoBERTa and its kin count positions from padding_idx + 1 on, in a table of max_position_embeddings rows.
+    tables = (module for name, module in model.named_modules() if name.endswith("embeddings.position_embeddings"))
+    for table in tables:
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    forced = len(first_tokens(model)) - 1 if config.is_encoder_decoder else 0
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(model.config, key, None)
+        value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - forced
     return None
 
 

@@ -1,5 +1,7 @@
 """--dtype bfloat16 and --gradient_checkpointing: what they change in a model, and around its forward passes.
 
+A model of 16-bit weights, as an object may come, is widened to float32 and given back as it came.
+
 bfloat16 is mixed precision: matrix products in bf16 (torch.autocast), what is trained in float32, with it Adam's state,
 norms, embeddings and losses. Weights of frozen linear layers are kept in bf16: autocast would round them so anyway, and
 no bit of a result changes. Their float32 values are kept in CPU memory where `restore` will need them: --merge adds
@@ -24,6 +26,7 @@ from rlhf_trainer.base.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 FP32_COPY = "exact"  # attribute of a rounded parameter: its float32 values, on the CPU
+CAME_IN = "came_in"  # attribute of a widened tensor: its dtype before
 
 
 def validate_dtype(dtype: str) -> None:
@@ -55,6 +58,39 @@ def autocast_disabled(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
+def widen(model: nn.Module, dtype: str) -> None:
+    """Every weight and buffer of 16 bits in float32, in place, until `narrow`: an optimizer's steps need its 24 bits.
+
+    With dtype bfloat16 the frozen linear weights that are bf16 already stay so: `to_bf16` would round them again.
+    """
+    kept = {id(parameter) for parameter in _rounded(model, include_trainable=False)} if dtype == "bfloat16" else set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        vars(tensor).pop(CAME_IN, None)  # left by a stage that ended with an error
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            setattr(tensor, CAME_IN, tensor.dtype)
+            if tensor.dtype != torch.bfloat16 or id(tensor) not in kept:
+                tensor.data = tensor.data.float()
+
+
+def narrow(model: nn.Module) -> None:
+    """What `widen` widened in the dtype that it came in."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dtype = vars(tensor).pop(CAME_IN, None)
+        if dtype is not None:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _rounded(model: nn.Module, include_trainable: bool) -> Iterator[nn.Parameter]:
+    """The parameters of linear layers that bfloat16 rounds: those that no embedding shares."""
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            for parameter in module.parameters(recurse=False):
+                if (include_trainable or not parameter.requires_grad) and id(parameter) not in shared:
+                    yield parameter
+
+
+@torch.no_grad()
 def to_bf16(model: nn.Module, dtype: str, include_trainable: bool = False, keep_fp32_copy: bool = False) -> None:
     """With dtype bfloat16: round the model's frozen linear weights to bf16, but not those that an embedding shares.
 
@@ -62,16 +98,12 @@ def to_bf16(model: nn.Module, dtype: str, include_trainable: bool = False, keep_
     """
     if dtype != "bfloat16":
         return
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            for parameter in module.parameters(recurse=False):
-                rounded = include_trainable or not parameter.requires_grad
-                if rounded and parameter.dtype == torch.float32 and id(parameter) not in shared:
-                    vars(parameter).pop(FP32_COPY, None)  # left by a stage that ended with an error: older values
-                    exact, parameter.data = parameter.data, parameter.data.bfloat16()
-                    if keep_fp32_copy and not torch.equal(parameter.data.float(), exact):
-                        setattr(parameter, FP32_COPY, exact.cpu())
+    for parameter in _rounded(model, include_trainable):
+        if parameter.dtype == torch.float32:
+            vars(parameter).pop(FP32_COPY, None)  # left by a stage that ended with an error: older values
+            exact, parameter.data = parameter.data, parameter.data.bfloat16()
+            if keep_fp32_copy and not torch.equal(parameter.data.float(), exact):
+                setattr(parameter, FP32_COPY, exact.cpu())
 
 
 def restore(model: nn.Module, dtype: str) -> None:

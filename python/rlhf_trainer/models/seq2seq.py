@@ -33,6 +33,13 @@ def start_token(model: PreTrainedModel) -> int:
     return model.config.pad_token_id if start is None else start
 
 
+def first_tokens(model: PreTrainedModel) -> list[int]:
+    """What the decoder reads before it predicts: the start token, and the BOS that `generate` forces (BART, mBART)."""
+    settings = (getattr(model, "generation_config", None), model.config)
+    forced = next((x for x in (getattr(s, "forced_bos_token_id", None) for s in settings) if x is not None), None)
+    return [start_token(model), *([] if forced is None else [forced])]
+
+
 def close_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Left-padded prompts [B, P] -> the encoder's ids and mask [B, P + 1]: closed with EOS, padded on the right."""
     eos = model.config.eos_token_id
@@ -59,10 +66,11 @@ def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Any, Tens
 def inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int) -> dict[str, Any]:
     """The forward's inputs for prompts [B, :start] and responses [B, start:], whose tokens the decoder predicts [B, R].
 
+    They are predicted in its last R states: before them it reads the rest of the `first_tokens`.
     Responses are padded on the right, where nothing that counts can see it.
     """
     prompts, prompt_mask = close_prompts(model, ids[:, :start], mask[:, :start])
-    first = ids.new_full((len(ids), 1), start_token(model))
+    first = ids.new_tensor([first_tokens(model)]).expand(len(ids), -1)
     decoder_ids = torch.cat([first, ids[:, start:-1]], 1)
     return {
         "input_ids": prompts,
@@ -98,7 +106,7 @@ class IncrementalDecoder:
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
         self.model, self.cache = model, None
         self.encoded, self.mask = encode(model, ids, mask)
-        self.first = ids.new_full((len(ids), 1), start_token(model))
+        self.first = ids.new_tensor([first_tokens(model)]).repeat(len(ids), 1)
 
     def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids [B, L] so far -> logits [B, V] of the token that comes next."""

@@ -103,6 +103,7 @@ def prepare_trained_model(
     restored: whether it ends with its float32 weights, to be merged or given back to who passed it.
     """
     precision.warn_where_slow(dtype, device)
+    precision.widen(model, dtype)
     return prepare_model(model, device, *heads, dtype=dtype, keep_fp32_copy=restored)
 
 

@@ -8,6 +8,8 @@ from rlhf_trainer.base import shared
 from rlhf_trainer.base.config import option
 from rlhf_trainer.models import adapters
 
+FULL_LR = 1e-5
+
 
 @dataclass
 class PPOConfig:
@@ -45,7 +47,7 @@ class PPOConfig:
     missing_eos: str = option(
         "subtract", "what the penalty does: `subtract` it from the score, or `replace` the score by -it"
     )
-    lr: float = option(1e-5, "Adam's learning rate, decayed linearly to 0")
+    lr: float | None = shared.lr(FULL_LR)  # of Adam, decayed linearly to 0
     value_lr: float | None = option(
         None, "learning rate of the value head, decayed as lr; none: 0.3 / the width of the states that it reads"
     )

@@ -80,8 +80,10 @@ def load_inputs(
     policy.eval()
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(policy)
-    if not isinstance(frozen, Adapter) and frozen is not reference:  # one that was given is the caller's
-        precision.to_bf16(frozen, cfg.dtype, include_trainable=True)
+    if not isinstance(frozen, Adapter):
+        precision.widen(frozen, cfg.dtype)
+        if frozen is not reference:  # one that was given is the caller's
+            precision.to_bf16(frozen, cfg.dtype, include_trainable=True)
     return policy, tokenizer, frozen if isinstance(frozen, Adapter) else frozen.eval(), reward, prompts
 
 

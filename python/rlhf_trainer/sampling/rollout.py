@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,10 @@ from rlhf_trainer.base.errors import UserError
 from rlhf_trainer.data.encoding import completion_text, continue_text, encode_text, end_ids, padding_id
 from rlhf_trainer.data.rows import encode_prompt, left_pad
 from rlhf_trainer.models import seq2seq
-from rlhf_trainer.models.forward import position_ids
+from rlhf_trainer.models.decoding import IncrementalDecoder, decoder_for
 from rlhf_trainer.models.loading import context_length
 from rlhf_trainer.models.sharding import LockstepForward, all_weights_gathered
+from rlhf_trainer.sampling.agreement import check_rollout
 
 
 @dataclass
@@ -85,33 +85,6 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     return sample_tokens(logits, temperature=temperature, uniform=uniform)
 
 
-class IncrementalDecoder:
-    """The next token's logits of a causal LM, one step at a time, with a KV cache."""
-
-    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
-        self.model, self.cache = model, None
-        self.accepted = inspect.signature(model.forward).parameters
-
-    def next_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask [B, L] so far -> logits [B, V] of the token that comes next."""
-        inputs = ids if self.cache is None else ids[:, -1:]
-        options = {"position_ids": position_ids(mask)[:, -inputs.shape[1] :], "logits_to_keep": 1}
-        output = self.model(
-            input_ids=inputs,
-            attention_mask=mask.long(),
-            past_key_values=self.cache,
-            use_cache=True,
-            **{key: value for key, value in options.items() if key in self.accepted},
-        )
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone."""
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)  # an index_select of every layer's state, whatever its kind
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -139,6 +112,7 @@ def generate(
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
     stops = stop_ids(model, tokenizer, stop_token)
     longest, pad_id = max(map(len, encoded)), padding_id(tokenizer)
+    check_rollout(model, encoded, pad_id, max_new_tokens)
     ids = torch.full((len(prompts), longest + max_new_tokens), pad_id, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -204,9 +178,7 @@ def decode_batch(
     Once half of the running rows have ended, they leave the batch; each such copy of the cache halves it.
     """
     (count, prompt_length), longest = ids.shape, len(uniform)
-    decoder = (seq2seq.IncrementalDecoder if seq2seq.is_encoder_decoder(model) else IncrementalDecoder)(
-        model, ids, mask
-    )
+    decoder = decoder_for(model, ids, mask)
     ids, mask = pad(ids, (0, longest), value=pad_id), pad(mask, (0, longest))
     ended = torch.zeros(count, dtype=torch.bool, device=ids.device)
     running = torch.arange(count, device=ids.device)

@@ -1,4 +1,4 @@
-"""The end of a training stage: what was trained is saved, and the model given back in float32."""
+"""The end of a training stage: what was trained is saved, and the model given back in the dtype it came in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def finish(
     merge: bool,
     **files: Any,
 ) -> None:
-    """Merge the adapter if asked to, write output_dir (see `save_folder`; "": nothing), undo `precision.to_bf16`.
+    """Merge the adapter if asked to, write output_dir (see `save_folder`; "": nothing), undo what `precision` did.
 
     An adapter is saved before memory is taken for float32; a base is merged and saved with no bit rounded away.
     """
@@ -30,3 +30,4 @@ def finish(
     if output_dir:
         save_folder(output_dir, model, tokenizer, **files)
     precision.restore(model, dtype)
+    precision.narrow(model)

@@ -25,6 +25,7 @@ from rlhf_trainer.data.splits import Record, Split, load_train_and_heldout
 from rlhf_trainer.models import adapters, precision, quantised
 from rlhf_trainer.models.fingerprint import Fingerprint
 from rlhf_trainer.models.loading import context_length
+from rlhf_trainer.models.modes import train_mode
 from rlhf_trainer.models.sharding import unsharded_tensor
 from rlhf_trainer.training.alerts import SHOWN, Alerts, announce
 from rlhf_trainer.training.checkpoint import Checkpoints, stop_on_signals
@@ -32,6 +33,7 @@ from rlhf_trainer.training.runlog import RunLog
 from rlhf_trainer.training.trackers import chosen_trackers
 
 Item = TypeVar("Item")
+FULL_LR = 1e-4  # sft's; reward and dpo have their own
 SCHEDULES = ("cosine", "linear", "constant")
 LONGEST = 1024  # tokens, where neither the user nor the model sets a limit below
 LARGEST_GROUP = 36  # items: all pairs of nine completions, the most that InstructGPT's labellers ranked of a prompt
@@ -49,7 +51,7 @@ class SupervisedConfig:
     epochs: int = option(1, "passes over the data")
     batch_size: int = option(32, "records per optimizer step")
     micro_batch_size: int | None = option(None, "records per forward pass; changes memory, never the loss")
-    lr: float = shared.lr(1e-4)
+    lr: float | None = shared.lr(FULL_LR)
     schedule: str = option("cosine", f"learning rate after the warm-up: {', '.join(SCHEDULES)}")
     warmup: float = option(0.03, "share of the steps over which the learning rate rises to --lr, evenly")
     weight_decay: float = option(0.0, "AdamW's weight decay; norms and biases have none")
@@ -115,7 +117,7 @@ def validate_options(cfg: SupervisedConfig) -> None:
     chosen_trackers(cfg.report_to)
     parse_gates(cfg.alert, None, "--alert")
     for name in ("lr", "max_grad_norm"):
-        if not getattr(cfg, name) > 0:
+        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
     for name, high in (("warmup", 1.0), ("weight_decay", math.inf), ("heldout", math.inf), ("save_every", math.inf)):
         if not 0 <= getattr(cfg, name) <= high:
@@ -229,10 +231,12 @@ def train_loop(
     total = len(batches)
     if cfg.gradient_checkpointing:
         precision.enable_checkpointing(model)
+    train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = distributed_context()
     if ranks.rank:
         torch.manual_seed(cfg.seed * 1_000_003 + ranks.rank)  # no two ranks with one mask of LoRA's dropout
+    assert cfg.lr is not None  # `with_lr` has chosen one
     optimizer = torch.optim.AdamW(decay_groups(parameters, cfg.weight_decay), lr=cfg.lr, fused=True)
     factor = partial(lr_factor, schedule=cfg.schedule, warmup=round(cfg.warmup * total), total=total)
     scheduler = LambdaLR(optimizer, factor)
@@ -254,10 +258,10 @@ def train_loop(
             scheduler.step()
             metrics |= task.observe() | {"lr": lr, "epoch": epoch}
             if step in evaluations:
-                model.eval()  # LoRA's dropout is the only one there can be
+                model.eval()
                 with precision.autocast(cfg.dtype, parameters[0].device):
                     metrics |= task.evaluate()
-                model.train()
+                train_mode(model)
             past.append(metrics)
             if log is not None:
                 log.step(step, metrics, _note(metrics))

@@ -81,9 +81,9 @@ def test_a_shared_option_is_a_field_of_its_own_in_every_stage():
     assert first is not second
     assert first.default_factory() == ["tensorboard"]
     assert first.default_factory() is not first.default_factory()
-    assert shared.lr(0.5).default == 0.5
+    assert shared.n(3).default == 3
     with pytest.raises(TypeError, match="default"):  # the stages' defaults differ: each must say its own
-        shared.lr()
+        shared.n()
 
 
 def test_a_yaml_value_that_looks_like_an_option(tmp_path):

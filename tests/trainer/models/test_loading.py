@@ -17,7 +17,7 @@ from rlhf_trainer.data.records import Pair
 from rlhf_trainer.data.rows import encode_completion, encode_prompt, left_pad
 from rlhf_trainer.models import loading as models
 from rlhf_trainer.models.forward import decoder_inputs
-from rlhf_trainer.models.from_scratch import ARCHITECTURES, build_model
+from rlhf_trainer.models.from_scratch import ARCHITECTURES
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer, same_weights, save_folder
 
 
@@ -60,16 +60,6 @@ def test_left_padding_changes_no_logit(arch, tmp_path):
         padded = model(**decoder_inputs(model, ids, mask)).logits
         for row, out in zip(rows, padded, strict=True):
             torch.testing.assert_close(out[-len(row) :], model(torch.tensor([row])).logits[0], atol=1e-5, rtol=1e-5)
-
-
-def test_dropout_is_off(tmp_path):
-    tokenizer = load_tokenizer(tiny_folder(tmp_path / "m", "gpt2"))
-    model = build_model("gpt2", tokenizer, hidden_size=32, layers=1, heads=2)
-    model.config.resid_pdrop = model.config.attn_pdrop = model.config.embd_pdrop = 0.5
-    save_folder(tmp_path / "dropping", model, tokenizer)
-    loaded = load_causal(tmp_path / "dropping").train()
-    ids = torch.randint(0, len(tokenizer), (4, 8))
-    assert torch.equal(loaded(ids).logits, loaded(ids).logits)
 
 
 def test_prompts_never_end_with_eos_and_completions_do(tmp_path):

@@ -22,6 +22,7 @@ from rlhf_trainer.data.rows import tokenize_example
 from rlhf_trainer.models import logprobs, precision
 from rlhf_trainer.models.adapters import MAIN
 from rlhf_trainer.models.loading import load_causal, load_tokenizer
+from rlhf_trainer.models.modes import train_mode
 
 PROMPTS = ["a good day", "one two three", "no thanks", "night"]
 
@@ -58,9 +59,10 @@ def test_checkpointing_gives_the_same_loss_and_gradient(folders, name):
     rows = [tokenize_example(tokenizer, p, f" {c} yes", 64)[0] for p, c in zip(PROMPTS, WORDS.split(), strict=False)]
     found = []
     for checkpointing in (False, True):
-        model = load_causal(folders[name], tokenizer).train()
+        model = load_causal(folders[name], tokenizer)
         if checkpointing:
             precision.enable_checkpointing(model)
+        train_mode(model)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             loss = logprobs.completion_losses(model, rows, tokenizer.pad_token_id).sum()
