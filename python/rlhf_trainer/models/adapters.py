@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from rlhf_trainer.base.console import say
 from rlhf_trainer.base.errors import UserError
-from rlhf_trainer.models.folders import check_base, check_safetensors, checked_folder, write_base_record
+from rlhf_trainer.base.folders import check_base, check_safetensors, checked_folder, write_base_record
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

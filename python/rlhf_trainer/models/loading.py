@@ -26,10 +26,10 @@ from transformers.utils import logging
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.distributed import distributed_context
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.folders import checked_folder
 from rlhf_trainer.base.jsons import dumps
 from rlhf_trainer.models import adapters, quantised
 from rlhf_trainer.models.adapters import score_head
-from rlhf_trainer.models.folders import checked_folder
 from rlhf_trainer.models.seq2seq import first_tokens, force_eager_attention
 from rlhf_trainer.models.sharding import gathered, is_sharded
 

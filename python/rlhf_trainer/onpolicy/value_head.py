@@ -10,6 +10,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.folders import read_tensors
 from rlhf_trainer.models import precision
 from rlhf_trainer.models.adapters import (
     MAIN,
@@ -21,7 +22,6 @@ from rlhf_trainer.models.adapters import (
     tensors_of,
     use_adapter,
 )
-from rlhf_trainer.models.folders import read_tensors
 from rlhf_trainer.models.forward import head_inputs
 
 VALUE_HEAD = "value_head.safetensors"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_kernels import linear_kl, linear_logprobs
 from rlhf_trainer.models.forward import head_inputs
-from rlhf_trainer.models.sharding import fsdp_forward
+from rlhf_trainer.models.sharding import fsdp_forward, is_sharded
 from rlhf_trainer.sampling.rollout import Rollout
 
 
@@ -49,7 +49,7 @@ def token_outputs(
     counted = mask[:, start:]
     inputs = head_inputs(policy, ids, mask, start)
     if keep is not None:
-        keep.append({**inputs, "mask": counted})
+        keep.append({**(_copied(inputs) if is_sharded(policy) else inputs), "mask": counted})
     with_entropy: Literal[True, "detached"] = True if entropy_bonus else "detached"
     logprobs, entropy = linear_logprobs(**inputs, mask=counted, temperature=temperature, with_entropy=with_entropy)
     values = torch.zeros_like(logprobs)
@@ -57,6 +57,13 @@ def token_outputs(
         values = torch.where(counted, value_head.values(policy, inputs["hidden"], ids, mask, start), 0.0)
     logprobs, entropy, values = (pad(x, (0, length - width)) for x in (logprobs, entropy, values))
     return logprobs, entropy, values
+
+
+def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """With copies of the head: FSDP 2 frees what it has gathered when the forward ends."""
+    lora = None if inputs["lora"] is None else [(a.clone(), b.clone(), scale) for a, b, scale in inputs["lora"]]
+    bias = None if inputs["bias"] is None else inputs["bias"].clone()
+    return {**inputs, "weight": inputs["weight"].clone(), "bias": bias, "lora": lora}
 
 
 def exact_kl(policy: dict[str, Any], reference: dict[str, Any], temperature: float, sampled: Tensor) -> Tensor:

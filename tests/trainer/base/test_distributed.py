@@ -175,7 +175,7 @@ def supervised(folder, stage, output, **options):
 
 def commands(folder, prefix):
     """Every stage in few steps, PPO in 20."""
-    lora = {"lora_r": 2, "advantage": "grpo", "group_size": 2, "whiten_rewards": True}
+    lora = {"lora_r": 2, "advantage": "grpo", "group_size": 2}
     lora["gather_for_rollout"] = prefix != "fsdp"
     t5 = {"model": folder / "t5"}
     return {
@@ -347,7 +347,8 @@ def test_more_processes_than_rows_are_refused():
     ],
 )
 def test_launches_that_are_not_supported(monkeypatch, variables, message):
-    for name, value in ({"WORLD_SIZE": "2"} | variables).items():
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (launched | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.join(torch.device("cpu"))

@@ -17,8 +17,8 @@ from support.tiny import tiny_folder
 
 from rlhf_trainer.base.console import say_once
 from rlhf_trainer.base.errors import UserError
+from rlhf_trainer.base.folders import BASE_RECORD
 from rlhf_trainer.models.adapters import MAIN, LoraOptions, add_adapter, parameters_of
-from rlhf_trainer.models.folders import BASE_RECORD
 from rlhf_trainer.models.loading import load_causal, load_reward_model, load_tokenizer, save_folder
 from rlhf_trainer.onpolicy.value_head import VALUE_HEAD, load_value_head
 
