@@ -302,6 +302,27 @@ def check_linear(backend: str, side: str) -> int:
     return calls
 
 
+def check_products(backend: str, side: str) -> int:
+    """Matrices of every dtype in both layouts, of whole and ragged register tiles and pairs."""
+    module, calls = dispatch.backend_module(backend), 0
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for m, n, k in ((1, 1, 1), (3, 33, 5), (13, 16, 32), (12, 65, 129)):
+        for a_dtype, b_dtype, turned in itertools.product(dtypes, dtypes, (False, True)):
+            a = edge_cases.logits_of("normal", (k, m) if turned else (m, k), a_dtype, calls)
+            b = edge_cases.logits_of("normal", (n, k) if turned else (k, n), b_dtype, calls + 1)
+            outputs = []
+            for place in (Tensor.clone, lambda x: guarded(x, side)):
+                out = place(torch.ones(m, n))
+                factors = [x.T if turned else x for x in (place(a), place(b))]
+                for accumulate, round_a in ((False, False), (True, True)):
+                    module.fp32_product(*factors, out=out, accumulate=accumulate, round_a=round_a)
+                outputs.append([out])
+            for one, other in zip(*outputs, strict=True):
+                _same(one, other)
+            calls += 1
+    return calls
+
+
 def check_sampling(backend: str, side: str) -> int:
     """Every filter on whole and on ragged blocks, a row in the middle that nobody may read."""
     module, calls = dispatch.backend_module(backend), 0
@@ -356,6 +377,7 @@ def check_near(backend: str, side: str) -> int:
         check_ppo_advantages,
         check_tokens,
         check_linear,
+        check_products,
     ]
     checks += [check_sampling, check_losses]
     return sum(check(backend, side) for check in checks)
