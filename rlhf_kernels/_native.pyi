@@ -97,6 +97,7 @@ def linear_gradient(
     temperature: float,
     row_temperature: int,
     coefficients: int,
+    narrow: bool,
     threads: int,
 ) -> None: ...
 def loss_bwd(

@@ -34,7 +34,15 @@ _ALL = ("triton", "cuda", "cpu")
 _LINEAR = Kernels(
     "linear",
     _BOTH,
-    ("allocate", "logits_dtype", "products_are_invariant", "fp32_product", "online_softmax_update", "linear_gradient"),
+    (
+        "allocate",
+        "logits_dtype",
+        "products_are_invariant",
+        "fp32_product",
+        "multiplies_narrow",
+        "online_softmax_update",
+        "linear_gradient",
+    ),
 )
 # Every op with kernels is one line here; what is not here, the reference serves.
 OPS = {

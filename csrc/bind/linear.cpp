@@ -36,10 +36,10 @@ RK_KEYWORDS(void, online_softmax_update, uintptr_t data, int dtype, int64_t rows
 
 RK_KEYWORDS(void, linear_gradient, uintptr_t data, int dtype, int64_t rows, int64_t stride, int64_t width,
             int64_t first, uintptr_t bias, double softcap, double scale, uintptr_t labels, int label_bytes,
-            double temperature, uintptr_t row_temperature, uintptr_t coefficients, int threads) {
+            double temperature, uintptr_t row_temperature, uintptr_t coefficients, bool narrow, int threads) {
   const LinearGradient args = {head_tile(data, dtype, stride, width, first, bias, softcap, scale, labels,
                                          label_bytes, temperature, row_temperature),
-                               pointer<float>(coefficients)};
+                               pointer<float>(coefficients), narrow};
   parallel_for_rows(kernels().linear_gradient, args, rows, rows_per_task(rows, width, threads), threads);
 }
 

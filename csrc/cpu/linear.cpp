@@ -2,6 +2,8 @@
 // softmax, or turned into its gradient. z = softcap * tanh((x + bias) * scale / softcap).
 #include "linear.h"
 
+#include <type_traits>
+
 #include "softmax.h"
 
 namespace rk {
@@ -156,26 +158,47 @@ void update(const OnlineSoftmax& args, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
 template <class T, class Head>
+void store_gradient(T* to, const vf (&grad)[kUnroll], const vf (&by_x)[kUnroll]) {
+  Head::store(to, grad, by_x);
+}
+
+// Of float32 logits, whose columns are in order.
+template <class T, class Head, class = std::enable_if_t<kIsFloat<T>>>
+void store_gradient(BFloat* to, const vf (&grad)[kUnroll], const vf (&by_x)[kUnroll]) {
+  alignas(kBytes) float wide[kStep];
+  Head::store(wide, grad, by_x);
+  for (int u = 0; u < kUnroll; ++u)
+    store_bits(to + u * kLanes, round_to_upper_half(load(wide + u * kLanes)) >> 16);
+}
+
+template <class T, class Head, class Out>
 void gradient(const LinearGradient& args, int64_t begin, int64_t end) {
   const HeadTile& tile = args.tile;
   const Head head(tile);
   for (int64_t n = begin; n < end; ++n) {
     T* x = row_of<T>(tile, n);
+    Out* to = reinterpret_cast<Out*>(x);  // a narrower element is written where its row has been read already
     const float *row = args.rows + 4 * n, at_label = row[2];
     const vf a = splat(row[0]), b = splat(row[1]), m = splat(row[3]);
     if (row[0] == 0 && row[1] == 0 && at_label == 0) {
-      memset(x, 0, tile.width * sizeof(T));
+      memset(to, 0, tile.width * sizeof(Out));
       continue;
     }
     if (row[0] != row[0] || row[1] != row[1]) {  // NaN
-      fill(x, tile.width, Special<T>::kNan);
+      fill(to, tile.width, Special<Out>::kNan);
       continue;
     }
     const Exp exp(temperature_of(tile, n));
     const int64_t column = label_of(tile.labels, n) - tile.first;
     const int64_t label_step = column < 0 ? -1 : column - column % kStep;
     alignas(kBytes) T tail[kStep] = {};
+    alignas(kBytes) Out tail_out[kStep];
     for (int64_t i = 0; i < tile.width; i += kStep) {
       const int64_t left = tile.width - i;
       if (left < kStep) memcpy(tail, x + i, left * sizeof(T));
@@ -191,8 +214,8 @@ void gradient(const LinearGradient& args, int64_t begin, int64_t end) {
         const int slot = Head::template slot<T>(static_cast<int>(column % kStep));
         step[slot / kLanes][slot % kLanes] += at_label;
       }
-      Head::store(left < kStep ? tail : x + i, step, by_x);
-      if (left < kStep) memcpy(x + i, tail, left * sizeof(T));
+      store_gradient<T, Head>(left < kStep ? tail_out : to + i, step, by_x);
+      if (left < kStep) memcpy(to + i, tail_out, left * sizeof(Out));
     }
   }
 }
@@ -208,7 +231,10 @@ void update_as(const OnlineSoftmax& args, int64_t begin, int64_t end) {
 
 template <class T>
 void gradient_as(const LinearGradient& args, int64_t begin, int64_t end) {
-  (bare(args.tile) ? gradient<T, Bare> : gradient<T, Dressed>)(args, begin, end);
+  if constexpr (kIsFloat<T>)
+    if (args.narrow)
+      return (bare(args.tile) ? gradient<T, Bare, BFloat> : gradient<T, Dressed, BFloat>)(args, begin, end);
+  (bare(args.tile) ? gradient<T, Bare, T> : gradient<T, Dressed, T>)(args, begin, end);
 }
 
 }  // namespace

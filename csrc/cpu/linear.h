@@ -32,6 +32,7 @@ struct OnlineSoftmax {
 struct LinearGradient {
   HeadTile tile;
   const float* rows;  // [R, 4]: a, b, c, m
+  bool narrow;        // float32 logits become a bfloat16 gradient, at the beginning of each row
 };
 
 }  // namespace rk

@@ -67,6 +67,11 @@ def fp32_product(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False,
     )
 
 
+def multiplies_narrow(dtype: torch.dtype) -> bool:
+    """Whether products with matrices of `dtype` are made in it, so that a gradient may come in it too."""
+    return dtype == torch.bfloat16 and _native.has_bfloat_pairs()
+
+
 def online_softmax_update(
     tile: Tensor,
     first: int,
@@ -99,10 +104,17 @@ def linear_gradient(
     temperature: float,
     row_temperature: Tensor | None,
     coefficients: Tensor,
-) -> None:
-    """Replaces tile by its gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx; coefficients [R, 4]: a, b, c, m."""
+    narrow: bool = False,
+) -> Tensor:
+    """The tile's gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx, over it; coefficients [R, 4]: a, b, c, m.
+
+    narrow: a float32 tile's gradient comes in bfloat16, in the first half of each row's memory.
+    """
     arguments = _tile(tile, first, bias, softcap, logit_scale, labels, temperature, row_temperature)
-    _native.linear_gradient(**arguments, coefficients=coefficients.data_ptr(), threads=torch.get_num_threads())
+    _native.linear_gradient(
+        **arguments, coefficients=coefficients.data_ptr(), narrow=narrow, threads=torch.get_num_threads()
+    )
+    return tile.view(torch.bfloat16)[:, : tile.shape[1]] if narrow else tile
 
 
 def _tile(

@@ -177,6 +177,11 @@ def fp32_product(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False,
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def multiplies_narrow(dtype: torch.dtype) -> bool:
+    """Whether products with matrices of `dtype` are made in it, so that a gradient may come in it too."""
+    return dtype == torch.bfloat16
+
+
 def online_softmax_update(
     tile: Tensor,
     first: int,
@@ -226,8 +231,12 @@ def linear_gradient(
     temperature: float,
     row_temperature: Tensor | None,
     coefficients: Tensor,
-) -> None:
-    """Replaces tile by its gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx; coefficients [R, 4]: a, b, c, m."""
+    narrow: bool = False,
+) -> Tensor:
+    """The tile's gradient (e * (a + b * (z - m)) + onehot * c) * dz/dx, over it; coefficients [R, 4]: a, b, c, m.
+
+    narrow: it comes in bfloat16, in memory of its own.
+    """
     block, warps = _blocks(tile.shape[1])
     launch(
         _linear_gradient_kernel,
@@ -248,3 +257,4 @@ def linear_gradient(
         BLOCK_V=block,
         num_warps=warps,
     )
+    return tile.bfloat16() if narrow else tile

@@ -28,6 +28,11 @@ class Wanted(NamedTuple):
     lora_a: bool = False
     lora_b: bool = False
 
+    @property
+    def needs_exact_tiles(self) -> bool:
+        """Whether a tile's gradient enters sums, or products of float32, besides those of 16 bits."""
+        return self.bias or self.lora_a or self.lora_b
+
 
 class LinearCall(NamedTuple):
     """The checked arguments that the whole family shares: in the caller's shapes, or by rows (see `by_rows`).

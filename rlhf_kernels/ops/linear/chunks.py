@@ -269,8 +269,12 @@ class ChunkedHead:
     def temperature(self, chunk: RowChunk) -> float | Tensor:
         return self.head_temperature if chunk.temperature is None else chunk.temperature.double()
 
-    def gradient_tiles(self, chunk: RowChunk, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept."""
+    def gradient_tiles(self, chunk: RowChunk, coefficients: Tensor, *, exact: bool) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient of hidden @ weight.T, tile by tile; over the products where they were kept.
+
+        exact: in the tile's dtype. Else it may come in 16 bits, in which the products with it are made anyway.
+        """
+        narrow = not exact and self.widens and self.backend.multiplies_narrow(self.call.hidden.dtype)
         for columns in self.column_tiles():
             if chunk.logits_before_bias is not None:
                 tile = chunk.logits_before_bias[:, columns]
@@ -279,8 +283,7 @@ class ChunkedHead:
                 tile = self._place(self._tile, count, columns).copy_(self._stored(chunk.logits_buffer, count, columns))
             else:
                 tile = self._products(chunk, columns)
-            self.backend.linear_gradient(tile, *self.epilogue(chunk, columns), coefficients)
-            yield columns, tile
+            yield columns, self.backend.linear_gradient(tile, *self.epilogue(chunk, columns), coefficients, narrow)
 
     def compacted(self, chunk: RowChunk, kept: Tensor) -> RowChunk:
         """The chunk's rows `kept` (ascending) alone, their products moved together inside the workspace."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class GradAccumulator:
 
     def __init__(self, sweep: ChunkedHead, like: Tensor, wanted: bool, result: Tensor | None = None) -> None:
         """result: memory for it."""
-        self._backend = sweep.backend
+        self._sweep = sweep
         allocate, shape = sweep.backend.allocate, tuple(like.shape)
         self._result = allocate(shape if wanted else (0,), like.dtype, like.device) if result is None else result
         one_product = sweep.chunks <= 1 and like.dtype == sweep.call.weight.dtype
@@ -33,9 +32,9 @@ class GradAccumulator:
 
     def add(self, columns: slice, a: Tensor, b: Tensor) -> None:
         total = self._sum[columns]
-        step = _rows_of_product(a, b, total)
+        step = _rows_of_product(a, b, total, self._sweep.dtype == torch.float32)
         for some in (slice(start, start + step) for start in range(0, a.shape[0], step)):
-            accumulate(self._backend, total[some], a[some], b, is_first_add=self.is_first_add)
+            accumulate(self._sweep, total[some], a[some], b, is_first_add=self.is_first_add)
 
     def finish(self) -> Tensor:
         if self.is_first_add:
@@ -51,7 +50,7 @@ class Gradients:
         call = sweep.call
         hidden, weight = call.hidden, call.weight
         self._like_bias = weight if call.bias is None else call.bias
-        self._sweep, self._wanted = sweep, wanted
+        self._sweep, self.wanted = sweep, wanted
         self.hidden = torch.zeros(hidden.shape if wanted.hidden else 0, dtype=hidden.dtype, device=hidden.device)
         self._weight = GradAccumulator(sweep, weight, wanted.weight, weight_gradient)
         self._bias = weight.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=torch.float32)
@@ -61,7 +60,7 @@ class Gradients:
 
     def add(self, chunk: RowChunk, tiles: Iterable[tuple[slice, Tensor]]) -> None:
         """Add a chunk's share: the gradient of its logits before the bias, tile by tile, and kept as a whole or not."""
-        sweep, weight, wanted = self._sweep, self._sweep.call.weight, self._wanted
+        sweep, weight, wanted = self._sweep, self._sweep.call.weight, self.wanted
         by_hidden, by_low = None, None
         if wanted.hidden and (chunk.logits_before_bias is None or sweep.call.group or sweep.widens):
             by_hidden = weight.new_zeros(chunk.hidden.shape, dtype=torch.float32)
@@ -70,9 +69,9 @@ class Gradients:
         for columns, grad in tiles:
             low = sweep.lora_b(columns)
             if by_hidden is not None:
-                accumulate(sweep.backend, by_hidden, grad, weight[columns])
+                accumulate(sweep, by_hidden, grad, weight[columns])
             if by_low is not None and low is not None:
-                accumulate(sweep.backend, by_low, grad, low)
+                accumulate(sweep, by_low, grad, low)
             if wanted.weight:
                 self._weight.add(columns, grad.T, chunk.hidden)
             if wanted.lora_b and chunk.lora_hidden is not None:
@@ -82,7 +81,7 @@ class Gradients:
         self._weight.is_first_add = self._lora_b.is_first_add = False
         narrow = None if by_low is None else by_low.to(sweep.dtype)
         if wanted.lora_a and narrow is not None:
-            accumulate(sweep.backend, self._lora_a, narrow.T, chunk.hidden)
+            accumulate(sweep, self._lora_a, narrow.T, chunk.hidden, round_a=False)
         if by_hidden is not None:
             self._add_hidden(chunk, by_hidden, narrow)
         elif wanted.hidden:
@@ -91,7 +90,7 @@ class Gradients:
     def _add_hidden(self, chunk: RowChunk, by_hidden: Tensor, by_low: Tensor | None) -> None:
         """A chunk's dH from its sum over tiles."""
         if by_low is not None and self._sweep.lora_a is not None:
-            accumulate(self._sweep.backend, by_hidden, by_low, self._sweep.lora_a)
+            accumulate(self._sweep, by_hidden, by_low, self._sweep.lora_a)
         if self._sweep.call.group:  # each rank has the share of its tokens
             summed(by_hidden, self._sweep.call.group)
         self.hidden.flatten(0, 1)[chunk.row_indices] = by_hidden.to(self.hidden.dtype)
@@ -101,15 +100,15 @@ class Gradients:
         assert chunk.logits_before_bias is not None
         flat, weight = self.hidden.flatten(0, 1), self._sweep.call.weight
         to = flat[chunk.row_indices] if isinstance(chunk.row_indices, slice) else torch.empty_like(chunk.hidden)
-        backend, low = self._sweep.backend, by_low is not None and self._sweep.lora_a is not None
+        low = by_low is not None and self._sweep.lora_a is not None
         if by_low is not None and self._sweep.lora_a is not None:
-            accumulate(backend, to, by_low, self._sweep.lora_a, is_first_add=True)
-        accumulate(backend, to, chunk.logits_before_bias, weight, is_first_add=not low)
+            accumulate(self._sweep, to, by_low, self._sweep.lora_a, is_first_add=True)
+        accumulate(self._sweep, to, chunk.logits_before_bias, weight, is_first_add=not low)
         if not isinstance(chunk.row_indices, slice):
             flat[chunk.row_indices] = to
 
     def finish(self) -> tuple[Tensor, ...]:
-        if self._wanted.lora_a and self._sweep.call.group:
+        if self.wanted.lora_a and self._sweep.call.group:
             summed(self._lora_a, self._sweep.call.group)
         return (
             self.hidden,
@@ -120,24 +119,26 @@ class Gradients:
         )
 
 
-def _rows_of_product(a: Tensor, b: Tensor, total: Tensor) -> int:
+def _rows_of_product(a: Tensor, b: Tensor, total: Tensor, fp32: bool) -> int:
     """Of a @ b at a time, so that what it takes beside the sum stays within a tile's memory."""
-    if a.dtype == total.dtype == torch.float32:
+    if fp32 and total.dtype == torch.float32:
         return max(1, a.shape[0])
-    if a.dtype == torch.float32 and a.device.type == "cpu":  # the product, still in the cache when it is rounded
+    if fp32 and a.device.type == "cpu":  # the product, still in the cache when it is rounded
         return max(256, PIECE_BYTES * torch.get_num_threads() // (4 * b.shape[1]))
     # The product itself; of 16 bits torch's GEMM may hold it in fp32 too on a CPU.
-    each = a.element_size() + (4 if a.device.type == "cpu" and a.element_size() == 2 else 0)
+    each = 4 if fp32 else a.element_size() + (4 if a.device.type == "cpu" and a.element_size() == 2 else 0)
     return max(64, TILE_BYTES // (each * b.shape[1]))
 
 
-def accumulate(backend: ModuleType, total: Tensor, a: Tensor, b: Tensor, *, is_first_add: bool = False) -> None:
-    """total += a @ b, or = where it is fresh. a: a tile's gradient, which may be rounded to b's 16 bits."""
-    if a.dtype == total.dtype == torch.float32:
-        backend.fp32_product(a, b, out=total, accumulate=not is_first_add, round_a=True)
-    elif a.dtype == torch.float32:
-        product = a.new_empty(a.shape[0], b.shape[1])
-        backend.fp32_product(a, b, out=product, round_a=True)
+def accumulate(
+    sweep: ChunkedHead, total: Tensor, a: Tensor, b: Tensor, *, is_first_add: bool = False, round_a: bool = True
+) -> None:
+    """total += a @ b, or = where it is fresh. round_a: a is a tile's gradient, and may be rounded to b's 16 bits."""
+    if sweep.dtype == torch.float32 and total.dtype == torch.float32:
+        sweep.backend.fp32_product(a, b, out=total, accumulate=not is_first_add, round_a=round_a)
+    elif sweep.dtype == torch.float32:
+        product = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+        sweep.backend.fp32_product(a, b, out=product, round_a=round_a)
         total.copy_(product) if is_first_add else total.add_(product)
     elif is_first_add and total.dtype == a.dtype:
         torch.mm(a, b, out=total)

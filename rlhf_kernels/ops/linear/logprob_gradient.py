@@ -36,7 +36,7 @@ class LogprobGradient:
         column = column.clamp(0, tile.shape[1] - 1).unsqueeze(1)
         tile.scatter_(1, column, tile.gather(1, column).masked_fill_(here.unsqueeze(1), 0))
         self._sum.mul_(torch.exp((self._top - pivot) / sweep.temperature(rows)).float().unsqueeze(1))
-        accumulate(sweep.backend, self._sum, tile, sweep.call.weight[columns])
+        accumulate(sweep, self._sum, tile, sweep.call.weight[columns])
         self._top, self._label = top, state[:, 3]
 
     def store(self, to: Tensor, logprobs: Tensor, stats: Tensor) -> None:

@@ -252,7 +252,7 @@ def _gradients(
         g, g_entropy = (None if x is None else x[chunk.row_indices] for x in (grad_logprobs, grad_entropy))
         chunk_entropy = entropy if g_entropy is None else entropy[chunk.row_indices]
         coefficients = sweep.coefficients(chunk, g, g_entropy, stats[chunk.row_indices], chunk_entropy)
-        gradients.add(chunk, sweep.gradient_tiles(chunk, coefficients))
+        gradients.add(chunk, sweep.gradient_tiles(chunk, coefficients, exact=wanted.needs_exact_tiles))
     return gradients.finish()
 
 

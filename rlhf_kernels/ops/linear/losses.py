@@ -392,4 +392,5 @@ def _add_gradient(
             g, stats = g[kept], stats[kept]
             if g_entropy is not None:
                 g_entropy, entropy = g_entropy[kept], entropy[kept]
-    gradients.add(chunk, sweep.gradient_tiles(chunk, sweep.coefficients(chunk, g, g_entropy, stats, entropy)))
+    coefficients = sweep.coefficients(chunk, g, g_entropy, stats, entropy)
+    gradients.add(chunk, sweep.gradient_tiles(chunk, coefficients, exact=gradients.wanted.needs_exact_tiles))
