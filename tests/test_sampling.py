@@ -256,7 +256,7 @@ def test_every_mask_over_rows_that_nobody_may_read(backend: Backend, kind: str) 
 def test_temperature_per_row(backend: Backend) -> None:
     logits = edge_cases.logits_of("normal", (2, 3, 60), torch.float32)
     for temperature in (torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([[0.3], [1.7]]), torch.tensor(0.9)):
-        rows = sampling.rows.row_temperature("", temperature, logits, torch.Size((2, 3)), None)
+        rows = sampling.rows.row_temperature("", temperature, logits, torch.Size((2, 3)), None, None)
         check(backend, logits, _uniform(6), None, rows, top_p=0.8)
 
 

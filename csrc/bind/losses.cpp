@@ -75,9 +75,8 @@ RK_POSITIONS(void, policy_loss, uintptr_t logprobs, int logprobs_dtype, int64_t 
              uintptr_t old_logprobs, int old_logprobs_dtype, int64_t old_logprobs_stride,
              uintptr_t advantages, int advantages_dtype, int64_t advantages_stride, uintptr_t weights,
              int weights_dtype, int64_t weights_stride, uintptr_t mask, int64_t mask_stride, int64_t rows,
-             int64_t time, int64_t tile, double low, double high, double dual_clip, int ratio,
-             bool row_means, double denominator, uintptr_t loss, uintptr_t stats, uintptr_t grad,
-             int threads) {
+             int64_t time, int64_t tile, double low, double high, double dual_clip, int ratio, bool row_means,
+             double denominator, uintptr_t loss, uintptr_t stats, uintptr_t grad, int threads) {
   PolicyLoss args = {matrix(logprobs, logprobs_dtype, logprobs_stride),
                      matrix(old_logprobs, old_logprobs_dtype, old_logprobs_stride),
                      matrix(advantages, advantages_dtype, advantages_stride),

@@ -36,7 +36,7 @@ struct PolicyLoss {
   float low, high;  // bounds of the ratio
   float dual_clip;  // infinite = no bound
   Ratio ratio;
-  bool row_means;   // each row's losses count divided by its length
+  bool row_means;  // each row's losses count divided by its length
   PolicyPartial* partials;
 };
 

@@ -212,7 +212,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     label_smoothing = validate.number(op, "label_smoothing", label_smoothing, low=0, high=1)
     z_loss = validate.number(op, "z_loss", z_loss, low=0)
-    mask = _without(op, labels, ignore_index, mask)
+    mask = _without(labels, ignore_index, mask)
     call = prepare(
         op,
         hidden,
@@ -241,7 +241,7 @@ def linear_cross_entropy(
     return _swept(call, per_row=factor, scalars=none, kind="nll", with_entropy=False)[0]
 
 
-def _without(op: str, labels: object, ignore_index: int, mask: Tensor | None) -> Tensor | None:
+def _without(labels: object, ignore_index: int, mask: Tensor | None) -> Tensor | None:
     """The mask, false at rows with that label too; None where every row counts and that is seen for free."""
     if not isinstance(labels, Tensor):
         return mask  # `prepare` has a sentence for it
@@ -250,8 +250,9 @@ def _without(op: str, labels: object, ignore_index: int, mask: Tensor | None) ->
         return mask
     if mask is None:
         return kept
-    mask = validate.bool_mask(op, mask, "labels", labels.shape, labels.device)
-    return kept if mask is None else mask & kept
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape or mask.device != labels.device:
+        return mask  # as above
+    return torch.where(kept, mask, torch.zeros_like(mask))  # as it is given: `prepare` looks for other numbers
 
 
 def _regularised_nll(op: str, call: LinearCall, *, label_smoothing: float, z_loss: float) -> Tensor:
