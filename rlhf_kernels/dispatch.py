@@ -119,13 +119,30 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+# How many with-blocks are open in any thread: while there is none, no call looks at what its thread has chosen.
+_blocks = 0
+_blocks_lock = threading.Lock()
 # The last choice of any thread. A trace rests on it: its guards cannot see what belongs to a thread.
 _forced_last: str | None = None
 
 
 def forced() -> str | None:
     """The backend that this thread has forced."""
-    return _forced_last if _is_compiling() else _thread.forced
+    if _is_compiling():
+        return _forced_last
+    return _thread.forced if _blocks else None
+
+
+@contextmanager
+def _block() -> Iterator[None]:
+    global _blocks
+    with _blocks_lock:
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _blocks_lock:
+            _blocks -= 1
 
 
 def available() -> dict[str, str | None]:
@@ -152,14 +169,18 @@ def select_backend(op: str, tensor: Tensor) -> str | None:
     float64, torch.func (grad, vmap, jvp, ...) and forward-mode AD go to the reference, also under a forced backend.
     Raises NotImplementedError when a forced backend has no kernel for `op`.
     """
-    name = None if transformed() else _backend_of(op, tensor)
-    if not _is_compiling() and _thread.recorded is not None:
+    if _is_compiling():
+        return _backend_of(op, tensor, _forced_last)
+    seen_through = _transforms_active() or forward_ad._current_level >= 0
+    if not _blocks:
+        return None if seen_through or tensor.dtype not in KERNEL_DTYPES else automatic(op, tensor.device.type)
+    name = None if seen_through else _backend_of(op, tensor, _thread.forced)
+    if _thread.recorded is not None:
         _thread.recorded.append((op, name or "reference"))
     return name
 
 
-def _backend_of(op: str, tensor: Tensor) -> str | None:
-    chosen = forced()
+def _backend_of(op: str, tensor: Tensor, chosen: str | None) -> str | None:
     if tensor.dtype not in KERNEL_DTYPES or chosen == "reference":
         return None
     if chosen is None:
@@ -174,7 +195,8 @@ def _backend_of(op: str, tensor: Tensor) -> str | None:
 
 def require_backend(op: str, tensor: Tensor) -> str:
     """As `select_backend`, for a registered op at run time: that a kernel serves the call was chosen at trace time."""
-    name = _backend_of(op, tensor) if forced() != "reference" else automatic(op, tensor.device.type)
+    chosen = _thread.forced if _blocks else None
+    name = _backend_of(op, tensor, None if chosen == "reference" else chosen)
     if name is None:
         raise NotImplementedError(f"torch.ops.rlhf_kernels.{op}: no kernel for {tensor.dtype} on {tensor.device}")
     return name
@@ -216,7 +238,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     previous, _thread.forced = _thread.forced, name
     previous_last, _forced_last = _forced_last, name
     try:
-        yield
+        with _block():
+            yield
     finally:
         _thread.forced, _forced_last = previous, previous_last
 
@@ -235,6 +258,7 @@ def record_dispatch() -> Iterator[list[tuple[str, str]]]:
     """
     previous, _thread.recorded = _thread.recorded, []
     try:
-        yield _thread.recorded
+        with _block():
+            yield _thread.recorded
     finally:
         _thread.recorded = previous

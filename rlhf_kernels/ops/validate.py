@@ -40,7 +40,7 @@ def is_eager(tensors: Iterable[Tensor | None]) -> bool:
 def float_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; it takes a tensor")
-    if x.is_nested:
+    if type(x) is not Tensor and x.is_nested:
         raise TypeError(
             f"{op}: {name} is a nested tensor; it takes {name}.to_padded_tensor(0.0) with a mask, or packed sequences: "
             f"{name}.values(), with {name}.offsets() as cu_seqlens where the op has it"
@@ -69,6 +69,8 @@ def float_like(op: str, name: str, x: object, like_name: str, reference: Tensor)
 def over_tokens(op: str, name: str, x: object, like_name: str, reference: Tensor) -> Tensor:
     """A float tensor of `reference`'s shape and device, seen so where it has one value a sequence: [B] or [B, 1]."""
     tensor, shape = float_tensor(op, name, x), reference.shape
+    if tensor.shape == shape and tensor.device == reference.device:
+        return tensor
     if tensor.shape != shape and reference.dim() == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
         tensor = tensor.view(-1, 1).expand(shape) if tensor.is_contiguous() else tensor.reshape(-1, 1).expand(shape)
     same_device_and_shape(op, name, tensor, like_name, shape, reference.device)
@@ -78,7 +80,7 @@ def over_tokens(op: str, name: str, x: object, like_name: str, reference: Tensor
 def deciding(first: Tensor, *others: Tensor | None) -> Tensor:
     """The tensor whose dtype decides which backend serves a call: one of float64, which no kernel takes, else first."""
     for x in others:
-        if x is not None and x.dtype == torch.float64:
+        if x is not None and x.dtype is torch.float64:
             return x
     return first
 
@@ -110,6 +112,8 @@ def is_unread_mask(mask: object) -> TypeGuard[Tensor]:
 
 def poisoned(mask: object, x: Tensor) -> Tensor:
     """x with NaN where a mask that `bool_mask` could not look at holds neither 0 nor 1."""
+    if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):  # soon said
+        return x
     if not is_unread_mask(mask) or mask.shape != x.shape:
         return x
     return torch.where((mask != 0) & (mask != 1), float("nan"), x)
@@ -136,12 +140,13 @@ def number(
 
     A 0-d tensor is read, on a GPU with a sync; in a trace it stays a tensor, and is not looked at.
     """
-    if isinstance(value, Tensor):
+    kind = type(value)
+    plain = kind is float or kind is int  # Real's own test is slow
+    if not plain and isinstance(value, Tensor):
         value = _scalar_of(op, name, value)
         if isinstance(value, Tensor):
             return value
-    kind = type(value)
-    plain = kind is float or kind is int  # Real's own test is slow
+        kind, plain = float, True
     # While tracing a number may be symbolic, its type is not known.
     if not (plain or torch.compiler.is_compiling()) and (kind is bool or not isinstance(value, Real)):
         raise TypeError(f"{op}: {name} is a {kind.__name__}; it takes a number or a 0-d tensor")
