@@ -253,8 +253,7 @@ def record_dispatch() -> Iterator[list[tuple[str, str]]]:
         assert calls == [("whiten", "cpu")]
 
     Yields a list that grows by (op, backend) with every call, "reference" where no kernel served it. gae of packed
-    sequences is "gae_packed"; a policy loss of sequences and a preference loss from hidden states name the
-    linear_logprobs that they call as well.
+    sequences is "gae_packed".
     """
     previous, _thread.recorded = _thread.recorded, []
     try:

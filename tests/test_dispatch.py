@@ -130,16 +130,20 @@ def test_info_returns_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None
 def test_record_dispatch_names_op_and_backend(backend: Backend) -> None:
     x, labels = torch.randn(2, 3, 4, device=backend.device), torch.zeros(2, 3, dtype=torch.int64, device=backend.device)
     weight = torch.randn(5, 4, device=backend.device)
+    sides, zeros = (x, x, weight, labels, labels), torch.zeros(2, device=backend.device)
     with rk.record_dispatch() as calls:
         rk.selected_logprobs(x, labels)
         rk.linear_cross_entropy(x, weight, labels)
+        rk.linear_cross_entropy(x, weight, labels, z_loss=0.1)
+        rk.linear_policy_loss(x, weight, labels, x[..., 0], x[..., 1], ratio="sequence")
         with rk.record_dispatch() as inner:
             rk.whiten(x)
+        rk.linear_dpo_loss(*sides, zeros, zeros)
         rk.gae(x[0], x[1])
     assert inner == [("whiten", backend.name)]
-    ops = ["selected_logprobs", "linear_cross_entropy", "gae"]
-    assert [call for call in calls if call[0] in ops] == [(op, backend.name) for op in ops]
-    assert {name for _, name in calls} == {backend.name}
+    ops = ["selected_logprobs", "linear_cross_entropy", "linear_cross_entropy", "linear_policy_loss"]
+    ops += ["linear_dpo_loss", "gae"]
+    assert calls == [(op, backend.name) for op in ops]
     rk.whiten(x)
     assert len(inner) == 1
 

@@ -33,7 +33,6 @@ from rlhf_trainer.models.fingerprint import (
     model_part,
     pairs_part,
     tokenizer_part,
-    weights_digest,
 )
 from rlhf_trainer.models.loading import check_vocabulary, load_causal, load_tokenizer
 from rlhf_trainer.models.logprobs import completion_losses
@@ -186,7 +185,7 @@ class PairLoss:
 
 def reference_part(reference: PreTrainedModel) -> Part:
     """The reference's fingerprint: all weights count, for it may be the policy, which is trained afterwards."""
-    return model_part(reference) | {"weights": weights_digest(reference)}
+    return model_part(reference, frozen=False)
 
 
 def reference_logprobs(

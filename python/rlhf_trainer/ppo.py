@@ -359,7 +359,16 @@ def compute_advantages(
         groups: dict[str, Any] = {"group_size": cfg.group_size, "kind": cfg.advantage}
         advantages = group_baseline(final.clamp(-bound, bound), kl, mask, kl_coef=beta, **groups)
         returns = torch.zeros_like(values)
-    return Batch(rollout, final, logprobs, values, kl, exact, advantages, returns)
+    return Batch(
+        rollout=rollout,
+        scores=final,
+        logprobs=logprobs,
+        values=values,
+        kl=kl,
+        exact_kl=exact,
+        advantages=advantages,
+        returns=returns,
+    )
 
 
 def update_policy(

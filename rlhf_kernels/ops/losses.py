@@ -89,13 +89,13 @@ def policy_loss(
             old_logprobs,
             advantages,
             mask,
-            clip_low,
-            clip_high,
-            dual_clip,
-            ratio,
-            importance_weights,
-            aggregate,
-            denominator,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            ratio=ratio,
+            importance_weights=importance_weights,
+            mode=aggregate,
+            denominator=denominator,
         )
     scalars = 1 - clip_low, 1 + clip_high, math.inf if dual_clip is None else dual_clip
     loss, stats, _ = _policy_loss_op(
@@ -151,7 +151,9 @@ def value_loss(
     mask = validate.bool_mask(op, mask, "values", values.shape, values.device)
     check_aggregate(op, aggregate, denominator, values, needs_sequences=False)
     if dispatch.select_backend(op, validate.deciding(values, old_values, returns)) is None:
-        return reference.value_loss(values, old_values, returns, mask, clip, aggregate, denominator)
+        return reference.value_loss(
+            values, old_values, returns, mask, clip=clip, mode=aggregate, denominator=denominator
+        )
     loss, stats, _ = _value_loss_op(
         *map(_rows, (values, old_values, returns, mask)),
         *_scalars(math.inf if clip is None else clip, aggregate=aggregate, denominator=denominator, batch=values),

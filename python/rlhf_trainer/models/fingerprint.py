@@ -56,9 +56,9 @@ def _without_line(row: TokenizedExample) -> dict[str, Any]:
     return {name: value for name, value in vars(row).items() if name != "line"}
 
 
-def model_part(model: nn.Module) -> Part:
-    """Config and frozen weights. Those that are trained are in every checkpoint: nothing depends on their start."""
-    part = {"weights": weights_digest(model, frozen=True)}
+def model_part(model: nn.Module, *, frozen: bool = True) -> Part:
+    """Config and frozen weights, or all. Those trained are in every checkpoint: nothing depends on their start."""
+    part = {"weights": weights_digest(model, frozen=frozen)}
     configs = [getattr(model, name, None) for name in ("config", "generation_config")]
     if configs[0] is not None:
         configs += getattr(model, "peft_config", {}).values()

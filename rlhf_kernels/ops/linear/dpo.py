@@ -88,8 +88,8 @@ def linear_dpo_loss(
         if labels.dim() != 2:
             raise ValueError(f"{op}: labels has shape {list(labels.shape)}; it takes [M, T]")
         if side == "chosen":
-            dispatch.select_backend("linear_dpo_loss", call.hidden)  # for record_dispatch
-        logprobs, _ = logprobs_of(call, False)
+            kernel = dispatch.select_backend("linear_dpo_loss", call.hidden)
+        logprobs, _ = logprobs_of(call, False, kernel=kernel)
         total = logprobs.sum(-1)
         if length_normalised:
             total = total / (labels.shape[1] if call.mask is None else call.mask.sum(-1).clamp(min=1))

@@ -158,13 +158,15 @@ def linear_logprobs(
         batch_invariant=batch_invariant,
     )
     validate.choice(OP, "with_entropy", with_entropy, (False, True, "detached"))
-    logprobs, entropy = logprobs_of(call, with_entropy)
+    logprobs, entropy = logprobs_of(call, with_entropy, kernel=dispatch.select_backend(OP, call.hidden))
     return logprobs if entropy is None else (logprobs, entropy)
 
 
-def logprobs_of(call: LinearCall, with_entropy: bool | Literal["detached"]) -> tuple[Tensor, Tensor | None]:
-    """linear_logprobs of a checked call."""
-    if dispatch.select_backend(OP, call.hidden) is None:
+def logprobs_of(
+    call: LinearCall, with_entropy: bool | Literal["detached"], *, kernel: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """linear_logprobs of a checked call. kernel: the backend that serves the public op, None for the reference."""
+    if kernel is None:
         if call.group:
             raise NotImplementedError(f"{OP}: process_group needs a kernel; there is none for this dtype and backend")
         logprobs, entropy = reference.linear_logprobs(

@@ -123,31 +123,31 @@ def linear_policy_loss(
             old_logprobs,
             advantages,
             mask,
-            clip_low,
-            clip_high,
-            dual_clip,
-            ratio,
-            importance_weights,
-            aggregate,
-            denominator,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            ratio=ratio,
+            importance_weights=importance_weights,
+            mode=aggregate,
+            denominator=denominator,
         )
         return reference.regularised(
             loss,
             stats,
-            logprobs,
-            entropy,
-            ref_logprobs,
-            mask,
-            entropy_coef,
-            kl_coef,
-            kl_estimator,
-            aggregate,
-            denominator,
+            logprobs=logprobs,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            mask=mask,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            mode=aggregate,
+            denominator=denominator,
         )
 
     kernel = dispatch.select_backend(OP, call.hidden)
     if ratio != "token" or kernel is None:
-        return from_logprobs(*logprobs_of(call, entropy_coef != 0))
+        return from_logprobs(*logprobs_of(call, entropy_coef != 0, kernel=kernel))
 
     factor = token_weights(mask, labels, aggregate, denominator)
     weights = factor if importance_weights is None else factor * importance_weights.detach().float()
@@ -231,10 +231,10 @@ def linear_cross_entropy(
     check_aggregate(op, aggregate, denominator, labels, needs_sequences=False)
     kernel = dispatch.select_backend(op, call.hidden)
     if label_smoothing != 0 or z_loss != 0:
-        losses = _regularised_nll(op, call, label_smoothing=label_smoothing, z_loss=z_loss)
+        losses = _regularised_nll(op, call, label_smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
         return reference_losses.aggregate(losses, call.mask, aggregate, denominator)
     if kernel is None:  # logprobs_of refuses a group there
-        logprobs, _ = logprobs_of(call, False)
+        logprobs, _ = logprobs_of(call, False, kernel=None)
         return reference_losses.aggregate(-logprobs, call.mask, aggregate, denominator)
     factor = token_weights(call.mask, labels, aggregate, denominator).reshape(1, -1)
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -255,7 +255,7 @@ def _without(labels: object, ignore_index: int, mask: Tensor | None) -> Tensor |
     return torch.where(kept, mask, torch.zeros_like(mask))  # as it is given: `prepare` looks for other numbers
 
 
-def _regularised_nll(op: str, call: LinearCall, *, label_smoothing: float, z_loss: float) -> Tensor:
+def _regularised_nll(op: str, call: LinearCall, *, label_smoothing: float, z_loss: float, kernel: str | None) -> Tensor:
     """Losses of labels' shape, 0 where masked, from the labels' logprobs and logits.
 
     The mean over the vocabulary of log p is the mean logit minus logsumexp, and that is the label's logit minus its
@@ -265,7 +265,7 @@ def _regularised_nll(op: str, call: LinearCall, *, label_smoothing: float, z_los
         raise ValueError(f"{op}: process_group is given; with label_smoothing or z_loss it takes a whole vocabulary")
     if call.softcap is not None and label_smoothing != 0:
         raise ValueError(f"{op}: softcap is given; with label_smoothing it takes a head without one")
-    logprobs, _ = logprobs_of(call, False)
+    logprobs, _ = logprobs_of(call, False, kernel=kernel)
     hidden = upcast(call.hidden) if call.mask is None else select(call.mask.unsqueeze(-1), upcast(call.hidden))
     labels = (call.labels if call.mask is None else select(call.mask, call.labels, 0)).long()
 
